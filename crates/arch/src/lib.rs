@@ -10,6 +10,7 @@
 
 pub mod addr;
 pub mod control;
+/// CPUID profiles.
 pub mod cpuid;
 pub mod descriptor;
 pub mod exit;

@@ -1,0 +1,2 @@
+//! The PC's devices as pure register machines.
+#![forbid(unsafe_code)]

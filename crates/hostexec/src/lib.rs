@@ -1,0 +1,1 @@
+//! Runs one guest data instruction on the host CPU, state in and out.

@@ -1,0 +1,2 @@
+//! Shadow paging with role-keyed roots that role changes never throw away.
+#![forbid(unsafe_code)]
