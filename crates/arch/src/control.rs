@@ -71,16 +71,8 @@ impl Cr0 {
     /// After reset: CD, NW and ET set.
     pub const RESET: Cr0 = Cr0(Cr0::CD | Cr0::NW | Cr0::ET);
     /// Bits that a write can change.
-    const DEFINED: u64 = Cr0::PE
-        | Cr0::MP
-        | Cr0::EM
-        | Cr0::TS
-        | Cr0::NE
-        | Cr0::WP
-        | Cr0::AM
-        | Cr0::NW
-        | Cr0::CD
-        | Cr0::PG;
+    const DEFINED: u64 =
+        Cr0::PE | Cr0::MP | Cr0::EM | Cr0::TS | Cr0::NE | Cr0::WP | Cr0::AM | Cr0::NW | Cr0::CD | Cr0::PG;
 }
 
 control_register! {
@@ -421,7 +413,12 @@ impl ControlRegs {
     ///
     /// # Errors
     /// Says which rule the values break; that is the caller's mistake, never a guest fault.
-    pub fn host_replace(&self, new: ControlRegs, cs_long: bool, limits: &ControlLimits) -> Result<Effects, BadControlRegs> {
+    pub fn host_replace(
+        &self,
+        new: ControlRegs,
+        cs_long: bool,
+        limits: &ControlLimits,
+    ) -> Result<Effects, BadControlRegs> {
         let (cr0, cr4, efer) = (new.cr0, new.cr4, new.efer);
         if cr0.0 >> 32 != 0 {
             return Err(BadControlRegs::Cr0High(cr0.0));

@@ -10,7 +10,6 @@
 
 pub mod addr;
 pub mod control;
-/// CPUID profiles.
 pub mod cpuid;
 pub mod descriptor;
 pub mod exit;

@@ -5,6 +5,10 @@ use serde::{Deserialize, Serialize};
 /// Frequency of the guest's TSC in hertz. One tick of the TSC is one nanosecond of virtual time.
 pub const TSC_HZ: u64 = 1_000_000_000;
 
+/// Frequency in hertz of the core crystal that CPUID leaf 15h reports. The local APIC's timer counts
+/// exactly it (before its divider), else guests that trust the leaf scale every tick.
+pub const CRYSTAL_HZ: u64 = 1_000_000_000;
+
 /// Nanoseconds of virtual time since the machine was built. Every guest clock derives from it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize)]
 pub struct VirtualTime(pub u64);
