@@ -20,10 +20,7 @@ impl DebugExit {
 
     /// A device at `port` and the three after it.
     pub fn new(port: u16) -> Self {
-        Self {
-            port,
-            requested: None,
-        }
+        Self { port, requested: None }
     }
 
     /// The first value written since the last call.
@@ -65,11 +62,9 @@ mod tests {
 
     #[test]
     fn first_write_of_each_width_counts() {
-        for (width, expected) in [
-            (AccessWidth::Byte, 0x44),
-            (AccessWidth::Word, 0x3344),
-            (AccessWidth::Dword, 0x1122_3344),
-        ] {
+        for (width, expected) in
+            [(AccessWidth::Byte, 0x44), (AccessWidth::Word, 0x3344), (AccessWidth::Dword, 0x1122_3344)]
+        {
             let mut d = DebugExit::default();
             d.port_write(VirtualTime(0), 0xf4, width, 0x1122_3344);
             d.port_write(VirtualTime(0), 0xf4, width, 1);

@@ -61,11 +61,7 @@ pub struct InterruptMessage {
 impl InterruptMessage {
     /// The physical destination that an 8-bit field means.
     pub const fn destination8(id: u8, logical: bool) -> u32 {
-        if id == 0xff && !logical {
-            BROADCAST
-        } else {
-            id as u32
-        }
+        if id == 0xff && !logical { BROADCAST } else { id as u32 }
     }
 
     /// The message that a write of `data` to `address` (FEExxxxxh) makes ("Message Signalled
@@ -112,23 +108,12 @@ mod tests {
     #[test]
     fn msi_fields() {
         let m = InterruptMessage::of_msi(0xfee0_3000, 0x0041).unwrap();
-        assert_eq!(
-            (m.destination, m.logical, m.vector, m.level),
-            (3, false, 0x41, false)
-        );
+        assert_eq!((m.destination, m.logical, m.vector, m.level), (3, false, 0x41, false));
         assert_eq!(m.mode, DeliveryMode::Fixed);
         let m = InterruptMessage::of_msi(0xfeef_f00c, 0xc130).unwrap();
-        assert_eq!(
-            (m.destination, m.logical, m.level, m.assert),
-            (0xff, true, true, true)
-        );
+        assert_eq!((m.destination, m.logical, m.level, m.assert), (0xff, true, true, true));
         assert_eq!(m.mode, DeliveryMode::LowestPriority);
-        assert_eq!(
-            InterruptMessage::of_msi(0xfeef_f000, 0)
-                .unwrap()
-                .destination,
-            BROADCAST
-        );
+        assert_eq!(InterruptMessage::of_msi(0xfeef_f000, 0).unwrap().destination, BROADCAST);
         assert_eq!(InterruptMessage::of_msi(0xfee0_0000, 0x300), None);
     }
 }

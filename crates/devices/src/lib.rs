@@ -25,6 +25,8 @@ pub mod post;
 pub mod regmap;
 pub mod reset_control;
 pub mod rtc;
+#[cfg(test)]
+mod soak;
 pub mod uart;
 
 pub use acpi_pm::{AcpiPm, PowerRequest};

@@ -42,11 +42,7 @@ impl Device for Port92 {
 
 impl PortDevice for Port92 {
     fn port_read(&mut self, _now: VirtualTime, port: u16, width: AccessWidth) -> u32 {
-        regmap::read_bytes(
-            port,
-            width,
-            |port| if port == 0x92 { self.value } else { 0xff },
-        )
+        regmap::read_bytes(port, width, |port| if port == 0x92 { self.value } else { 0xff })
     }
     fn port_write(&mut self, _now: VirtualTime, port: u16, width: AccessWidth, value: u32) {
         regmap::write_bytes(port, width, value, |port, byte| {

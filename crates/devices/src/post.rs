@@ -32,11 +32,7 @@ impl Device for PostPort {
 
 impl PortDevice for PostPort {
     fn port_read(&mut self, _now: VirtualTime, port: u16, width: AccessWidth) -> u32 {
-        regmap::read_bytes(
-            port,
-            width,
-            |port| if port == 0x80 { self.code } else { 0xff },
-        )
+        regmap::read_bytes(port, width, |port| if port == 0x80 { self.code } else { 0xff })
     }
     fn port_write(&mut self, _now: VirtualTime, port: u16, width: AccessWidth, value: u32) {
         regmap::write_bytes(port, width, value, |port, byte| {

@@ -42,9 +42,7 @@ mod tests {
         assert_eq!(seen, [0x3f8, 0x3f9, 0x3fa, 0x3fb]);
         assert_eq!(value, 0xfbfa_f9f8);
         let mut seen = Vec::new();
-        write_bytes(0xffff, AccessWidth::Word, 0x1234, |port, byte| {
-            seen.push((port, byte))
-        });
+        write_bytes(0xffff, AccessWidth::Word, 0x1234, |port, byte| seen.push((port, byte)));
         assert_eq!(seen, [(0xffff, 0x34), (0, 0x12)]);
     }
 

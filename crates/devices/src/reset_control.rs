@@ -58,13 +58,9 @@ mod tests {
     #[test]
     fn reset_on_transition_of_bit_2() {
         let now = VirtualTime(0);
-        for (sequence, expected) in [
-            (&[2u32, 6][..], true),
-            (&[2], false),
-            (&[4], true),
-            (&[0xe], true),
-            (&[2, 0], false),
-        ] {
+        for (sequence, expected) in
+            [(&[2u32, 6][..], true), (&[2], false), (&[4], true), (&[0xe], true), (&[2, 0], false)]
+        {
             let mut r = ResetControl::default();
             for &v in sequence {
                 r.port_write(now, 0xcf9, AccessWidth::Byte, v);
