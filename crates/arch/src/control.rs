@@ -309,7 +309,8 @@ impl ControlRegs {
             regs.efer = Efer(self.efer.0 | Efer::LMA);
         }
         if !new.pg() {
-            if old.pg() && (self.efer.lma() && code.cs_long || self.cr4.pcide()) {
+            // A host-initiated write may have left PCIDE set with PG clear: the result counts, not the change.
+            if self.efer.lma() && code.cs_long || self.cr4.pcide() {
                 return Err(Fault::GP0);
             }
             regs.efer = Efer(self.efer.0 & !Efer::LMA);
@@ -370,10 +371,9 @@ impl ControlRegs {
         if new.pcide() && !old.pcide() && (!lma || self.cr3.pcid() != 0) {
             return Err(Fault::GP0);
         }
-        let paging = self.cr0.pg();
-        let flush = if paging && (changed & Cr4::PGE != 0 || old.pcide() && !new.pcide()) {
+        let flush = if changed & Cr4::PGE != 0 || old.pcide() && !new.pcide() {
             FlushScope::All
-        } else if paging && (changed & Cr4::PAE != 0 || new.smep() && !old.smep()) {
+        } else if changed & Cr4::PAE != 0 || new.smep() && !old.smep() {
             FlushScope::Pcid(self.pcid())
         } else {
             FlushScope::None
@@ -429,8 +429,9 @@ impl ControlRegs {
         if cr4.0 & !limits.cr4_allowed != 0 {
             return Err(BadControlRegs::Cr4Reserved(cr4.0 & !limits.cr4_allowed));
         }
-        if efer.0 & !(limits.efer_allowed | Efer::LMA) != 0 {
-            return Err(BadControlRegs::EferReserved(efer.0 & !limits.efer_allowed));
+        let efer_reserved = efer.0 & !(limits.efer_allowed | Efer::LMA);
+        if efer_reserved != 0 {
+            return Err(BadControlRegs::EferReserved(efer_reserved));
         }
         let long = efer.lme() && cr0.pg();
         if long != efer.lma() || long && !cr4.pae() || !long && cs_long {
@@ -440,6 +441,12 @@ impl ControlRegs {
             return Err(BadControlRegs::Cr3Reserved(new.cr3.0));
         }
         Ok(Effects { regs: new, flush: FlushScope::All, pdptes_loaded: false, forget_pcids: true })
+    }
+
+    /// INIT ("Processor State After Reset"): CD and NW survive, everything else is as after reset.
+    pub fn init(&self) -> Effects {
+        let cr0 = Cr0(self.cr0.0 & (Cr0::CD | Cr0::NW) | Cr0::ET);
+        Self { cr0, ..Self::default() }.effects(FlushScope::All)
     }
 }
 
