@@ -228,6 +228,14 @@ impl GuestMemory {
         }
     }
 
+    /// As [`report_store`](Self::report_store), for the MMU's own updates of accessed and dirty bits,
+    /// which only CODE pages need to know of.
+    pub fn report_code_store(&self, gpa: Gpa, off: RamOffset, bytes: u32) {
+        if self.flags.get(off).intersects(PageFlags::CODE) {
+            self.journal.push(gpa, bytes);
+        }
+    }
+
     /// Whether [`take_journal`](Self::take_journal) would give anything.
     #[inline(always)]
     pub fn journal_pending(&self) -> bool {

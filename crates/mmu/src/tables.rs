@@ -1,0 +1,44 @@
+//! Guest tables in guest memory, as a walk reaches them.
+
+use crate::walk::Tables;
+use umbra_arch::Gpa;
+use umbra_memory::{Backing, GuestMemory};
+
+/// Entry reads and locked updates in guest memory, counted.
+pub(crate) struct MemoryTables<'a> {
+    pub mem: &'a GuestMemory,
+    pub reads: u64,
+}
+
+/// Reads one entry; absent memory reads as all ones.
+pub(crate) fn read_entry(mem: &GuestMemory, gpa: Gpa, bytes: u64) -> u64 {
+    match (mem.map(gpa.page()).at(gpa.offset()).readable(), bytes) {
+        (Some(off), 4) => u64::from(mem.load::<u32>(off)),
+        (Some(off), _) => mem.load::<u64>(off),
+        (None, 4) => 0xffff_ffff,
+        (None, _) => !0,
+    }
+}
+
+impl Tables for MemoryTables<'_> {
+    fn read(&mut self, gpa: Gpa, bytes: u64) -> u64 {
+        self.reads += 1;
+        read_entry(self.mem, gpa, bytes)
+    }
+
+    fn exchange(&mut self, gpa: Gpa, bytes: u64, old: u64, new: u64) -> bool {
+        let Backing::Ram(off) = self.mem.map(gpa.page()).at(gpa.offset()) else {
+            return true;
+        };
+        let done = if bytes == 4 {
+            self.mem.compare_exchange(off, old as u32, new as u32).is_ok()
+        } else {
+            self.mem.compare_exchange(off, old, new).is_ok()
+        };
+        if done {
+            self.mem.note_store(off, bytes);
+            self.mem.report_code_store(gpa, off, bytes as u32);
+        }
+        done
+    }
+}

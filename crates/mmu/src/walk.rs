@@ -1,0 +1,186 @@
+//! The reference walk of guest tables: pure but for its parameter, which reads and updates entries.
+//!
+//! Order of checks, top down: at each level not-present, then reserved bits; rights only after the
+//! whole walk; accessed and dirty bits only if the access is allowed ("Page-Fault Exceptions",
+//! "Accessed and Dirty Flags").
+
+use crate::format::{Decoded, Format};
+use crate::rights::{self, Rights};
+use crate::role::{EntryFormat, PageRole, View};
+use umbra_arch::paging::{Access, AccessKind, entry, pfec};
+use umbra_arch::{Fault, Gpa, Gva};
+
+/// How a walk reaches table entries.
+pub trait Tables {
+    /// Reads the entry of `bytes` (4 or 8) bytes at `gpa`; absent memory reads as all ones.
+    fn read(&mut self, gpa: Gpa, bytes: u64) -> u64;
+    /// Replaces `old` by `new` atomically; false if the entry is no longer `old`. Entries that cannot
+    /// be written (ROM) count as replaced.
+    fn exchange(&mut self, gpa: Gpa, bytes: u64, old: u64, new: u64) -> bool;
+}
+
+/// Where a walk starts.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Top {
+    /// Paging is off.
+    Direct,
+    /// The table at this physical address.
+    Table(Gpa),
+    /// The latched PDPTEs of PAE paging, bits that nothing reads cleared.
+    Pdptes([u64; 4]),
+}
+
+/// Everything that decides what a linear address means.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Regime {
+    /// Where a walk starts.
+    pub top: Top,
+    /// Role of the first table read.
+    pub role: PageRole,
+    /// CPUID facts.
+    pub format: Format,
+}
+
+/// One entry that a walk used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Step {
+    /// First byte of the table.
+    pub table: Gpa,
+    /// Role of the table.
+    pub role: PageRole,
+    /// Index of the entry.
+    pub index: u16,
+    /// The entry as it is after the walk.
+    pub raw: u64,
+}
+
+impl Step {
+    /// The entry's address.
+    pub const fn entry(&self) -> Gpa {
+        self.table.add(self.index as u64 * self.role.format.entry_bytes())
+    }
+}
+
+/// A successful walk.
+#[derive(Clone, Copy, Debug)]
+pub struct Walk {
+    steps: [Step; 5],
+    count: usize,
+    /// The byte's physical address.
+    pub gpa: Gpa,
+    /// Rights over all levels.
+    pub rights: Rights,
+    /// D of the leaf.
+    pub dirty: bool,
+}
+
+impl Walk {
+    /// The entries used, topmost first; none with paging off.
+    pub fn steps(&self) -> &[Step] {
+        &self.steps[..self.count]
+    }
+}
+
+const NO_STEP: Step = Step {
+    table: Gpa::new(0),
+    role: PageRole {
+        level: 0,
+        format: EntryFormat::None,
+        nxe: false,
+        pse: false,
+        smm: false,
+        guest_mode: false,
+        wp: false,
+        smep: false,
+        smap: false,
+    },
+    index: 0,
+    raw: 0,
+};
+
+/// Lost races against other writers of the tables before A and D are given up: guests can provoke
+/// no more than a few, by entries that are walked twice.
+const RETRIES: usize = 64;
+
+/// Translates `gva` for `access`, setting A and D bits.
+///
+/// # Errors
+/// #PF with the code of "Page-Fault Exceptions" and `gva` for CR2.
+pub fn walk<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access, view: &View) -> Result<Walk, Fault> {
+    for _ in 0..RETRIES {
+        let mut found = look(tables, regime, gva, access, view)?;
+        if set_accessed_dirty(tables, &mut found, access) {
+            return Ok(found);
+        }
+    }
+    look(tables, regime, gva, access, view)
+}
+
+/// Translates `gva` for `access` and changes nothing.
+///
+/// # Errors
+/// As [`walk`].
+pub fn look<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access, view: &View) -> Result<Walk, Fault> {
+    let fault = |code| Fault::page(gva.raw(), code | rights::attempt_code(access, view));
+    let mut table = match regime.top {
+        Top::Direct => return Ok(direct(gva)),
+        Top::Table(table) => table,
+        Top::Pdptes(pdptes) => {
+            let pdpte = pdptes[(gva.raw() >> 30 & 3) as usize];
+            if pdpte & entry::P == 0 {
+                return Err(fault(0));
+            }
+            Gpa::new(pdpte & 0x000f_ffff_ffff_f000)
+        }
+    };
+    let mut role = regime.role;
+    let mut steps = [NO_STEP; 5];
+    let mut count = 0;
+    let mut combined = Rights::ALL;
+    loop {
+        let index = role.format.index(role.level, gva.raw()) as u16;
+        let step = Step { table, role, index, raw: 0 };
+        let raw = tables.read(step.entry(), role.format.entry_bytes());
+        steps[count] = Step { raw, ..step };
+        count += 1;
+        match regime.format.decode(raw, role) {
+            Decoded::NotPresent => return Err(fault(0)),
+            Decoded::Reserved => return Err(fault(pfec::P | pfec::RSVD)),
+            Decoded::Table { table: next, rights, .. } => {
+                combined = combined.and(rights);
+                table = next;
+                role = role.child();
+            }
+            Decoded::Leaf { base, rights, dirty, .. } => {
+                combined = combined.and(rights);
+                rights::check(combined, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
+                let within = gva.raw() & ((1 << role.format.shift(role.level)) - 1);
+                return Ok(Walk { steps, count, gpa: base.add(within), rights: combined, dirty });
+            }
+        }
+    }
+}
+
+/// The identity of paging off; linear addresses have 32 bits there.
+fn direct(gva: Gva) -> Walk {
+    let gpa = Gpa::new(gva.raw() & 0xffff_ffff);
+    Walk { steps: [NO_STEP; 5], count: 0, gpa, rights: Rights::ALL, dirty: true }
+}
+
+/// False if an entry changed under the walk.
+fn set_accessed_dirty<T: Tables>(tables: &mut T, walk: &mut Walk, access: Access) -> bool {
+    let last = walk.count.wrapping_sub(1);
+    for (level, step) in walk.steps[..walk.count].iter_mut().enumerate() {
+        let dirty = if level == last && access.kind == AccessKind::Write { entry::D } else { 0 };
+        let new = step.raw | entry::A | dirty;
+        if new == step.raw {
+            continue;
+        }
+        if !tables.exchange(step.entry(), step.role.format.entry_bytes(), step.raw, new) {
+            return false;
+        }
+        step.raw = new;
+        walk.dirty |= dirty != 0;
+    }
+    true
+}
