@@ -1,2 +1,5 @@
-//! A PC made of CPUs, memory and devices: memory map, boot protocols, events, run loop.
+//! A PC made of CPUs, memory and devices: memory map, boot protocols, events, run loop, snapshots.
 #![forbid(unsafe_code)]
+
+pub mod boot;
+pub mod memory_map;
