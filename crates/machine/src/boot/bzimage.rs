@@ -109,7 +109,7 @@ fn parse(image: &[u8]) -> Result<Header<'_>, BootError> {
     }
     let pref_address = u64_at(image, field::PREF_ADDRESS).unwrap_or(0);
     let relocatable = byte(field::RELOCATABLE) != 0;
-    if pref_address < HIGH_MEMORY || pref_address >= FOUR_GIB || !pref_address.is_multiple_of(PAGE_SIZE) {
+    if !(HIGH_MEMORY..FOUR_GIB).contains(&pref_address) || !pref_address.is_multiple_of(PAGE_SIZE) {
         return Err(bad("pref_address", pref_address));
     }
     Ok(Header {
