@@ -87,6 +87,7 @@ impl HostExec {
             mem_align: form.mem_align,
             mxcsr: form.mxcsr,
             enters_mmx: form.enters_mmx,
+            flags_read: form.flags_read,
             flags_written: form.flags_written,
         })
     }

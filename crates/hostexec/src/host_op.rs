@@ -3,37 +3,39 @@
 use iced_x86::Code;
 use std::io;
 
-/// A prepared instruction: which stub, and which registers it applies to. Eight bytes, for decoded blocks.
+/// A prepared instruction: which stub, and which registers it applies to.
 ///
 /// Belongs to the [`HostExec`](crate::HostExec) that prepared it; another one's runs some other instruction,
 /// which is a wrong result but nothing worse.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct HostOp {
-    stub: u32,
-    regs: u32,
-}
+pub struct HostOp(u64);
 
 impl HostOp {
+    /// Significant bits of [`to_bits`](Self::to_bits): 24 of the stub's number, 4 of each of 4 registers.
+    pub const BITS: u32 = 40;
+
     pub(crate) fn new(stub: u32, regs: [u8; 4]) -> Self {
-        Self { stub, regs: u32::from_le_bytes(regs) & 0x0f0f_0f0f }
+        let nibbles = regs.iter().rev().fold(0, |all, r| all << 4 | u64::from(r & 15));
+        Self(u64::from(stub) & 0xff_ffff | nibbles << 24)
     }
-    /// As an integer, for a field of a decoded operation.
+    /// As an integer of [`BITS`](Self::BITS) bits, for a field of a decoded operation.
     pub fn to_bits(self) -> u64 {
-        u64::from(self.stub) | u64::from(self.regs) << 32
+        self.0
     }
-    /// From [`to_bits`](Self::to_bits).
+    /// From [`to_bits`](Self::to_bits); higher bits are ignored.
     #[inline(always)]
     pub fn from_bits(bits: u64) -> Self {
-        Self { stub: bits as u32, regs: (bits >> 32) as u32 & 0x0f0f_0f0f }
+        Self(bits)
     }
     #[inline(always)]
     pub(crate) fn stub(self) -> usize {
-        self.stub as usize
+        (self.0 & 0xff_ffff) as usize
     }
     /// One register number below 16 per byte, in operand order. Stubs rely on the bound.
     #[inline(always)]
     pub(crate) fn regs(self) -> u64 {
-        u64::from(self.regs)
+        let r = self.0 >> 24;
+        r & 0xf | r << 4 & 0xf00 | r << 8 & 0xf_0000 | r << 12 & 0xf00_0000
     }
 }
 
@@ -80,6 +82,8 @@ pub struct Prepared {
     pub mxcsr: bool,
     /// Makes the x87 state an MMX state.
     pub enters_mmx: bool,
+    /// Depends on status flags.
+    pub flags_read: bool,
     /// Status flags that it writes (RFLAGS bits).
     pub flags_written: u64,
 }
