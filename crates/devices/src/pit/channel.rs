@@ -123,11 +123,6 @@ impl Channel {
         std::mem::take(&mut self.rose)
     }
 
-    /// Gate input.
-    pub fn gate(&self) -> bool {
-        self.gate
-    }
-
     /// Sets the gate input.
     pub fn set_gate(&mut self, level: bool) {
         if level == self.gate {
