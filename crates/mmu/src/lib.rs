@@ -14,8 +14,15 @@ pub mod role;
 pub mod stats;
 pub mod walk;
 
+mod audit;
+mod context;
+mod fill;
+mod invalidate;
 mod mmu;
+mod roots;
+mod shadow;
 mod tables;
+mod writers;
 
 pub use mmu::{Mmu, MmuMode, MmuOptions, Translation};
 pub use role::{CpuRole, PageRole, View};

@@ -1,13 +1,17 @@
-//! The MMU.
+//! The MMU: what is selected at present, and how that changes.
 
+use crate::context::{Column, Entry, Pool, column_of};
 use crate::format::Format;
 use crate::role::{CpuRole, View};
-use crate::stats::MmuStats;
+use crate::roots::{Root, RootCache};
+use crate::shadow::ShadowPages;
+use crate::stats::{COUNTED_SLOTS, MmuStats};
 use crate::tables::MemoryTables;
 use crate::walk::{self, Regime, Top};
+use crate::writers::Writers;
 use std::sync::Arc;
-use umbra_arch::control::{ControlLimits, ControlRegs, Effects};
-use umbra_arch::paging::{Access, AccessKind, PagingMode, entry};
+use umbra_arch::control::{ControlLimits, ControlRegs, Effects, FlushScope};
+use umbra_arch::paging::{Access, PagingMode, entry};
 use umbra_arch::{Fault, Gpa, Gva};
 use umbra_memory::{Backing, GuestMemory, RamOffset};
 
@@ -24,12 +28,20 @@ pub enum MmuMode {
 }
 
 /// Choices at creation.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MmuOptions {
     /// What a change of role or root does to the others.
     pub mode: MmuMode,
     /// Put WP, SMEP and SMAP into page roles, as KVM does.
     pub kvm_role: bool,
+    /// Bound on shadow pages (of 4 KiB, or 8 KiB for 2-level paging).
+    pub shadow_pages: usize,
+}
+
+impl Default for MmuOptions {
+    fn default() -> Self {
+        Self { mode: MmuMode::NoUnload, kvm_role: false, shadow_pages: 64 << 10 }
+    }
 }
 
 /// A translated byte.
@@ -41,53 +53,136 @@ pub struct Translation {
     pub backing: Backing,
 }
 
+/// The column that the fast paths read.
+#[derive(Clone, Copy, Debug, Default)]
+struct Active {
+    base: usize,
+    mask: u64,
+    generation: u64,
+}
+
 /// The MMU of one processor.
+///
+/// Its caller reports each commit of control registers ([`apply`](Self::apply)), each change of CPL,
+/// RFLAGS.AC and key registers, and each store to a WATCHED page
+/// ([`table_written`](Self::table_written)); then nothing here is ever stale.
 pub struct Mmu {
-    mem: Arc<GuestMemory>,
-    format: Format,
+    active: Active,
+    pub(crate) pool: Pool,
+    pub(crate) current: usize,
+    pub(crate) roots: RootCache,
+    pub(crate) shadow: ShadowPages,
+    pub(crate) writers: Writers,
+    pub(crate) mem: Arc<GuestMemory>,
+    pub(crate) format: Format,
+    pub(crate) view: View,
+    /// Keys under any restriction, as `View::restricted_keys`.
+    pub(crate) restricted: u32,
+    pub(crate) stats: MmuStats,
     regs: ControlRegs,
     role: CpuRole,
     cpl: u8,
     ac: bool,
+    smm: bool,
+    guest_mode: bool,
     pkru: u32,
     pkrs: u32,
-    stats: MmuStats,
+    options: MmuOptions,
+    random: u64,
+    mem_generation: u64,
+    last_stamp: u64,
 }
 
 impl Mmu {
-    /// An MMU over `mem`, with paging off.
+    /// An MMU over `mem`, with paging off at CPL 0.
     pub fn new(mem: Arc<GuestMemory>, limits: ControlLimits, options: MmuOptions) -> Mmu {
-        let _ = options;
+        let frames = (mem.mapping_bytes() >> 12) as usize;
         let regs = ControlRegs::default();
         let role = CpuRole::of(&regs);
-        Mmu {
+        let random = if let MmuMode::DropAtRandom(seed) = options.mode { seed | 1 } else { 1 };
+        let mut mmu = Mmu {
+            active: Active::default(),
+            pool: Pool::new(),
+            current: 0,
+            roots: RootCache::new(),
+            shadow: ShadowPages::new(frames, options.shadow_pages),
+            writers: Writers::new(frames),
+            mem_generation: mem.generation(),
             mem,
             format: Format::intel(limits.maxphyaddr),
+            view: View::of(&role, 0, false, 0, 0),
+            restricted: 0,
+            stats: MmuStats::default(),
             regs,
             role,
             cpl: 0,
             ac: false,
+            smm: false,
+            guest_mode: false,
             pkru: 0,
             pkrs: 0,
-            stats: MmuStats::default(),
-        }
+            options,
+            random,
+            last_stamp: 0,
+        };
+        mmu.select_root();
+        mmu
     }
 
     /// CPUID changed: everything cached goes.
     pub fn set_limits(&mut self, limits: ControlLimits) {
-        self.format.maxphyaddr = limits.maxphyaddr;
+        self.set_format(Format { maxphyaddr: Format::intel(limits.maxphyaddr).maxphyaddr, ..self.format });
     }
 
-    /// After every commit of control registers: counts the flush, selects the root.
+    /// CPUID facts beyond [`ControlLimits`] changed: everything cached goes.
+    pub fn set_format(&mut self, format: Format) {
+        self.format = format;
+        self.drop_everything();
+    }
+
+    /// After every commit of control registers: counts the architectural flush, which drops nothing,
+    /// and selects the root that the new registers name.
     pub fn apply(&mut self, effects: &Effects) {
+        let cr3 = effects.regs.cr3 != self.regs.cr3 || matches!(effects.flush, FlushScope::PcidNonGlobal(_));
         self.stats.count_flush(effects.flush);
-        self.reset_to(&effects.regs);
+        let role_changed = self.set_regs(&effects.regs);
+        if self.options.mode == MmuMode::UnloadAlways && (role_changed || cr3) {
+            self.unload_roots(effects.flush != FlushScope::None);
+        }
+        self.maybe_drop();
+        self.check_memory_map();
+        self.select_root();
     }
 
-    /// Host-initiated replacement of the control registers.
+    /// Host-initiated replacement of the control registers (reset, INIT, a restored snapshot).
     pub fn reset_to(&mut self, regs: &ControlRegs) {
+        self.apply(&Effects { regs: *regs, flush: FlushScope::All, pdptes_loaded: false, forget_pcids: true });
+    }
+
+    /// Entering or leaving system-management mode or a nested guest.
+    pub fn set_environment(&mut self, smm: bool, guest_mode: bool) {
+        (self.smm, self.guest_mode) = (smm, guest_mode);
+        let regs = self.regs;
+        self.set_regs(&regs);
+        self.select_root();
+    }
+
+    /// Takes over registers; true if the role changed.
+    fn set_regs(&mut self, regs: &ControlRegs) -> bool {
         self.regs = *regs;
-        self.role = CpuRole::of(regs);
+        let role = CpuRole { smm: self.smm, guest_mode: self.guest_mode, ..CpuRole::of(regs) };
+        let changed = role != self.role;
+        if changed {
+            self.role = role;
+            self.stats.role_changes += 1;
+            self.restricted = self.full_view().restricted_keys();
+        }
+        changed
+    }
+
+    /// The role in force.
+    pub fn cpu_role(&self) -> &CpuRole {
+        &self.role
     }
 
     /// CPL or RFLAGS.AC changed.
@@ -95,65 +190,175 @@ impl Mmu {
     pub fn set_view(&mut self, cpl: u8, ac: bool) {
         self.cpl = cpl;
         self.ac = ac;
+        self.select_view();
     }
 
     /// PKRU changed.
     pub fn set_pkru(&mut self, pkru: u32) {
         self.pkru = pkru;
+        self.select_keys();
     }
 
     /// IA32_PKRS changed.
     pub fn set_pkrs(&mut self, pkrs: u32) {
         self.pkrs = pkrs;
+        self.select_keys();
     }
 
-    /// The fast translation of `bytes` bytes at `gva` for a read; `None` on a miss or at a page's end.
-    #[inline(always)]
-    pub fn lookup_read(&self, _gva: Gva, _bytes: u64) -> Option<RamOffset> {
-        None
+    fn select_keys(&mut self) {
+        self.restricted = self.full_view().restricted_keys();
+        self.select_view();
     }
 
-    /// As [`lookup_read`](Self::lookup_read) for a write that nobody has to be told of.
-    #[inline(always)]
-    pub fn lookup_write(&self, _gva: Gva, _bytes: u64) -> Option<RamOffset> {
-        None
-    }
-
-    /// As [`lookup_read`](Self::lookup_read) for an instruction fetch's first byte.
-    #[inline(always)]
-    pub fn lookup_fetch(&self, _gva: Gva) -> Option<RamOffset> {
-        None
-    }
-
-    fn regime(&self) -> Regime {
-        let role = self.role.root_page_role(false);
-        let top = match self.role.mode {
-            PagingMode::Off => Top::Direct,
-            PagingMode::Pae => Top::Pdptes(self.regs.pdpte.map(|e| if e & entry::P != 0 { e } else { 0 })),
-            mode => Top::Table(self.regs.cr3.table(mode)),
-        };
-        Regime { top, role, format: self.format }
-    }
-
-    fn view(&self) -> View {
+    fn full_view(&self) -> View {
         View::of(&self.role, self.cpl, self.ac, self.pkru, self.pkrs)
     }
 
-    /// Translates one byte, sets A and D bits, fills the fast tables.
-    ///
-    /// # Errors
-    /// #PF with its error code and the address for CR2.
-    pub fn translate(&mut self, gva: Gva, access: Access) -> Result<Translation, Fault> {
-        let (regime, view) = (self.regime(), self.view());
-        let mut tables = MemoryTables { mem: &self.mem, reads: 0 };
-        let found = walk::walk(&mut tables, &regime, gva, access, &view)?;
-        self.stats.entries_read += tables.reads;
-        self.stats.walks += 1;
-        let backing = self.mem.map(found.gpa.page()).at(found.gpa.offset());
-        if let (Backing::Ram(off), AccessKind::Write) = (backing, access.kind) {
-            self.mem.note_store(off, 1);
+    /// The key of the root that the registers name.
+    pub(crate) fn regime(&self) -> Regime {
+        let top = match self.role.mode {
+            PagingMode::Off => Top::Direct,
+            PagingMode::Pae => Top::Pdptes(self.regs.pdpte.map(used_pdpte_bits)),
+            mode => Top::Table(self.regs.cr3.table(mode)),
+        };
+        Regime { top, role: self.role.root_page_role(self.options.kvm_role), format: self.format }
+    }
+
+    pub(crate) fn select_root(&mut self) {
+        let regime = self.regime();
+        if !self.roots.slots[self.current].as_ref().is_some_and(|root| root.regime == regime) {
+            match self.roots.find(&regime) {
+                Some((slot, position)) => {
+                    self.stats.root_hits += 1;
+                    self.stats.root_hits_by_slot[position.min(COUNTED_SLOTS - 1)] += 1;
+                    self.current = slot;
+                }
+                None => self.build_root(regime),
+            }
         }
-        Ok(Translation { gpa: found.gpa, backing })
+        self.select_view();
+    }
+
+    #[cold]
+    fn build_root(&mut self, regime: Regime) {
+        self.stats.root_misses += 1;
+        self.stats.roots_built += 1;
+        if let Some(slot) = self.roots.victim() {
+            self.free_root(slot);
+        }
+        let stamp = self.next_stamp();
+        self.current = self.roots.insert(Root { regime, tops: [None; 4], columns: Default::default(), stamp });
+    }
+
+    pub(crate) fn free_root(&mut self, slot: usize) {
+        if let Some(mut root) = self.roots.remove(slot) {
+            root.columns.iter_mut().for_each(|column| self.pool.release(column));
+            self.stats.roots_freed += 1;
+        }
+    }
+
+    fn unload_roots(&mut self, by_flush: bool) {
+        for slot in self.roots.used() {
+            if by_flush && let Some(root) = &self.roots.slots[slot] {
+                self.stats.dropped_by_flush += root.columns.iter().map(|c| u64::from(c.held)).sum::<u64>();
+            }
+            self.free_root(slot);
+        }
+    }
+
+    pub(crate) fn next_stamp(&mut self) -> u64 {
+        self.last_stamp += 1;
+        self.last_stamp
+    }
+
+    /// Points the fast paths at the column of the current root and view.
+    #[inline]
+    pub(crate) fn select_view(&mut self) {
+        self.view = self.full_view();
+        let column = column_of(&self.view);
+        let restricted = self.restricted;
+        let Some(root) = &self.roots.slots[self.current] else { return };
+        let chosen = &root.columns[column];
+        if !chosen.exists() || chosen.keys & restricted != 0 {
+            self.prepare_column(column);
+        }
+        self.sync_active();
+    }
+
+    /// Makes the chosen column, or clears it of pages whose keys have become restricted.
+    #[cold]
+    fn prepare_column(&mut self, column: usize) {
+        let Some(root) = &mut self.roots.slots[self.current] else { return };
+        let chosen = &mut root.columns[column];
+        if chosen.exists() {
+            self.pool.clear(chosen);
+            self.stats.context_clears += 1;
+        } else {
+            self.pool.create(chosen);
+        }
+    }
+
+    fn active_column(&self) -> Option<&Column> {
+        let root = self.roots.slots[self.current].as_ref()?;
+        Some(&root.columns[column_of(&self.view)])
+    }
+
+    /// After anything that can move or clear the active column.
+    #[inline]
+    pub(crate) fn sync_active(&mut self) {
+        if let Some(column) = self.active_column().filter(|c| c.exists()) {
+            self.active = Active { base: column.base as usize, mask: column.mask(), generation: column.generation };
+        }
+    }
+
+    /// Whether the fast paths read `column`, for the audit.
+    pub(crate) fn reads_column(&self, column: &Column) -> bool {
+        let Active { base, mask, generation } = self.active;
+        column.exists() && (base, mask, generation) == (column.base as usize, column.mask(), column.generation)
+    }
+
+    #[inline(always)]
+    fn slot(&self, gva: Gva) -> Option<&Entry> {
+        self.pool.entries.get(self.active.base + (gva.raw() >> 12 & self.active.mask) as usize)
+    }
+
+    /// The tag of the page that an access ends in: equal to its slot's tag only if that is the page it
+    /// starts in, since the next page has another slot.
+    #[inline(always)]
+    fn tag(&self, gva: Gva, bytes: u64) -> u64 {
+        gva.raw().wrapping_add(bytes.wrapping_sub(1)) & !0xfff | self.active.generation
+    }
+
+    /// The fast translation of `bytes` (1..=4096) bytes at `gva` for a read; `None` on a miss and for
+    /// an access that crosses a page's end.
+    #[inline(always)]
+    pub fn lookup_read(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {
+        let slot = self.slot(gva)?;
+        (slot.tag_read == self.tag(gva, bytes)).then(|| RamOffset::new(gva.raw().wrapping_add(slot.addend)))
+    }
+
+    /// As [`lookup_read`](Self::lookup_read) for a write that nobody has to be told of: the page is
+    /// RAM, dirty already, no code and no table.
+    #[inline(always)]
+    pub fn lookup_write(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {
+        let slot = self.slot(gva)?;
+        (slot.tag_write == self.tag(gva, bytes)).then(|| RamOffset::new(gva.raw().wrapping_add(slot.addend)))
+    }
+
+    /// As [`lookup_read`](Self::lookup_read) for one byte of an instruction fetch.
+    #[inline(always)]
+    pub fn lookup_fetch(&self, gva: Gva) -> Option<RamOffset> {
+        let slot = self.slot(gva)?;
+        (slot.tag_fetch == self.tag(gva, 1)).then(|| RamOffset::new(gva.raw().wrapping_add(slot.addend)))
+    }
+
+    /// As long as this is the value it was when a fetch was translated, the translation is valid; it
+    /// comes back when a root and view are selected again and nothing executable was dropped meanwhile.
+    #[inline(always)]
+    pub fn fetch_stamp(&self) -> u64 {
+        let class = if self.view.user { 0 } else { 1 + self.view.smep as u64 };
+        let stamp = self.roots.slots[self.current].as_ref().map_or(0, |root| root.stamp);
+        stamp << 8 | (self.current as u64) << 2 | class
     }
 
     /// Translates one byte and changes nothing: for debuggers.
@@ -162,38 +367,24 @@ impl Mmu {
     /// As [`translate`](Self::translate).
     pub fn peek(&self, gva: Gva, access: Access) -> Result<Translation, Fault> {
         let mut tables = MemoryTables { mem: &self.mem, reads: 0 };
-        let found = walk::look(&mut tables, &self.regime(), gva, access, &self.view())?;
+        let found = walk::look(&mut tables, &self.regime(), gva, access, &self.full_view())?;
         let backing = self.mem.map(found.gpa.page()).at(found.gpa.offset());
         Ok(Translation { gpa: found.gpa, backing })
     }
 
-    /// After a store of `bytes` bytes at `gpa` hit a WATCHED page, and for each entry of the journal.
-    pub fn table_written(&mut self, _gpa: Gpa, _bytes: u32) {
-        self.stats.table_writes += 1;
-    }
-
-    /// CODE or WATCHED was set for the page that holds `off`: no fast write may hit it any more.
-    pub fn code_page_changed(&mut self, _off: RamOffset) {}
-
-    /// INVLPG. Counts; nothing needs dropping.
+    /// INVLPG: counted. Entries are never stale, so nothing needs dropping.
     pub fn invlpg(&mut self, _gva: Gva) {
         self.stats.flushes_page += 1;
     }
 
-    /// INVPCID of a legal type and operand. Counts; nothing needs dropping.
-    pub fn invpcid(&mut self, kind: u64, _pcid: u16, _gva: Gva) {
+    /// INVPCID of a legal type and operand: counted. Nothing needs dropping.
+    pub fn invpcid(&mut self, kind: u64, pcid: u16, _gva: Gva) {
         match kind {
             0 => self.stats.flushes_page += 1,
-            1 => self.stats.flushes_pcid_non_global += 1,
-            2 => self.stats.flushes_all += 1,
-            _ => self.stats.flushes_all_non_global += 1,
+            1 => self.stats.count_flush(FlushScope::PcidNonGlobal(pcid)),
+            2 => self.stats.count_flush(FlushScope::All),
+            _ => self.stats.count_flush(FlushScope::AllNonGlobal),
         }
-    }
-
-    /// Equal stamps: translations of fetches taken since the first are still valid.
-    #[inline(always)]
-    pub fn fetch_stamp(&self) -> u64 {
-        0
     }
 
     /// Event counts.
@@ -201,17 +392,62 @@ impl Mmu {
         &self.stats
     }
 
-    /// Checks every cached entry against the guest's tables.
-    ///
-    /// # Errors
-    /// Says what is wrong: a bug in this crate or a store that was not reported.
-    pub fn audit(&self) -> Result<(), String> {
-        Ok(())
+    /// Shadow pages at present.
+    pub fn shadow_pages(&self) -> usize {
+        self.shadow.live()
     }
 
-    /// Drops all fast translations.
-    pub fn drop_all_contexts(&mut self) {}
+    /// Roots at present.
+    pub fn cached_roots(&self) -> usize {
+        self.roots.used().count()
+    }
 
-    /// Drops all shadow pages and fast translations.
-    pub fn drop_all_shadow(&mut self) {}
+    /// Drops everything if regions of memory came or went.
+    #[inline]
+    pub(crate) fn check_memory_map(&mut self) {
+        if self.mem.generation() != self.mem_generation {
+            self.mem_generation = self.mem.generation();
+            self.drop_everything();
+        }
+    }
+
+    /// For changes that no shadow page survives: CPUID, the memory map.
+    #[cold]
+    fn drop_everything(&mut self) {
+        self.stats.full_drops += 1;
+        self.drop_all_shadow();
+        for slot in self.roots.used() {
+            self.free_root(slot);
+        }
+        self.select_root();
+    }
+
+    /// With [`MmuMode::DropAtRandom`], sometimes drops some cache.
+    #[inline]
+    pub(crate) fn maybe_drop(&mut self) {
+        if matches!(self.options.mode, MmuMode::DropAtRandom(_)) {
+            self.drop_at_random();
+        }
+    }
+
+    #[cold]
+    fn drop_at_random(&mut self) {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        match self.random >> 32 & 63 {
+            0 => self.drop_all_shadow(),
+            1..=4 => self.drop_all_contexts(),
+            5 => {
+                self.unload_roots(false);
+                self.select_root();
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A PDPTE without the bits that a walk never reads, so that they make no new root.
+fn used_pdpte_bits(pdpte: u64) -> u64 {
+    if pdpte & entry::P == 0 { 0 } else { pdpte & 0x000f_ffff_ffff_f000 | entry::P }
 }

@@ -1,0 +1,270 @@
+//! Translation contexts: direct-mapped tables of translations that the fast paths read.
+//!
+//! A root owns up to [`COLUMNS`] *columns*, one for each way of judging raw rights. All columns are
+//! blocks of one pool, so that selecting one is choosing an offset and a mask. A tag is the page's
+//! linear address with the column's generation in its low 12 bits: clearing a column is counting on.
+
+use crate::rights::{self, Rights};
+use crate::role::View;
+use umbra_arch::paging::{Access, AccessKind};
+
+/// A slot of a column. Integers only: generated code reads it too.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Entry {
+    /// Page address and generation if reads are allowed, else [`Entry::INVALID`].
+    pub tag_read: u64,
+    /// Likewise for writes that nobody has to be told of.
+    pub tag_write: u64,
+    /// Likewise for instruction fetches.
+    pub tag_fetch: u64,
+    /// What to add to a linear address to get its RAM offset, wrapping.
+    pub addend: u64,
+}
+
+impl Entry {
+    /// A tag that no address has: its generation is never used.
+    pub const INVALID: u64 = !0;
+    const EMPTY: Entry =
+        Entry { tag_read: Self::INVALID, tag_write: Self::INVALID, tag_fetch: Self::INVALID, addend: 0 };
+
+    fn holds(&self, tag: u64) -> bool {
+        self.tag_read == tag || self.tag_write == tag || self.tag_fetch == tag
+    }
+    fn in_use(&self, generation: u64) -> bool {
+        [self.tag_read, self.tag_write, self.tag_fetch].iter().any(|t| t & 0xfff == generation)
+    }
+}
+
+/// Columns of a root: one for CPL 3, eight for the supervisor's (WP, SMAP enforced, SMEP).
+pub(crate) const COLUMNS: usize = 9;
+/// Generations 0..LAST; 0xfff belongs to [`Entry::INVALID`].
+const LAST_GENERATION: u64 = 0xffe;
+/// Column sizes in entries.
+const SIZES: [u32; 3] = [512, 4096, 16384];
+/// Bound on the pool's entries (64 MiB).
+const POOL_ENTRIES: u32 = 2 << 20;
+/// Of these so many are kept for columns of the smallest size.
+const SMALL_RESERVE: u32 = 64 * COLUMNS as u32 * SIZES[0];
+
+/// The column that judges as `view` does.
+#[inline(always)]
+pub(crate) const fn column_of(view: &View) -> usize {
+    if view.user {
+        0
+    } else {
+        1 + (view.wp as usize | (view.smap_enforced(false) as usize) << 1 | (view.smep as usize) << 2)
+    }
+}
+
+/// The view that a column stands for, without keys.
+pub(crate) const fn view_of(column: usize) -> View {
+    let bits = column.wrapping_sub(1);
+    View {
+        user: column == 0,
+        ac: false,
+        wp: bits & 1 != 0,
+        smap: bits & 2 != 0,
+        smep: bits & 4 != 0,
+        reports_fetches: false,
+        pke: false,
+        pks: false,
+        pkru: 0,
+        pkrs: 0,
+    }
+}
+
+pub(crate) const READ: u8 = 1;
+pub(crate) const WRITE: u8 = 2;
+pub(crate) const FETCH: u8 = 4;
+
+/// What each column allows for each combination of raw rights (bit 0 W, bit 1 U, bit 2 X).
+pub(crate) const ALLOWED: [[u8; 8]; COLUMNS] = allowed_table();
+
+const fn allowed_table() -> [[u8; 8]; COLUMNS] {
+    let mut table = [[0; 8]; COLUMNS];
+    let mut column = 0;
+    while column < COLUMNS {
+        let mut bits = 0;
+        while bits < 8 {
+            let raw = Rights { write: bits & 1 != 0, user: bits & 2 != 0, exec: bits & 4 != 0, key: 0 };
+            table[column][bits] = allowed(raw, &view_of(column));
+            bits += 1;
+        }
+        column += 1;
+    }
+    table
+}
+
+const fn allowed(raw: Rights, view: &View) -> u8 {
+    let cpl = if view.user { 3 } else { 0 };
+    let mut allowed = 0;
+    if rights::check(raw, Access::explicit(AccessKind::Read, cpl), view).is_ok() {
+        allowed |= READ;
+    }
+    if rights::check(raw, Access::explicit(AccessKind::Write, cpl), view).is_ok() {
+        allowed |= WRITE;
+    }
+    if rights::check(raw, Access::explicit(AccessKind::Fetch, cpl), view).is_ok() {
+        allowed |= FETCH;
+    }
+    allowed
+}
+
+/// A block of the pool; `entries` is 0 until it is needed.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Column {
+    pub base: u32,
+    pub entries: u32,
+    pub generation: u64,
+    /// Protection keys of what was filled in since the last clear, as `View::restricted_keys`.
+    pub keys: u32,
+    /// Fills since the last clear: nothing is held when 0.
+    pub held: u32,
+    fills: u32,
+    conflicts: u32,
+}
+
+impl Column {
+    pub(crate) fn exists(&self) -> bool {
+        self.entries != 0
+    }
+    pub(crate) fn mask(&self) -> u64 {
+        u64::from(self.entries) - 1
+    }
+    fn slot(&self, page: u64) -> usize {
+        self.base as usize + ((page >> 12) & self.mask()) as usize
+    }
+    /// Whether fills have evicted so much that a larger block pays.
+    fn wants_growth(&mut self) -> bool {
+        if self.fills < self.entries {
+            return false;
+        }
+        let crowded = self.conflicts >= self.entries / 4;
+        (self.fills, self.conflicts) = (0, 0);
+        crowded
+    }
+}
+
+#[derive(Clone, Copy)]
+struct FreeBlock {
+    base: u32,
+    generation: u64,
+}
+
+/// The memory of all columns.
+pub(crate) struct Pool {
+    pub entries: Vec<Entry>,
+    free: [Vec<FreeBlock>; SIZES.len()],
+}
+
+impl Pool {
+    pub(crate) fn new() -> Self {
+        Self { entries: Vec::new(), free: Default::default() }
+    }
+
+    /// A block of size class `class`, empty; `None` when the pool's bound is reached.
+    fn allocate(&mut self, class: usize) -> Option<Column> {
+        let entries = SIZES[class];
+        if let Some(block) = self.free[class].pop() {
+            let mut column = Column { base: block.base, entries, generation: block.generation, ..Column::default() };
+            self.clear(&mut column);
+            return Some(column);
+        }
+        let base = self.entries.len() as u32;
+        let bound = if class == 0 { POOL_ENTRIES } else { POOL_ENTRIES - SMALL_RESERVE };
+        if base + entries > bound {
+            return None;
+        }
+        self.entries.resize((base + entries) as usize, Entry::EMPTY);
+        Some(Column { base, entries, ..Column::default() })
+    }
+
+    /// Gives `column` a block of the smallest size. There always is one: the bound leaves room for the
+    /// columns of all roots.
+    pub(crate) fn create(&mut self, column: &mut Column) {
+        if let Some(new) = self.allocate(0) {
+            *column = new;
+        }
+    }
+
+    pub(crate) fn release(&mut self, column: &mut Column) {
+        if let Some(class) = SIZES.iter().position(|&s| s == column.entries) {
+            self.free[class].push(FreeBlock { base: column.base, generation: column.generation });
+        }
+        *column = Column::default();
+    }
+
+    /// Forgets everything in a column.
+    pub(crate) fn clear(&mut self, column: &mut Column) {
+        column.generation += 1;
+        if column.generation > LAST_GENERATION {
+            column.generation = 0;
+            self.block_mut(column).fill(Entry::EMPTY);
+        }
+        column.keys = 0;
+        column.held = 0;
+    }
+
+    pub(crate) fn block(&self, column: &Column) -> &[Entry] {
+        &self.entries[column.base as usize..(column.base + column.entries) as usize]
+    }
+
+    fn block_mut(&mut self, column: &Column) -> &mut [Entry] {
+        &mut self.entries[column.base as usize..(column.base + column.entries) as usize]
+    }
+
+    /// Enters a translation with `allowed` accesses. True if the column has become too small.
+    pub(crate) fn fill(&mut self, column: &mut Column, page: u64, allowed: u8, addend: u64) -> bool {
+        let tag = page | column.generation;
+        let slot = &mut self.entries[column.slot(page)];
+        if !slot.holds(tag) && slot.in_use(column.generation) {
+            column.conflicts += 1;
+        }
+        let pick = |bit| if allowed & bit != 0 { tag } else { Entry::INVALID };
+        *slot = Entry { tag_read: pick(READ), tag_write: pick(WRITE), tag_fetch: pick(FETCH), addend };
+        column.fills += 1;
+        column.held = column.held.saturating_add(1);
+        column.wants_growth()
+    }
+
+    /// Moves a column to a block of the next size, if there is one. True if it moved.
+    pub(crate) fn grow(&mut self, column: &mut Column) -> bool {
+        let Some(class) = SIZES.iter().position(|&s| s > column.entries) else { return false };
+        let Some(mut new) = self.allocate(class) else { return false };
+        for at in column.base as usize..(column.base + column.entries) as usize {
+            let old = self.entries[at];
+            let page =
+                [old.tag_read, old.tag_write, old.tag_fetch].into_iter().find(|t| t & 0xfff == column.generation);
+            let Some(page) = page.map(|t| t & !0xfff) else { continue };
+            let move_tag = |t: u64| if t & 0xfff == column.generation { page | new.generation } else { Entry::INVALID };
+            self.entries[new.slot(page)] = Entry {
+                tag_read: move_tag(old.tag_read),
+                tag_write: move_tag(old.tag_write),
+                tag_fetch: move_tag(old.tag_fetch),
+                addend: old.addend,
+            };
+        }
+        (new.keys, new.held) = (column.keys, column.held);
+        self.release(column);
+        *column = new;
+        true
+    }
+
+    /// Forgets one page.
+    pub(crate) fn drop_page(&mut self, column: &Column, page: u64) {
+        let tag = page | column.generation;
+        let slot = &mut self.entries[column.slot(page)];
+        if slot.holds(tag) {
+            *slot = Entry::EMPTY;
+        }
+    }
+
+    /// Forgets that one page can be written.
+    pub(crate) fn drop_write(&mut self, column: &Column, page: u64) {
+        let slot = &mut self.entries[column.slot(page)];
+        if slot.tag_write == page | column.generation {
+            slot.tag_write = Entry::INVALID;
+        }
+    }
+}

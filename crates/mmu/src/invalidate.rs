@@ -1,0 +1,234 @@
+//! Dropping exactly what was derived from a changed entry.
+
+use crate::mmu::Mmu;
+use crate::shadow::{Link, ShadowEntry};
+use crate::writers::Writer;
+use smallvec::SmallVec;
+use umbra_arch::Gpa;
+use umbra_memory::{PageFlags, RamOffset};
+
+/// Stores to a shadowed page without any use of it in between, after which it counts as reused.
+const IDLE_WRITES: u32 = 512;
+/// Up to so many linear pages are cleared one by one; beyond that whole columns go.
+const MAX_SINGLE_CLEARS: u64 = 4096;
+
+impl Mmu {
+    /// After a store of `bytes` bytes at `gpa` to a WATCHED page, and for each entry of memory's
+    /// journal: drops what was derived from entries that now say something else.
+    pub fn table_written(&mut self, gpa: Gpa, bytes: u32) {
+        self.check_memory_map();
+        self.maybe_drop();
+        let mut at = gpa;
+        let mut left = u64::from(bytes);
+        while left > 0 {
+            let chunk = left.min(4096 - at.offset());
+            if let Some(off) = self.mem.map(at.page()).readable() {
+                self.frame_written(off, at.offset(), chunk);
+            }
+            at = at.add(chunk);
+            left -= chunk;
+        }
+        self.sync_active();
+    }
+
+    fn frame_written(&mut self, off: RamOffset, first_byte: u64, bytes: u64) {
+        let pages = self.shadow.of_frame(off);
+        if pages.is_empty() {
+            return;
+        }
+        self.stats.table_writes += 1;
+        for index in pages {
+            let width = self.shadow.page(index).role.format.entry_bytes();
+            for at in first_byte / width..=(first_byte + bytes - 1) / width {
+                if self.refresh_entry(index, at as usize) {
+                    self.stats.entries_dropped += 1;
+                }
+            }
+            self.shadow.page_mut(index).idle_writes += 1;
+            self.retire_if_unused(index);
+        }
+    }
+
+    /// A page without entries, or written to like data, no longer serves as a table.
+    fn retire_if_unused(&mut self, index: u32) {
+        let page = self.shadow.page(index);
+        if page.present != 0 && page.idle_writes < IDLE_WRITES {
+            return;
+        }
+        let link = self.shadow.link_of(index);
+        if self.is_current_top(link) {
+            return;
+        }
+        for slot in self.roots.used() {
+            if self.roots.slots[slot].as_ref().is_some_and(|root| root.tops.contains(&Some(link))) {
+                self.free_root(slot);
+            }
+        }
+        self.stats.tables_retired += 1;
+        self.free_page(index);
+    }
+
+    fn is_current_top(&self, link: Link) -> bool {
+        self.roots.slots[self.current].as_ref().is_some_and(|root| root.tops.contains(&Some(link)))
+    }
+
+    /// Drops one present entry and all that the contexts hold because of it.
+    pub(crate) fn drop_entry(&mut self, index: u32, at: usize) {
+        let page = self.shadow.page(index);
+        let entry = page.entries[at];
+        let (roots, anywhere, bases) = (page.roots, page.anywhere, page.bases.clone());
+        let shift = page.role.format.shift(page.role.level);
+        self.shadow.set(index, at, ShadowEntry::default());
+        if !entry.is_leaf() && self.shadow.get(entry.child()).is_none() {
+            // What was below went when the child was freed.
+            return;
+        }
+        if entry.is_executable() {
+            self.renew_stamps(roots);
+        }
+        if anywhere {
+            return self.clear_columns(roots);
+        }
+        for base in bases {
+            let gva = base.wrapping_add((at as u64) << shift);
+            if entry.is_leaf() {
+                self.clear_range(roots, gva, 1 << (shift - 12));
+            } else {
+                self.clear_below(roots, gva, entry.child(), 1 << (shift - 12));
+            }
+        }
+    }
+
+    /// Clears what was reached at `gva` through a link to `child`.
+    fn clear_below(&mut self, roots: u64, gva: u64, child: Link, pages: u64) {
+        let singles: SmallVec<[u64; 64]> = match self.shadow.get(child) {
+            Some(child) if child.role.level == 1 && child.present <= 64 => present_at(&child.entries).collect(),
+            _ => return self.clear_range(roots, gva, pages),
+        };
+        for at in singles {
+            self.clear_page(roots, gva.wrapping_add(at << 12));
+        }
+    }
+
+    fn clear_range(&mut self, roots: u64, gva: u64, pages: u64) {
+        if pages.saturating_mul(u64::from(roots.count_ones())) > MAX_SINGLE_CLEARS {
+            return self.clear_columns(roots);
+        }
+        for at in 0..pages {
+            self.clear_page(roots, gva.wrapping_add(at << 12));
+        }
+    }
+
+    fn clear_page(&mut self, roots: u64, page: u64) {
+        let pool = &mut self.pool;
+        self.roots.for_each_in(roots, |root| {
+            root.columns.iter().filter(|c| c.held != 0).for_each(|column| pool.drop_page(column, page));
+        });
+    }
+
+    /// Clears all columns of these roots.
+    pub(crate) fn clear_columns(&mut self, roots: u64) {
+        let (pool, clears) = (&mut self.pool, &mut self.stats.context_clears);
+        self.roots.for_each_in(roots, |root| {
+            for column in root.columns.iter_mut().filter(|c| c.held != 0) {
+                pool.clear(column);
+                *clears += 1;
+            }
+        });
+    }
+
+    fn renew_stamps(&mut self, roots: u64) {
+        // Several roots may share it: `fetch_stamp` adds the slot.
+        let stamp = self.next_stamp();
+        self.roots.for_each_in(roots, |root| root.stamp = stamp);
+    }
+
+    /// Frees a shadow page, with what the contexts hold because of it; its frame may become unwatched.
+    pub(crate) fn free_page(&mut self, index: u32) {
+        let page = self.shadow.page(index);
+        let (off, roots, present) = (page.off, page.roots, u64::from(page.present));
+        if present != 0 {
+            self.renew_stamps(roots);
+            let cost = present * u64::from(roots.count_ones()) * page_bases(self.shadow.page(index).bases.len());
+            let page = self.shadow.page(index);
+            if page.role.level == 1 && !page.anywhere && cost <= MAX_SINGLE_CLEARS {
+                let bases = page.bases.clone();
+                let singles: Vec<u64> = present_at(&page.entries).collect();
+                for base in bases {
+                    for &at in &singles {
+                        self.clear_page(roots, base.wrapping_add(at << 12));
+                    }
+                }
+            } else {
+                self.clear_columns(roots);
+            }
+        }
+        self.stats.pages_freed += 1;
+        if self.shadow.release(index) {
+            self.mem.clear_flags(off, PageFlags::WATCHED);
+        }
+    }
+
+    /// Evicts shadow pages until `more` new ones fit.
+    pub(crate) fn make_room(&mut self, more: usize) {
+        let tops = self.roots.slots[self.current].as_ref().map_or([None; 4], |root| root.tops);
+        while let Some(index) = self.shadow.victim(more, |link| tops.contains(&Some(link))) {
+            self.stats.pages_evicted += 1;
+            self.free_page(index);
+        }
+    }
+
+    /// CODE or WATCHED was set for the page that holds `off`: no fast write may hit it any more.
+    pub fn code_page_changed(&mut self, off: RamOffset) {
+        self.drop_write_tags(off);
+    }
+
+    /// Clears DIRTY of the page that holds `off`; its next write sets it again.
+    pub fn clean_page(&mut self, off: RamOffset) {
+        self.mem.clear_flags(off, PageFlags::DIRTY);
+        self.drop_write_tags(off);
+    }
+
+    pub(crate) fn drop_write_tags(&mut self, off: RamOffset) {
+        let writers = self.writers.take(off);
+        self.drop_writers(&writers);
+    }
+
+    pub(crate) fn drop_writers(&mut self, writers: &[Writer]) {
+        for &(page, roots) in writers {
+            let pool = &mut self.pool;
+            self.roots.for_each_in(roots, |root| {
+                root.columns.iter().filter(|c| c.held != 0).for_each(|column| pool.drop_write(column, page));
+            });
+        }
+    }
+
+    /// Drops all fast translations; they come back from the shadow tree.
+    pub fn drop_all_contexts(&mut self) {
+        self.clear_columns(!0);
+        self.sync_active();
+    }
+
+    /// Drops all shadow pages and fast translations; they come back from the guest's tables.
+    pub fn drop_all_shadow(&mut self) {
+        self.clear_columns(!0);
+        self.writers.clear();
+        self.renew_stamps(!0);
+        let all: Vec<u32> = self.shadow.indices().collect();
+        for index in all {
+            let off = self.shadow.page(index).off;
+            self.shadow.release(index);
+            self.mem.clear_flags(off, PageFlags::WATCHED);
+            self.stats.pages_freed += 1;
+        }
+        self.sync_active();
+    }
+}
+
+fn page_bases(n: usize) -> u64 {
+    n.max(1) as u64
+}
+
+fn present_at(entries: &[ShadowEntry]) -> impl Iterator<Item = u64> + '_ {
+    entries.iter().enumerate().filter(|(_, e)| e.is_present()).map(|(at, _)| at as u64)
+}

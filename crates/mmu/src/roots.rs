@@ -1,0 +1,103 @@
+//! Roots: what a CR3 (or four PDPTEs) under a role leads to, and the cache that keeps them.
+
+use crate::context::{COLUMNS, Column};
+use crate::shadow::Link;
+use crate::walk::{Regime, Top};
+
+/// Roots kept; root sets are bits of one word.
+pub(crate) const MAX_ROOTS: usize = 64;
+
+/// One root. Its level and format are its own: nothing here depends on the mode now in force.
+pub(crate) struct Root {
+    /// The key.
+    pub regime: Regime,
+    /// Shadow page of the topmost table; the first only, but for PAE's four page directories.
+    pub tops: [Option<Link>; 4],
+    pub columns: [Column; COLUMNS],
+    /// Changes whenever a translation of a fetch may have ended.
+    pub stamp: u64,
+}
+
+impl Root {
+    /// The slot of `tops` that serves `gva`.
+    #[inline(always)]
+    pub(crate) fn top_slot(&self, gva: u64) -> usize {
+        match self.regime.top {
+            Top::Pdptes(_) => (gva >> 30 & 3) as usize,
+            _ => 0,
+        }
+    }
+}
+
+/// A word that differs for most different keys, compared first.
+fn fingerprint(regime: &Regime) -> u64 {
+    let top = match regime.top {
+        Top::Direct => 1,
+        Top::Table(table) => table.raw(),
+        Top::Pdptes(p) => p[0] ^ p[1].rotate_left(13) ^ p[2].rotate_left(27) ^ p[3].rotate_left(41),
+    };
+    top ^ u64::from(regime.role.word()) << 48
+}
+
+/// Roots in slots, and their order of use.
+pub(crate) struct RootCache {
+    pub slots: Vec<Option<Root>>,
+    /// Fingerprint and slot, most recently used first.
+    order: Vec<(u64, u8)>,
+}
+
+impl RootCache {
+    pub(crate) fn new() -> Self {
+        Self { slots: (0..MAX_ROOTS).map(|_| None).collect(), order: Vec::with_capacity(MAX_ROOTS) }
+    }
+
+    /// Finds a root and makes it the most recently used: its slot and former position.
+    #[inline]
+    pub(crate) fn find(&mut self, regime: &Regime) -> Option<(usize, usize)> {
+        let print = fingerprint(regime);
+        let fits = |&(p, slot): &(u64, u8)| {
+            p == print && self.slots[slot as usize].as_ref().is_some_and(|root| root.regime == *regime)
+        };
+        let position = self.order.iter().position(fits)?;
+        self.order[..=position].rotate_right(1);
+        Some((self.order[0].1 as usize, position))
+    }
+
+    /// The slot to give up before a new root fits.
+    pub(crate) fn victim(&self) -> Option<usize> {
+        if self.order.len() < MAX_ROOTS { None } else { self.order.last().map(|&(_, slot)| slot as usize) }
+    }
+
+    /// Puts a root into a free slot, most recently used. The caller has made room.
+    pub(crate) fn insert(&mut self, root: Root) -> usize {
+        let slot = self.slots.iter().position(Option::is_none).unwrap_or(0);
+        self.order.insert(0, (fingerprint(&root.regime), slot as u8));
+        self.slots[slot] = Some(root);
+        slot
+    }
+
+    pub(crate) fn remove(&mut self, slot: usize) -> Option<Root> {
+        self.order.retain(|&(_, s)| s as usize != slot);
+        self.slots[slot].take()
+    }
+
+    /// Slots in use.
+    pub(crate) fn used(&self) -> impl Iterator<Item = usize> + use<> {
+        let mut slots: Vec<usize> = self.order.iter().map(|&(_, slot)| slot as usize).collect();
+        slots.sort_unstable();
+        slots.into_iter()
+    }
+
+    /// Visits the roots of a set, one bit a slot.
+    #[inline]
+    pub(crate) fn for_each_in(&mut self, set: u64, mut visit: impl FnMut(&mut Root)) {
+        let mut left = set;
+        while left != 0 {
+            let slot = left.trailing_zeros() as usize;
+            left &= left - 1;
+            if let Some(root) = &mut self.slots[slot] {
+                visit(root);
+            }
+        }
+    }
+}

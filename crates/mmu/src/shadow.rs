@@ -1,0 +1,369 @@
+//! Shadow pages: what was read from a guest table, decoded, for as long as the table says the same.
+//!
+//! A page is keyed by its table's frame and its [`PageRole`]; inherited rights are not part of the key,
+//! since entries keep raw rights and a lookup combines them on its way down. A link to a child names a
+//! page's index and serial number, so a freed child leaves no dangling link: the serial differs.
+
+use crate::format::{Decoded, Format};
+use crate::rights::Rights;
+use crate::role::PageRole;
+use smallvec::SmallVec;
+use umbra_arch::{Gpa, GpaPage};
+use umbra_memory::RamOffset;
+
+/// An entry of a shadow page. Bits 1..=3 are W, U and X so that combining rights is an AND.
+///
+/// Leaf: the page's physical address in bits 51:12. Link: child's index in bits 29:10, serial above.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct ShadowEntry(pub u64);
+
+impl ShadowEntry {
+    pub(crate) const P: u64 = 1;
+    pub(crate) const W: u64 = 2;
+    pub(crate) const U: u64 = 4;
+    pub(crate) const X: u64 = 8;
+    pub(crate) const RIGHTS: u64 = Self::W | Self::U | Self::X;
+    const D: u64 = 1 << 4;
+    const LEAF: u64 = 1 << 5;
+    const KEY_SHIFT: u32 = 6;
+    const FRAME: u64 = 0x000f_ffff_ffff_f000;
+    const INDEX_SHIFT: u32 = 10;
+    const SERIAL_SHIFT: u32 = 30;
+
+    fn rights_bits(rights: Rights) -> u64 {
+        let bit = |on, bit| if on { bit } else { 0 };
+        bit(rights.write, Self::W) | bit(rights.user, Self::U) | bit(rights.exec, Self::X)
+    }
+    pub(crate) fn leaf(base: Gpa, rights: Rights, dirty: bool) -> Self {
+        let key = u64::from(rights.key) << Self::KEY_SHIFT;
+        let dirty = if dirty { Self::D } else { 0 };
+        Self(Self::P | Self::LEAF | Self::rights_bits(rights) | dirty | key | base.raw() & Self::FRAME)
+    }
+    pub(crate) fn link(child: Link, rights: Rights) -> Self {
+        let index = u64::from(child.index) << Self::INDEX_SHIFT;
+        Self(Self::P | Self::rights_bits(rights) | index | child.serial << Self::SERIAL_SHIFT)
+    }
+    #[inline(always)]
+    pub(crate) fn is_present(self) -> bool {
+        self.0 & Self::P != 0
+    }
+    #[inline(always)]
+    pub(crate) fn is_leaf(self) -> bool {
+        self.0 & Self::LEAF != 0
+    }
+    #[inline(always)]
+    pub(crate) fn is_dirty(self) -> bool {
+        self.0 & Self::D != 0
+    }
+    pub(crate) fn is_executable(self) -> bool {
+        self.0 & Self::X != 0
+    }
+    #[inline(always)]
+    pub(crate) fn key(self) -> u8 {
+        (self.0 >> Self::KEY_SHIFT) as u8 & 15
+    }
+    #[inline(always)]
+    pub(crate) fn frame(self) -> Gpa {
+        Gpa::new(self.0 & Self::FRAME)
+    }
+    #[inline(always)]
+    pub(crate) fn child(self) -> Link {
+        Link { index: (self.0 >> Self::INDEX_SHIFT) as u32 & (MAX_PAGES - 1), serial: self.0 >> Self::SERIAL_SHIFT }
+    }
+    fn set_dirty(self) -> Self {
+        Self(self.0 | Self::D)
+    }
+}
+
+/// Raw rights from combined entry bits.
+#[inline(always)]
+pub(crate) fn rights_of(bits: u64, key: u8) -> Rights {
+    Rights {
+        write: bits & ShadowEntry::W != 0,
+        user: bits & ShadowEntry::U != 0,
+        exec: bits & ShadowEntry::X != 0,
+        key,
+    }
+}
+
+/// A name of a shadow page that is void once the page is freed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Link {
+    pub index: u32,
+    pub serial: u64,
+}
+
+/// Indices fit a link's 20 bits.
+const MAX_PAGES: u32 = 1 << 20;
+const SERIAL_MASK: u64 = !0 >> ShadowEntry::SERIAL_SHIFT;
+/// Linear bases remembered for a page; more of them mean "anywhere".
+const MAX_BASES: usize = 4;
+
+pub(crate) struct ShadowPage {
+    pub entries: Box<[ShadowEntry]>,
+    /// 0 while the slot is free.
+    serial: u64,
+    /// The table's frame.
+    pub table: GpaPage,
+    pub off: RamOffset,
+    pub role: PageRole,
+    /// Present entries.
+    pub present: u32,
+    /// Root slots (a bit each) whose contexts may hold translations through this page.
+    pub roots: u64,
+    /// Linear addresses at which it was reached.
+    pub bases: SmallVec<[u64; 2]>,
+    /// More bases than remembered.
+    pub anywhere: bool,
+    /// Stores to the table since it was last used for a translation.
+    pub idle_writes: u32,
+    /// Used since the eviction's hand last came by.
+    pub referenced: bool,
+    /// Next page of the same frame, plus 1.
+    next: u32,
+}
+
+impl ShadowPage {
+    /// Bytes of linear address space that the whole page covers, as a shift.
+    fn coverage_shift(&self) -> u32 {
+        self.role.format.shift(self.role.level) + self.role.format.index_bits()
+    }
+
+    /// Notes that root `slot` holds a translation of `gva` through this page.
+    #[inline]
+    pub(crate) fn reached(&mut self, gva: u64, slot: usize) {
+        self.idle_writes = 0;
+        self.referenced = true;
+        self.roots |= 1 << slot;
+        let base = gva >> self.coverage_shift() << self.coverage_shift();
+        if self.bases.first() != Some(&base) {
+            self.add_base(base);
+        }
+    }
+
+    fn add_base(&mut self, base: u64) {
+        if self.anywhere || self.bases.contains(&base) {
+            return;
+        }
+        if self.bases.len() == MAX_BASES {
+            self.anywhere = true;
+        } else {
+            self.bases.push(base);
+        }
+    }
+
+    /// Whether a drop would find a context entry of `gva` in root `slot`.
+    pub(crate) fn knows(&self, gva: u64, slot: usize) -> bool {
+        let base = gva >> self.coverage_shift() << self.coverage_shift();
+        self.roots >> slot & 1 != 0 && (self.anywhere || self.bases.contains(&base))
+    }
+}
+
+/// What became of a shadow entry when its guest entry was written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Fresh {
+    /// It still says the same.
+    Same,
+    /// Only D was set, which the entry now has too.
+    Dirtied,
+    /// It must go.
+    Stale,
+}
+
+/// All shadow pages.
+pub(crate) struct ShadowPages {
+    pages: Vec<ShadowPage>,
+    free: Vec<u32>,
+    /// Per frame of the host mapping: index of its first shadow page plus 1.
+    heads: Vec<u32>,
+    last_serial: u64,
+    live: usize,
+    limit: usize,
+    hand: usize,
+}
+
+impl ShadowPages {
+    pub(crate) fn new(frames: usize, limit: usize) -> Self {
+        let limit = limit.clamp(16, MAX_PAGES as usize);
+        Self { pages: Vec::new(), free: Vec::new(), heads: vec![0; frames], last_serial: 0, live: 0, limit, hand: 0 }
+    }
+
+    pub(crate) fn live(&self) -> usize {
+        self.live
+    }
+
+    /// The page that a link names, unless it was freed.
+    #[inline(always)]
+    pub(crate) fn get(&self, link: Link) -> Option<&ShadowPage> {
+        self.pages.get(link.index as usize).filter(|page| page.serial == link.serial)
+    }
+
+    pub(crate) fn page(&self, index: u32) -> &ShadowPage {
+        &self.pages[index as usize]
+    }
+
+    pub(crate) fn page_mut(&mut self, index: u32) -> &mut ShadowPage {
+        &mut self.pages[index as usize]
+    }
+
+    pub(crate) fn link_of(&self, index: u32) -> Link {
+        Link { index, serial: self.pages[index as usize].serial }
+    }
+
+    /// Indices of all live pages.
+    pub(crate) fn indices(&self) -> impl Iterator<Item = u32> + '_ {
+        (0..self.pages.len() as u32).filter(|&i| self.pages[i as usize].serial != 0)
+    }
+
+    /// Indices of the pages that shadow the frame at `off`.
+    pub(crate) fn of_frame(&self, off: RamOffset) -> SmallVec<[u32; 4]> {
+        let mut found = SmallVec::new();
+        let mut at = self.heads.get((off.raw() >> 12) as usize).copied().unwrap_or(0);
+        while at != 0 {
+            found.push(at - 1);
+            at = self.pages[at as usize - 1].next;
+        }
+        found
+    }
+
+    /// The page of this whole key.
+    pub(crate) fn find(&self, off: RamOffset, table: GpaPage, role: PageRole) -> Option<u32> {
+        let mut at = self.heads.get((off.raw() >> 12) as usize).copied().unwrap_or(0);
+        while at != 0 {
+            let page = &self.pages[at as usize - 1];
+            if page.role == role && page.table == table {
+                return Some(at - 1);
+            }
+            at = page.next;
+        }
+        None
+    }
+
+    /// Makes an empty page. The caller marks the frame as watched.
+    pub(crate) fn allocate(&mut self, off: RamOffset, table: GpaPage, role: PageRole) -> u32 {
+        self.last_serial = (self.last_serial + 1) & SERIAL_MASK;
+        self.last_serial = self.last_serial.max(1);
+        let length = 1 << role.format.index_bits();
+        let head = self.heads[(off.raw() >> 12) as usize];
+        let mut page = ShadowPage {
+            entries: Box::default(),
+            serial: self.last_serial,
+            table,
+            off: off.page_base(),
+            role,
+            present: 0,
+            roots: 0,
+            bases: SmallVec::new(),
+            anywhere: false,
+            idle_writes: 0,
+            referenced: true,
+            next: head,
+        };
+        let index = self.free.pop().unwrap_or(self.pages.len() as u32);
+        if let Some(old) = self.pages.get_mut(index as usize) {
+            // A freed page's entries are all clear: reuse the allocation.
+            page.entries = std::mem::take(&mut old.entries);
+        }
+        if page.entries.len() != length {
+            page.entries = vec![ShadowEntry::default(); length].into_boxed_slice();
+        }
+        if index as usize == self.pages.len() {
+            self.pages.push(page);
+        } else {
+            self.pages[index as usize] = page;
+        }
+        self.heads[(off.raw() >> 12) as usize] = index + 1;
+        self.live += 1;
+        index
+    }
+
+    /// Frees a page; answers whether its frame is no longer shadowed at all.
+    pub(crate) fn release(&mut self, index: u32) -> bool {
+        let page = &mut self.pages[index as usize];
+        let (off, next) = (page.off, page.next);
+        if page.present != 0 {
+            page.entries.fill(ShadowEntry::default());
+        }
+        page.serial = 0;
+        page.present = 0;
+        self.unlink(off, index, next);
+        self.free.push(index);
+        self.live -= 1;
+        self.heads[(off.raw() >> 12) as usize] == 0
+    }
+
+    fn unlink(&mut self, off: RamOffset, index: u32, next: u32) {
+        let head = &mut self.heads[(off.raw() >> 12) as usize];
+        if *head == index + 1 {
+            *head = next;
+            return;
+        }
+        let mut at = *head;
+        while at != 0 {
+            let page = &mut self.pages[at as usize - 1];
+            if page.next == index + 1 {
+                page.next = next;
+                return;
+            }
+            at = page.next;
+        }
+    }
+
+    /// Writes an entry and keeps the count.
+    pub(crate) fn set(&mut self, index: u32, at: usize, entry: ShadowEntry) {
+        let page = &mut self.pages[index as usize];
+        let old = std::mem::replace(&mut page.entries[at], entry);
+        page.present = page.present + u32::from(entry.is_present()) - u32::from(old.is_present());
+    }
+
+    /// Compares a present entry with what the guest's entry `raw` says now.
+    pub(crate) fn refresh(&mut self, index: u32, at: usize, raw: u64, format: &Format) -> Fresh {
+        let page = &self.pages[index as usize];
+        let old = page.entries[at];
+        let decoded = format.decode(raw, page.role);
+        if self.says(old, page.role, decoded) {
+            return Fresh::Same;
+        }
+        if !old.is_dirty() && self.says(old.set_dirty(), page.role, decoded) && old.is_leaf() {
+            self.pages[index as usize].entries[at] = old.set_dirty();
+            return Fresh::Dirtied;
+        }
+        Fresh::Stale
+    }
+
+    /// Whether an entry of a page with `role` is what `decoded` asks for. A link to a freed child asks
+    /// for nothing, so it fits any table.
+    pub(crate) fn says(&self, entry: ShadowEntry, role: PageRole, decoded: Decoded) -> bool {
+        match decoded {
+            Decoded::NotPresent | Decoded::Reserved => false,
+            Decoded::Leaf { base, rights, accessed, dirty } => {
+                accessed && entry == ShadowEntry::leaf(base, rights, dirty)
+            }
+            Decoded::Table { table, rights, accessed } => {
+                accessed
+                    && !entry.is_leaf()
+                    && entry.0 & ShadowEntry::RIGHTS == ShadowEntry::rights_bits(rights)
+                    && self.get(entry.child()).is_none_or(|c| c.table == table.page() && c.role == role.child())
+            }
+        }
+    }
+
+    /// The next page to evict before `more` new ones fit, or `None` when they do.
+    pub(crate) fn victim(&mut self, more: usize, keep: impl Fn(Link) -> bool) -> Option<u32> {
+        if self.live + more <= self.limit {
+            return None;
+        }
+        for _ in 0..2 * self.pages.len() {
+            self.hand = (self.hand + 1) % self.pages.len();
+            let link = self.link_of(self.hand as u32);
+            let page = &mut self.pages[self.hand];
+            if page.serial == 0 || keep(link) {
+                continue;
+            }
+            if !std::mem::take(&mut page.referenced) {
+                return Some(link.index);
+            }
+        }
+        None
+    }
+}
