@@ -8,6 +8,9 @@ mod fixed;
 mod interrupts;
 mod table;
 
+pub(crate) use fixed::SCI_IRQ;
+pub(crate) use interrupts::{IOAPIC_ID, TIMER_PIN};
+
 use crate::memory_map::BIOS_AREA;
 use table::{Table, checksum};
 use umbra_arch::Gpa;
@@ -128,7 +131,7 @@ mod tests {
                 let dsdt = self::table(&built, u32_at(table, 40).into());
                 assert!(dsdt.starts_with(b"DSDT") && sum(dsdt) == 0);
                 let facs = u32_at(table, 36);
-                assert!(at(&built, facs.into()).starts_with(b"FACS") && facs % 64 == 0);
+                assert!(at(&built, facs.into()).starts_with(b"FACS") && facs.is_multiple_of(64));
                 assert_eq!(u64::from_le_bytes(table[140..148].try_into().unwrap()), u32_at(table, 40).into());
             }
         }

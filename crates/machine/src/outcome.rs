@@ -1,0 +1,49 @@
+//! How a run ended.
+
+use serde::Serialize;
+use umbra_arch::exit::{TripleFault, Unsupported};
+
+/// Why a run ended. All but [`End::Stopped`] depend on the guest alone.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum End {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest asked for a reset: a reboot ends the run.
+    Reset,
+    /// The guest wrote this to the debug-exit port.
+    DebugExit(u32),
+    /// The expected string appeared on the serial line.
+    Expected,
+    /// No CPU will ever run again.
+    HaltedForever(Halted),
+    /// A CPU shut down.
+    TripleFault(TripleFault),
+    /// The guest needs something that isn't implemented.
+    Unsupported(Unsupported),
+    /// The virtual time limit was reached.
+    Limit,
+    /// The host ended the run.
+    Stopped(Stop),
+}
+
+/// A machine in which nothing can happen any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct Halted {
+    /// RIP after the HLT of the first CPU.
+    pub rip: u64,
+    /// Whether RFLAGS.IF was set: then no device had an interrupt to send.
+    pub interrupts_enabled: bool,
+}
+
+/// Why the host ended a run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stop {
+    /// The wall-clock limit.
+    Timeout,
+    /// The user asked for it.
+    User,
+    /// A signal asked for it.
+    Signal(i32),
+    /// The guest's output can't be written any more.
+    OutputClosed,
+}

@@ -1,0 +1,150 @@
+//! Interrupt lines and messages: from devices' outputs to the CPUs.
+
+use super::{CpuSignal, Pc, Request};
+use crate::acpi::{SCI_IRQ, TIMER_PIN};
+use crate::events::Source;
+use umbra_arch::VirtualTime;
+use umbra_devices::uart::COM1_IRQ;
+use umbra_devices::{Device, lapic};
+
+const TIMER_IRQ: u8 = 0;
+const KEYBOARD_IRQ: u8 = 1;
+const CASCADE: u8 = 2;
+const RTC_IRQ: u8 = 8;
+const MOUSE_IRQ: u8 = 12;
+/// Local interrupt pin that the 8259's INTR is wired to.
+const LINT0: usize = 0;
+
+impl Pc {
+    /// Reads the outputs of one device, passes on what changed and enters its next event.
+    #[inline]
+    pub(super) fn settle(&mut self, source: Source) {
+        let devices = &mut self.devices;
+        let next = match source {
+            Source::Pit => {
+                let (level, rise) = (devices.pit.irq0(), devices.pit.take_irq0_rise());
+                if rise {
+                    self.set_line(TIMER_IRQ, false);
+                    self.set_line(TIMER_IRQ, true);
+                }
+                self.set_line(TIMER_IRQ, level);
+                self.devices.pit.next_event()
+            }
+            Source::Rtc => {
+                let level = devices.rtc.irq();
+                self.set_line(RTC_IRQ, level);
+                self.devices.rtc.next_event()
+            }
+            Source::Com1 => {
+                let level = devices.com1.irq();
+                self.set_line(COM1_IRQ, level);
+                self.collect_serial();
+                self.devices.com1.next_event()
+            }
+            Source::Keyboard => {
+                let (keyboard, mouse, reset) =
+                    (devices.keyboard.irq1(), devices.keyboard.irq12(), devices.keyboard.take_reset_request());
+                self.set_line(KEYBOARD_IRQ, keyboard);
+                self.set_line(MOUSE_IRQ, mouse);
+                if reset {
+                    self.ask(Request::Reset);
+                }
+                self.devices.keyboard.next_event()
+            }
+            Source::AcpiPm => {
+                let level = devices.acpi_pm.sci();
+                self.set_line(SCI_IRQ, level);
+                self.poll_power();
+                self.devices.acpi_pm.next_event()
+            }
+            Source::Lapic(n) => {
+                self.settle_interrupts();
+                self.devices.lapics.get(n as usize).and_then(Device::next_event)
+            }
+            Source::HostInput => return,
+        };
+        self.enter(source, next);
+    }
+
+    fn enter(&mut self, source: Source, next: Option<VirtualTime>) {
+        let next = next.filter(|&time| time != VirtualTime::NEVER);
+        self.events.schedule(source, next.map(|time| time.max(self.latest)));
+        self.attention |= next.is_some_and(|time| time < self.slice_end);
+    }
+
+    /// Sets an ISA interrupt line at the 8259s and the I/O APIC.
+    fn set_line(&mut self, irq: u8, level: bool) {
+        let bit = 1u16 << irq;
+        if (self.lines & bit != 0) == level {
+            return;
+        }
+        self.lines ^= bit;
+        self.devices.pic.set_line(irq, level);
+        match irq {
+            TIMER_IRQ => self.devices.ioapic.set_line(TIMER_PIN, level),
+            CASCADE => {}
+            other => self.devices.ioapic.set_line(other.into(), level),
+        }
+        self.settle_interrupts();
+    }
+
+    /// Moves messages until all is quiet, then looks which CPUs have something to do.
+    pub(super) fn settle_interrupts(&mut self) {
+        let devices = &mut self.devices;
+        for from in 0..devices.lapics.len() {
+            while let Some(ipi) = devices.lapics[from].take_ipi() {
+                lapic::deliver_ipi(&mut devices.lapics, from, &ipi);
+            }
+            while let Some(vector) = devices.lapics[from].take_eoi() {
+                devices.ioapic.eoi(vector);
+            }
+        }
+        while let Some(message) = devices.ioapic.take_message() {
+            lapic::deliver(&mut devices.lapics, &message);
+        }
+        let intr = devices.pic.intr();
+        for (lapic, pending) in devices.lapics.iter_mut().zip(&mut self.pending) {
+            lapic.set_lint(LINT0, intr);
+            let now_pending = lapic.interrupt_pending() || intr && lapic.accepts_extint();
+            self.attention |= now_pending && !*pending || lapic.nmi_pending() || lapic.init_pending();
+            *pending = now_pending;
+        }
+    }
+
+    /// Whether an external interrupt waits for this CPU.
+    #[inline]
+    pub fn interrupt_pending(&self, vcpu: usize) -> bool {
+        self.pending.get(vcpu).copied().unwrap_or(false)
+    }
+
+    /// Whether an NMI waits for this CPU.
+    pub fn nmi_pending(&self, vcpu: usize) -> bool {
+        self.devices.lapics.get(vcpu).is_some_and(|lapic| lapic.nmi_pending())
+    }
+
+    /// The CPU takes its interrupt. The 8259 comes first, as its vector doesn't pass the local APIC's
+    /// priority logic.
+    pub(super) fn acknowledge(&mut self, vcpu: usize) -> Option<u8> {
+        let lapic = self.devices.lapics.get_mut(vcpu)?;
+        let vector = if self.devices.pic.intr() && lapic.accepts_extint() {
+            Some(self.devices.pic.acknowledge())
+        } else if lapic.interrupt_pending() {
+            Some(lapic.acknowledge())
+        } else {
+            None
+        };
+        self.settle_interrupts();
+        vector
+    }
+
+    /// Takes an INIT or start-up request for this CPU; the caller changes the CPU's state.
+    pub fn take_cpu_signal(&mut self, vcpu: usize) -> Option<CpuSignal> {
+        let lapic = self.devices.lapics.get_mut(vcpu)?;
+        if lapic.take_init() {
+            lapic.init();
+            self.settle(Source::Lapic(vcpu as u32));
+            return Some(CpuSignal::Init);
+        }
+        lapic.take_startup().map(CpuSignal::StartUp)
+    }
+}

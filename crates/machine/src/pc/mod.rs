@@ -1,0 +1,258 @@
+//! The classic PC: which device answers where, and whose interrupt line goes where.
+//!
+//! [`Pc`] owns the devices and the agenda; [`bus::PcBus`] lends it to one virtual CPU as its
+//! [`Bus`](umbra_arch::Bus). After each access the outputs of the device that was touched are read
+//! and passed on; nothing calls back.
+
+mod bus;
+mod interrupts;
+mod ports;
+mod serial;
+
+pub use bus::PcBus;
+pub use serial::SerialOutput;
+
+use crate::events::{Events, Source};
+use serde::{Deserialize, Serialize};
+use umbra_arch::VirtualTime;
+use umbra_arch::cpuid::{CpuidProfile, Feature};
+use umbra_devices::{
+    AcpiPm, DebugConsole, DebugExit, Device, I8042, IoApic, Lapic, LapicConfig, PciBus, PicPair, Pit, Port92,
+    PortDevice, PostPort, PowerRequest, ResetControl, Rtc, Uart, uart,
+};
+
+/// Something that ends or restarts the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Request {
+    /// ACPI S5.
+    PowerOff,
+    /// Another ACPI sleep state, which we don't have.
+    Sleep(u8),
+    /// One of the reset lines: keyboard controller, port 92h, CF9h.
+    Reset,
+    /// A write to the debug-exit port.
+    DebugExit(u32),
+    /// The expected string appeared on the serial line.
+    Expected,
+}
+
+/// What another CPU or itself did to a CPU through the local APICs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CpuSignal {
+    /// INIT.
+    Init,
+    /// A start-up IPI with this vector.
+    StartUp(u8),
+}
+
+/// Every device, each in its own section of a save file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Devices {
+    pub(crate) pic: PicPair,
+    pub(crate) pit: Pit,
+    pub(crate) rtc: Rtc,
+    pub(crate) com1: Uart,
+    pub(crate) keyboard: I8042,
+    pub(crate) acpi_pm: AcpiPm,
+    pub(crate) pci: PciBus,
+    pub(crate) port92: Port92,
+    pub(crate) reset_control: ResetControl,
+    pub(crate) debug_exit: DebugExit,
+    pub(crate) debug_console: DebugConsole,
+    pub(crate) post: PostPort,
+    pub(crate) ioapic: IoApic,
+    pub(crate) lapics: Vec<Lapic>,
+}
+
+/// How a [`Pc`] is built.
+#[derive(Clone, Debug)]
+pub struct PcConfig<'a> {
+    /// Number of virtual CPUs.
+    pub vcpus: u32,
+    /// The CPUs' CPUID profile.
+    pub profile: &'a CpuidProfile,
+    /// What the clock shows at virtual time 0, in seconds since 1970 (UTC).
+    pub rtc_start: i64,
+    /// RAM below and above 4 GiB, in bytes.
+    pub ram: (u64, u64),
+}
+
+/// The machine without CPUs and RAM.
+#[derive(Clone, Debug)]
+pub struct Pc {
+    pub(crate) devices: Devices,
+    pub(crate) events: Events,
+    pub(crate) serial: SerialOutput,
+    /// No access is earlier than this: virtual CPUs take turns, devices see one order.
+    pub(crate) latest: VirtualTime,
+    /// Levels of the ISA interrupt lines as last passed on.
+    lines: u16,
+    /// Per CPU: an interrupt waits.
+    pending: Vec<bool>,
+    /// End of the running slice: an event before it needs attention.
+    slice_end: VirtualTime,
+    /// The running engine must come back.
+    attention: bool,
+    a20: bool,
+    request: Option<Request>,
+}
+
+impl Pc {
+    /// A PC after power-on, with what a BIOS would have done to its interrupt controllers.
+    pub fn new(config: &PcConfig<'_>) -> Self {
+        let lapics = (0..config.vcpus).map(|id| lapic(id, config.profile)).collect::<Vec<_>>();
+        let mut rtc = Rtc::new(config.rtc_start);
+        rtc.set_memory_size(config.ram.0, config.ram.1);
+        let events = Events::new(lapics.len());
+        let pending = vec![false; lapics.len()];
+        let devices = Devices {
+            pic: PicPair::default(),
+            pit: Pit::default(),
+            rtc,
+            com1: Uart::new(uart::COM1_BASE),
+            keyboard: I8042::default(),
+            acpi_pm: AcpiPm::default(),
+            pci: PciBus::chipset(),
+            port92: Port92::default(),
+            reset_control: ResetControl::default(),
+            debug_exit: DebugExit::default(),
+            debug_console: DebugConsole::default(),
+            post: PostPort::default(),
+            ioapic: IoApic::new(crate::acpi::IOAPIC_ID),
+            lapics,
+        };
+        let mut pc = Self {
+            devices,
+            events,
+            serial: SerialOutput::default(),
+            latest: VirtualTime(0),
+            lines: 0,
+            pending,
+            slice_end: VirtualTime(0),
+            attention: false,
+            a20: false,
+            request: None,
+        };
+        pc.refresh();
+        pc
+    }
+
+    /// Opens the A20 gate, as every boot loader does before it enters a kernel.
+    pub fn open_a20(&mut self) {
+        const FAST_A20: u32 = 2;
+        self.devices.port92.port_write(self.latest, 0x92, umbra_arch::AccessWidth::Byte, FAST_A20);
+        self.refresh();
+    }
+
+    /// The machine as seen by virtual CPU `vcpu` for a slice that ends at `until`.
+    pub fn bus(&mut self, vcpu: usize, until: VirtualTime) -> PcBus<'_> {
+        self.slice_end = until;
+        self.attention = false;
+        PcBus::new(self, vcpu)
+    }
+
+    /// Reads every output anew and passes it on; after construction and restore.
+    pub(crate) fn refresh(&mut self) {
+        for source in [Source::Pit, Source::Rtc, Source::Com1, Source::Keyboard, Source::AcpiPm] {
+            self.settle(source);
+        }
+        for n in 0..self.devices.lapics.len() {
+            self.settle(Source::Lapic(n as u32));
+        }
+        self.update_a20();
+        self.settle_interrupts();
+    }
+
+    /// The next event's time.
+    pub fn next_event(&self) -> Option<VirtualTime> {
+        self.events.earliest()
+    }
+
+    /// Lets everything happen that is due at `now`. Says whether the host's input is to be looked at.
+    pub fn deliver_due(&mut self, now: VirtualTime) -> bool {
+        let mut host_input = false;
+        while let Some((time, source)) = self.events.pop_due(now) {
+            let time = time.max(self.latest);
+            self.latest = time;
+            match source {
+                Source::Pit => self.devices.pit.advance(time),
+                Source::Rtc => self.devices.rtc.advance(time),
+                Source::Com1 => self.devices.com1.advance(time),
+                Source::Keyboard => self.devices.keyboard.advance(time),
+                Source::AcpiPm => self.devices.acpi_pm.advance(time),
+                Source::HostInput => host_input = true,
+                Source::Lapic(n) => {
+                    if let Some(lapic) = self.devices.lapics.get_mut(n as usize) {
+                        lapic.advance(time);
+                    }
+                }
+            }
+            self.settle(source);
+        }
+        host_input
+    }
+
+    /// Enters or removes the event at which the host's input is looked at.
+    pub fn schedule_host_input(&mut self, time: Option<VirtualTime>) {
+        self.events.schedule(Source::HostInput, time);
+    }
+
+    /// A byte from the host for the first serial port; false if it has no room now.
+    pub fn receive_serial(&mut self, byte: u8) -> bool {
+        if !self.devices.com1.can_receive() {
+            return false;
+        }
+        self.devices.com1.receive(self.latest, byte);
+        self.settle(Source::Com1);
+        true
+    }
+
+    /// Takes what ends the run, if anything does.
+    pub fn take_request(&mut self) -> Option<Request> {
+        self.request.take()
+    }
+
+    /// The serial line's output and what is looked for in it.
+    pub fn serial_mut(&mut self) -> &mut SerialOutput {
+        &mut self.serial
+    }
+
+    pub(crate) fn lines(&self) -> u16 {
+        self.lines
+    }
+
+    /// After a restore: the levels that the restored controllers have seen.
+    pub(crate) fn set_lines(&mut self, lines: u16) {
+        self.lines = lines;
+    }
+
+    fn ask(&mut self, request: Request) {
+        self.request.get_or_insert(request);
+        self.attention = true;
+    }
+
+    fn update_a20(&mut self) {
+        self.a20 = self.devices.port92.a20() || self.devices.keyboard.a20();
+    }
+
+    fn poll_power(&mut self) {
+        if let Some(request) = self.devices.acpi_pm.take_request() {
+            self.ask(match request {
+                PowerRequest::PowerOff => Request::PowerOff,
+                PowerRequest::Sleep(state) => Request::Sleep(state),
+            });
+        }
+    }
+}
+
+fn lapic(id: u32, profile: &CpuidProfile) -> Lapic {
+    let mut lapic = Lapic::new(LapicConfig {
+        id,
+        bsp: id == 0,
+        physical_bits: profile.maxphyaddr.into(),
+        x2apic: profile.has(Feature::X2apic),
+        tsc_deadline: profile.has(Feature::TscDeadline),
+    });
+    lapic.set_virtual_wire();
+    lapic
+}

@@ -1,0 +1,248 @@
+//! The run loop: the earliest CPU runs until the next event, then the event happens.
+
+use crate::machine::{Cpu, Machine, Rest};
+use crate::outcome::{End, Halted, Stop};
+use crate::pc::{CpuSignal, Request};
+use std::collections::VecDeque;
+use umbra_arch::control::Cr0;
+use umbra_arch::segment::{Seg, Segment};
+use umbra_arch::state::Activity;
+use umbra_arch::{CpuState, Exit, Slice, Vcpu, VirtualTime, rflags};
+
+/// Longest slice: the host's wishes are looked at this often, in virtual time.
+const SLICE_NS: u64 = 1_000_000;
+/// How far one CPU may run ahead of another.
+const TURN_NS: u64 = 20_000;
+/// How often the host's input is looked at.
+const INPUT_NS: u64 = 1_000_000;
+/// With every CPU halted and interrupts off, only an NMI could help, and what sends NMIs here does so
+/// more often than this.
+const MASKED_PATIENCE_NS: u64 = 2_000_000_000;
+/// With interrupts on, a timer that wakes nobody for an hour wakes nobody ever.
+const IDLE_PATIENCE_NS: u64 = 3_600_000_000_000;
+
+/// The outside of the machine. Nothing here is asked in the middle of a slice.
+pub trait Host {
+    /// The guest sent bytes on its first serial port.
+    fn serial(&mut self, bytes: &[u8]);
+    /// The guest wrote to the debug console.
+    fn debug(&mut self, bytes: &[u8]);
+    /// Appends what arrived for the guest's serial port; called at event points only.
+    fn input(&mut self, into: &mut VecDeque<u8>);
+    /// Whether input may come at all. Constant during a run.
+    fn has_input(&self) -> bool;
+    /// Whether the run must end for a reason outside the guest.
+    fn stop(&mut self) -> Option<Stop>;
+    /// Virtual time is about to be `now`: a host that paces it waits until then. `idle` says that no
+    /// CPU runs: then an earlier time may be given if input came.
+    fn pace(&mut self, now: VirtualTime, idle: bool) -> VirtualTime;
+}
+
+impl<V: Vcpu> Machine<V> {
+    /// Runs until something ends it. `limit` is a virtual time, for tests and snapshots.
+    pub fn run(&mut self, host: &mut dyn Host, limit: Option<VirtualTime>) -> End {
+        if host.has_input() {
+            self.pc.schedule_host_input(Some(self.now.plus(INPUT_NS)));
+        }
+        let end = loop {
+            self.flush(host);
+            if let Some(end) = self.requested() {
+                break end;
+            }
+            if let Some(stop) = host.stop() {
+                break End::Stopped(stop);
+            }
+            self.take_signals();
+            let end = match self.next_to_run() {
+                Some(index) => self.turn(index, host, limit),
+                None => self.idle(host, limit),
+            };
+            if let Some(end) = end {
+                break end;
+            }
+        };
+        self.flush(host);
+        end
+    }
+
+    fn flush(&mut self, host: &mut dyn Host) {
+        let serial = self.pc.serial_mut();
+        if serial.is_empty() {
+            return;
+        }
+        let (bytes, debug) = (serial.take(), serial.take_debug());
+        if !bytes.is_empty() {
+            host.serial(&bytes);
+        }
+        if !debug.is_empty() {
+            host.debug(&debug);
+        }
+    }
+
+    fn requested(&mut self) -> Option<End> {
+        self.pc.take_request().map(|request| match request {
+            Request::PowerOff => End::PowerOff,
+            Request::Reset => End::Reset,
+            Request::DebugExit(value) => End::DebugExit(value),
+            Request::Expected => End::Expected,
+            Request::Sleep(state) => End::Unsupported(umbra_arch::exit::Unsupported {
+                what: format!("ACPI sleep state type {state}"),
+                rip: self.cpus.first().map_or(0, |cpu| cpu.engine.state().rip),
+            }),
+        })
+    }
+
+    /// The CPU that is earliest among those that have something to do.
+    fn next_to_run(&self) -> Option<usize> {
+        let awake = |index: &usize| match self.cpus[*index].rest {
+            Rest::Running => true,
+            Rest::Halted { masked } => self.pc.nmi_pending(*index) || !masked && self.pc.interrupt_pending(*index),
+            Rest::WaitForSipi => false,
+        };
+        (0..self.cpus.len()).filter(awake).min_by_key(|&index| (self.cpus[index].time, index))
+    }
+
+    /// One slice of one CPU, or the events before it.
+    fn turn(&mut self, index: usize, host: &mut dyn Host, limit: Option<VirtualTime>) -> Option<End> {
+        self.idle_since = None;
+        let cpu = &mut self.cpus[index];
+        if cpu.rest != Rest::Running {
+            cpu.rest = Rest::Running;
+            cpu.time = cpu.time.max(self.now);
+        }
+        let start = cpu.time;
+        if limit.is_some_and(|limit| start >= limit) {
+            self.now = self.now.max(start);
+            return Some(End::Limit);
+        }
+        if self.pc.next_event().is_some_and(|event| event <= start) {
+            self.happen(start, host);
+            return None;
+        }
+        self.now = self.now.max(start);
+        let until = self.slice_end(index, start, limit);
+        let stopped = self.cpus[index].engine.run(&mut self.pc.bus(index, until), Slice { now: start, until });
+        let now = stopped.now.max(start);
+        self.cpus[index].time = now;
+        host.pace(now, false);
+        self.after(index, stopped.exit)
+    }
+
+    fn slice_end(&self, index: usize, start: VirtualTime, limit: Option<VirtualTime>) -> VirtualTime {
+        let others = self.cpus.iter().enumerate().filter(|&(i, cpu)| i != index && cpu.rest == Rest::Running);
+        let turn = others.map(|(_, cpu)| cpu.time.max(start).plus(TURN_NS)).min();
+        [Some(start.plus(SLICE_NS)), self.pc.next_event(), limit, turn].into_iter().flatten().min().unwrap_or(start)
+    }
+
+    /// Lets the events up to `now` happen, the host's input among them.
+    fn happen(&mut self, now: VirtualTime, host: &mut dyn Host) {
+        self.now = self.now.max(now);
+        if self.pc.deliver_due(now) {
+            host.input(&mut self.input);
+            while let Some(&byte) = self.input.front() {
+                if !self.pc.receive_serial(byte) {
+                    break;
+                }
+                self.input.pop_front();
+            }
+            self.pc.schedule_host_input(Some(now.plus(INPUT_NS)));
+        }
+    }
+
+    fn after(&mut self, index: usize, exit: Exit) -> Option<End> {
+        let Cpu { engine, rest, .. } = &mut self.cpus[index];
+        match exit {
+            Exit::BudgetSpent | Exit::Attention => None,
+            Exit::Halted => {
+                *rest = Rest::Halted { masked: engine.state().rflags & rflags::IF == 0 };
+                None
+            }
+            Exit::WaitForSipi => {
+                *rest = Rest::WaitForSipi;
+                None
+            }
+            Exit::Shutdown(fault) => Some(End::TripleFault(fault)),
+            Exit::Unsupported(what) => Some(End::Unsupported(what)),
+        }
+    }
+
+    /// No CPU has anything to do: time goes on to the next event.
+    fn idle(&mut self, host: &mut dyn Host, limit: Option<VirtualTime>) -> Option<End> {
+        // The CPUs' own times may be ahead of the events': what they did lies in the past now.
+        let latest = self.cpus.iter().map(|cpu| cpu.time).max().unwrap_or(self.now);
+        self.now = self.now.max(latest);
+        let since = *self.idle_since.get_or_insert(self.now);
+        let patience = if self.deaf() { MASKED_PATIENCE_NS } else { IDLE_PATIENCE_NS };
+        let next = self.pc.next_event().map(|event| event.max(self.now));
+        let hopeless = next.is_none() || self.now.since(since) > patience && (self.deaf() || !host.has_input());
+        if hopeless {
+            return Some(End::HaltedForever(self.halted()));
+        }
+        let next = next.unwrap_or(self.now);
+        if let Some(limit) = limit.filter(|&limit| next >= limit) {
+            self.now = self.now.max(limit);
+            self.cpus.iter_mut().for_each(|cpu| cpu.time = cpu.time.max(limit));
+            return Some(End::Limit);
+        }
+        let reached = host.pace(next, true);
+        if reached < next {
+            // Input came while waiting: it enters now.
+            self.pc.schedule_host_input(Some(reached.max(self.now)));
+        }
+        self.happen(reached.min(next).max(self.now), host);
+        None
+    }
+
+    /// Whether nothing but an NMI could wake a CPU.
+    fn deaf(&self) -> bool {
+        self.cpus.iter().all(|cpu| !matches!(cpu.rest, Rest::Running | Rest::Halted { masked: false }))
+    }
+
+    fn halted(&self) -> Halted {
+        let state = self.cpus.first().map(|cpu| cpu.engine.state());
+        Halted { rip: state.as_ref().map_or(0, |state| state.rip), interrupts_enabled: !self.deaf() }
+    }
+
+    /// INIT and start-up requests that arrived at the local APICs.
+    fn take_signals(&mut self) {
+        for index in 0..self.cpus.len() {
+            let Some(signal) = self.pc.take_cpu_signal(index) else { continue };
+            let signature = self.profile.signature();
+            let cpu = &mut self.cpus[index];
+            let old = cpu.engine.state();
+            match signal {
+                CpuSignal::Init => {
+                    cpu.rest = if index == 0 { Rest::Running } else { Rest::WaitForSipi };
+                    cpu.engine.set_state(&after_init(&old, signature, index == 0));
+                }
+                CpuSignal::StartUp(page) if cpu.rest == Rest::WaitForSipi => {
+                    cpu.rest = Rest::Running;
+                    cpu.time = cpu.time.max(self.now);
+                    cpu.engine.set_state(&after_startup(old, page));
+                }
+                CpuSignal::StartUp(_) => {}
+            }
+        }
+    }
+}
+
+/// "Processor State After Reset", column INIT: x87, SSE, MSRs and the time-stamp counter survive.
+fn after_init(old: &CpuState, signature: u32, bootstrap: bool) -> CpuState {
+    let mut state = CpuState::reset();
+    state.cr0 = Cr0::new(old.cr0.raw() & (Cr0::CD | Cr0::NW) | Cr0::ET);
+    state.gpr[umbra_arch::state::reg::RDX] = signature.into();
+    state.msr = old.msr.clone();
+    state.fp = old.fp;
+    state.xcr0 = old.xcr0;
+    state.activity = if bootstrap { Activity::Running } else { Activity::WaitForSipi };
+    state
+}
+
+/// "Typical BSP Initialization Sequence": the vector is the number of the page to start at.
+fn after_startup(mut state: CpuState, page: u8) -> CpuState {
+    state.seg[Seg::Cs as usize] =
+        Segment { base: u64::from(page) << 12, selector: u16::from(page) << 8, ..Segment::real(0) };
+    state.rip = 0;
+    state.activity = Activity::Running;
+    state
+}
