@@ -1,0 +1,324 @@
+//! Data accesses by linear address: the fast table first, else the MMU, the bus, or both pages of a
+//! crossing access. LOCK needs nothing here while all CPUs share one host thread.
+
+use crate::core::Core;
+use crate::op::{Op, Stop};
+use crate::segments::SegmentUse;
+use crate::word::Word;
+use umbra_arch::paging::{Access, AccessKind};
+use umbra_arch::segment::Seg;
+use umbra_arch::{AccessWidth, Bus, Fault, Gva, PAGE_SIZE};
+use umbra_memory::{Backing, PageFlags, RamOffset};
+use umbra_mmu::Translation;
+
+/// Where the bytes of one access live, translated and permitted.
+#[derive(Clone, Copy)]
+enum Place {
+    One(Translation),
+    /// First page, second page, bytes in the first.
+    Split(Translation, Translation, u64),
+}
+
+impl Core {
+    /// Effective address of `op`'s memory operand (offset in its segment).
+    #[inline(always)]
+    pub fn effective(&self, op: &Op) -> u64 {
+        let base = self.gpr[op.base as usize & 31];
+        let index = self.gpr[op.index as usize & 31];
+        base.wrapping_add(index << (op.scale & 3)).wrapping_add(op.disp) & op.ea_mask
+    }
+
+    /// Linear address of `op`'s memory operand of `bytes` bytes.
+    #[inline(always)]
+    pub fn linear(&mut self, op: &Op, bytes: u64, kind: AccessKind) -> Result<u64, Stop> {
+        let offset = self.effective(op);
+        if op.legacy {
+            return self.segmented(op.seg, offset, bytes, SegmentUse::of(kind));
+        }
+        Ok(self.seg_base[op.seg as usize & 7].wrapping_add(offset))
+    }
+
+    /// Linear address of `offset` in segment `seg`, for stack and string operands.
+    #[inline(always)]
+    pub fn linear_at(&mut self, op: &Op, seg: Seg, offset: u64, bytes: u64, kind: AccessKind) -> Result<u64, Stop> {
+        if op.legacy {
+            return self.segmented(seg as u8, offset, bytes, SegmentUse::of(kind));
+        }
+        Ok(self.seg_base[seg as usize & 7].wrapping_add(offset))
+    }
+
+    /// Reads a value at linear address `lin`.
+    #[inline(always)]
+    pub fn read<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64) -> Result<u64, Stop> {
+        match self.mmu.lookup_read(Gva::new(lin), W::BYTES) {
+            Some(off) => Ok(self.mem.load::<W>(off).zext()),
+            None => self.read_slow::<W>(bus, op, lin),
+        }
+    }
+
+    /// Writes a value at linear address `lin`.
+    #[inline(always)]
+    pub fn write<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64, value: u64) -> Result<(), Stop> {
+        match self.mmu.lookup_write(Gva::new(lin), W::BYTES) {
+            Some(off) => {
+                self.mem.store::<W>(off, W::of(value));
+                Ok(())
+            }
+            None => self.write_slow::<W>(bus, op, lin, value),
+        }
+    }
+
+    /// Replaces a value by `f(value)`, with write permission checked before the read.
+    #[inline(always)]
+    pub fn modify<W: Word, R>(
+        &mut self,
+        bus: &mut dyn Bus,
+        op: &Op,
+        lin: u64,
+        f: impl FnOnce(&mut Core, u64) -> (u64, R),
+    ) -> Result<R, Stop> {
+        if let Some(off) = self.mmu.lookup_write(Gva::new(lin), W::BYTES) {
+            let old = self.mem.load::<W>(off).zext();
+            let (new, r) = f(self, old);
+            self.mem.store::<W>(off, W::of(new));
+            return Ok(r);
+        }
+        let place = self.place(op, lin, W::BYTES, AccessKind::Write)?;
+        let old = self.load_place(bus, op, place, W::BYTES);
+        let (new, r) = f(self, old);
+        self.store_place(bus, op, place, W::BYTES, new);
+        Ok(r)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn read_slow<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64) -> Result<u64, Stop> {
+        let place = self.place(op, lin, W::BYTES, AccessKind::Read)?;
+        Ok(self.load_place(bus, op, place, W::BYTES))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn write_slow<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64, value: u64) -> Result<(), Stop> {
+        let place = self.place(op, lin, W::BYTES, AccessKind::Write)?;
+        self.store_place(bus, op, place, W::BYTES, value);
+        Ok(())
+    }
+
+    /// Checks that every byte of a write would be permitted, without writing.
+    pub fn probe_write(&mut self, op: &Op, lin: u64, bytes: u64) -> Result<(), Stop> {
+        let mut at = lin;
+        let mut left = bytes;
+        while left > 0 {
+            let part = left.min(PAGE_SIZE - (at & (PAGE_SIZE - 1)));
+            self.place(op, at, part, AccessKind::Write)?;
+            at = self.wrap(op, at.wrapping_add(part));
+            left -= part;
+        }
+        Ok(())
+    }
+
+    /// Reads any number of bytes (at most two pages' worth).
+    pub fn read_bytes(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64, out: &mut [u8]) -> Result<(), Stop> {
+        if let Some(off) = self.mmu.lookup_read(Gva::new(lin), out.len() as u64) {
+            self.mem.load_bytes(off, out);
+            return Ok(());
+        }
+        let place = self.place(op, lin, out.len() as u64, AccessKind::Read)?;
+        let (first, second, cut) = match place {
+            Place::One(t) => (t, t, out.len()),
+            Place::Split(a, b, cut) => (a, b, cut as usize),
+        };
+        let (low, high) = out.split_at_mut(cut);
+        self.load_part(bus, op, first, low);
+        self.load_part(bus, op, second, high);
+        Ok(())
+    }
+
+    /// Writes any number of bytes (at most two pages' worth), all or none.
+    pub fn write_bytes(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64, data: &[u8]) -> Result<(), Stop> {
+        if let Some(off) = self.mmu.lookup_write(Gva::new(lin), data.len() as u64) {
+            self.mem.store_bytes(off, data);
+            return Ok(());
+        }
+        let place = self.place(op, lin, data.len() as u64, AccessKind::Write)?;
+        let (first, second, cut) = match place {
+            Place::One(t) => (t, t, data.len()),
+            Place::Split(a, b, cut) => (a, b, cut as usize),
+        };
+        let (low, high) = data.split_at(cut);
+        self.store_part(bus, op, first, low);
+        self.store_part(bus, op, second, high);
+        Ok(())
+    }
+
+    /// Reads a value of a system structure (descriptor table, TSS): an implicit supervisor access.
+    pub fn read_system<W: Word>(&mut self, bus: &mut dyn Bus, lin: u64) -> Result<u64, Stop> {
+        let place = self.system_place(lin, W::BYTES, AccessKind::Read)?;
+        Ok(self.load_place(bus, &SYSTEM_OP, place, W::BYTES))
+    }
+
+    /// Writes a value of a system structure or of a stack switched to by event delivery.
+    pub fn write_system<W: Word>(&mut self, bus: &mut dyn Bus, lin: u64, value: u64) -> Result<(), Stop> {
+        let place = self.system_place(lin, W::BYTES, AccessKind::Write)?;
+        self.store_place(bus, &SYSTEM_OP, place, W::BYTES, value);
+        Ok(())
+    }
+
+    /// Linear addresses are 32 bits wide outside 64-bit mode.
+    #[inline(always)]
+    fn wrap(&self, op: &Op, lin: u64) -> u64 {
+        if op.legacy { lin & 0xffff_ffff } else { lin }
+    }
+
+    fn place(&mut self, op: &Op, lin: u64, bytes: u64, kind: AccessKind) -> Result<Place, Stop> {
+        if !op.legacy {
+            let bits = self.s.linear_bits();
+            let last = lin.wrapping_add(bytes.max(1) - 1);
+            if !Gva::new(lin).is_canonical(bits) || !Gva::new(last).is_canonical(bits) {
+                return self.raise(if op.seg == Seg::Ss as u8 { Fault::SS0 } else { Fault::GP0 });
+            }
+        }
+        let access = Access::explicit(kind, self.s.cpl);
+        self.place_as(lin, bytes, access, op.legacy)
+    }
+
+    fn system_place(&mut self, lin: u64, bytes: u64, kind: AccessKind) -> Result<Place, Stop> {
+        let long = self.s.efer.lma();
+        if long && !Gva::new(lin).is_canonical(self.s.linear_bits()) {
+            return self.raise(Fault::GP0);
+        }
+        let lin = if long { lin } else { lin & 0xffff_ffff };
+        self.place_as(lin, bytes, Access::implicit(kind), !long)
+    }
+
+    fn place_as(&mut self, lin: u64, bytes: u64, access: Access, legacy: bool) -> Result<Place, Stop> {
+        let first = self.mmu.translate(Gva::new(lin), access);
+        let first = self.check(first)?;
+        let room = PAGE_SIZE - (lin & (PAGE_SIZE - 1));
+        if bytes <= room {
+            return Ok(Place::One(first));
+        }
+        let mut next = lin.wrapping_add(room);
+        if legacy {
+            next &= 0xffff_ffff;
+        }
+        let second = self.mmu.translate(Gva::new(next), access);
+        let second = self.check(second)?;
+        Ok(Place::Split(first, second, room))
+    }
+
+    fn load_place(&mut self, bus: &mut dyn Bus, op: &Op, place: Place, bytes: u64) -> u64 {
+        let mut raw = [0u8; 8];
+        match place {
+            Place::One(t) => self.load_part(bus, op, t, &mut raw[..bytes as usize]),
+            Place::Split(a, b, cut) => {
+                let (low, high) = raw[..bytes as usize].split_at_mut(cut as usize);
+                self.load_part(bus, op, a, low);
+                self.load_part(bus, op, b, high);
+            }
+        }
+        u64::from_le_bytes(raw)
+    }
+
+    fn store_place(&mut self, bus: &mut dyn Bus, op: &Op, place: Place, bytes: u64, value: u64) {
+        let raw = value.to_le_bytes();
+        match place {
+            Place::One(t) => self.store_part(bus, op, t, &raw[..bytes as usize]),
+            Place::Split(a, b, cut) => {
+                let (low, high) = raw[..bytes as usize].split_at(cut as usize);
+                self.store_part(bus, op, a, low);
+                self.store_part(bus, op, b, high);
+            }
+        }
+    }
+
+    fn load_part(&mut self, bus: &mut dyn Bus, op: &Op, t: Translation, out: &mut [u8]) {
+        match t.backing {
+            Backing::Ram(off) | Backing::Rom(off) => self.mem.load_bytes(off, out),
+            Backing::Mmio => {
+                let mut done = 0;
+                while done < out.len() {
+                    let width = mmio_width(t.gpa.raw() + done as u64, out.len() - done);
+                    let now = self.now(op.prefix);
+                    let reply = bus.mmio_read(now, t.gpa.add(done as u64), width);
+                    let raw = self.settle(reply).to_le_bytes();
+                    let n = width.bytes() as usize;
+                    out[done..done + n].copy_from_slice(&raw[..n]);
+                    done += n;
+                }
+            }
+        }
+    }
+
+    fn store_part(&mut self, bus: &mut dyn Bus, op: &Op, t: Translation, data: &[u8]) {
+        match t.backing {
+            Backing::Ram(off) => {
+                self.mem.store_bytes(off, data);
+                self.stored(off, t, data.len() as u32);
+            }
+            Backing::Rom(_) => {}
+            Backing::Mmio => {
+                let mut done = 0;
+                while done < data.len() {
+                    let width = mmio_width(t.gpa.raw() + done as u64, data.len() - done);
+                    let n = width.bytes() as usize;
+                    let mut raw = [0u8; 8];
+                    raw[..n].copy_from_slice(&data[done..done + n]);
+                    let now = self.now(op.prefix);
+                    let reply = bus.mmio_write(now, t.gpa.add(done as u64), width, u64::from_le_bytes(raw));
+                    self.settle(reply);
+                    done += n;
+                }
+            }
+        }
+    }
+
+    /// After a slow-path store to RAM: watched tables and code lines learn of it at once.
+    fn stored(&mut self, off: RamOffset, t: Translation, len: u32) {
+        self.mem.note_store(off, u64::from(len));
+        let flags = self.mem.page_flags(off);
+        if flags.contains(PageFlags::WATCHED) {
+            self.mmu.table_written(t.gpa, len);
+        }
+        if flags.contains(PageFlags::CODE) && self.hits_code(off, len) {
+            self.code_writes.push((off.raw(), len));
+            self.break_block = true;
+        }
+    }
+
+    fn hits_code(&self, off: RamOffset, len: u32) -> bool {
+        let Some(lines) = self.code_lines.get(&(off.raw() >> 12)) else { return false };
+        let first = (off.raw() & 0xfff) >> 6;
+        let last = ((off.raw() & 0xfff) + u64::from(len.max(1)) - 1).min(0xfff) >> 6;
+        (first..=last).any(|line| lines >> line & 1 != 0)
+    }
+}
+
+/// The widest naturally aligned access that fits.
+fn mmio_width(gpa: u64, left: usize) -> AccessWidth {
+    [AccessWidth::Qword, AccessWidth::Dword, AccessWidth::Word]
+        .into_iter()
+        .find(|w| w.bytes() as usize <= left && gpa.is_multiple_of(w.bytes()))
+        .unwrap_or(AccessWidth::Byte)
+}
+
+/// Stands for "no instruction's operand" in system accesses: time is the block's head.
+static SYSTEM_OP: Op = Op {
+    exec: |_, _, _| Ok(()),
+    imm: 0,
+    disp: 0,
+    ea_mask: u64::MAX,
+    base: crate::op::NO_REG,
+    index: crate::op::NO_REG,
+    scale: 0,
+    seg: Seg::Ds as u8,
+    dst: 0,
+    src: 0,
+    len: 0,
+    legacy: false,
+    start: 0,
+    row: 0,
+    prefix: 0,
+    aux: 0,
+};

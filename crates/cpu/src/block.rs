@@ -1,0 +1,374 @@
+//! Canonical blocks and their cache.
+//!
+//! A block starts at a control-flow target or resume point and ends at a branch, a serialising or I/O
+//! instruction, the page's end, or after [`MAX_OPS`] instructions. An instruction that crosses a page is a
+//! block of its own. Blocks are found by RAM offset, RIP and code mode; RAM lines they were decoded from are
+//! marked, so that any store to such a line drops exactly the blocks on it.
+
+use crate::core::{CodeSize, Core};
+use crate::decode::{DecodeError, decode, resolve};
+use crate::isa::{self, Ends};
+use crate::op::{Flow, Op, Stop};
+use hashbrown::HashMap;
+use umbra_arch::paging::{Access, AccessKind};
+use umbra_arch::segment::Seg;
+use umbra_arch::{Bus, Fault, Gva, PAGE_SIZE};
+use umbra_memory::{Backing, PageFlags, RamOffset};
+
+/// Most instructions in a block.
+pub const MAX_OPS: usize = 32;
+/// Most blocks in the cache; then it starts over.
+const MAX_BLOCKS: usize = 1 << 17;
+const JUMP_SLOTS: usize = 1 << 14;
+/// Ticks that one instruction costs until there is a cycle model.
+const COST: u32 = 1;
+
+/// A decoded block.
+pub struct Block {
+    /// Its operations.
+    pub ops: Box<[Op]>,
+    /// RIP of its first instruction.
+    pub rip: u64,
+    /// RIP behind its last.
+    pub end_rip: u64,
+    /// Cost of all of it.
+    pub cost: u32,
+    valid: bool,
+    key: Key,
+    /// Bytes it was decoded from: pieces of one page, or of two for a crossing instruction.
+    bytes: [(u64, u32); 2],
+    /// Page the crossing instruction's second part was fetched from.
+    second: Option<(Gva, u64)>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    offset: u64,
+    rip: u64,
+    mode: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Jump {
+    rip: u64,
+    stamp: u64,
+    mode: u64,
+    block: u32,
+}
+
+const NO_JUMP: Jump = Jump { rip: 1, stamp: u64::MAX, mode: u64::MAX, block: u32::MAX };
+
+/// All decoded blocks.
+pub struct BlockCache {
+    blocks: Vec<Block>,
+    free: Vec<u32>,
+    map: HashMap<Key, u32>,
+    jumps: Box<[Jump]>,
+    pages: HashMap<u64, Vec<u32>>,
+}
+
+impl Default for BlockCache {
+    fn default() -> Self {
+        Self {
+            blocks: Vec::new(),
+            free: Vec::new(),
+            map: HashMap::new(),
+            jumps: vec![NO_JUMP; JUMP_SLOTS].into_boxed_slice(),
+            pages: HashMap::new(),
+        }
+    }
+}
+
+#[inline(always)]
+fn slot_of(rip: u64) -> usize {
+    (rip ^ rip >> 14) as usize & (JUMP_SLOTS - 1)
+}
+
+impl BlockCache {
+    /// A block by the number that [`find`](Self::find) gave.
+    #[inline(always)]
+    pub fn block(&self, number: u32) -> &Block {
+        &self.blocks[number as usize]
+    }
+
+    /// The block at `c.next_rip`, decoded if need be. Faults are those of the fetch.
+    #[inline(always)]
+    pub fn find(&mut self, c: &mut Core) -> Result<u32, Stop> {
+        let rip = c.next_rip;
+        let jump = &self.jumps[slot_of(rip)];
+        if jump.rip == rip && jump.stamp == c.mmu.fetch_stamp() && jump.mode == c.code_mode {
+            return Ok(jump.block);
+        }
+        self.find_slow(c, rip)
+    }
+
+    #[inline(never)]
+    fn find_slow(&mut self, c: &mut Core, rip: u64) -> Result<u32, Stop> {
+        let lin = fetch_address(c, rip)?;
+        let offset = fetch_page(c, lin)?;
+        let key = Key { offset: offset.raw(), rip, mode: c.code_mode };
+        let number = match self.map.get(&key) {
+            Some(&number) if self.still_crosses(c, number)? => number,
+            found => {
+                if let Some(&number) = found {
+                    self.drop_block(c, number);
+                }
+                self.build(c, key, lin)?
+            }
+        };
+        // The stamp is read after the fetch: filling may have changed it.
+        let stamp = c.mmu.fetch_stamp();
+        self.jumps[slot_of(rip)] = Jump { rip, stamp, mode: c.code_mode, block: number };
+        Ok(number)
+    }
+
+    /// Whether a crossing block's second page is still where it was; #PF if it can't be fetched.
+    fn still_crosses(&self, c: &mut Core, number: u32) -> Result<bool, Stop> {
+        match self.block(number).second {
+            None => Ok(true),
+            Some((lin, offset)) => Ok(fetch_page(c, lin.raw())?.raw() == offset),
+        }
+    }
+
+    fn build(&mut self, c: &mut Core, key: Key, lin: u64) -> Result<u32, Stop> {
+        if self.map.len() >= MAX_BLOCKS {
+            self.clear(c);
+        }
+        let block = decode_block(c, key, lin)?;
+        for (offset, len) in block.bytes {
+            mark_code(c, offset, len);
+        }
+        let number = self.free.pop().unwrap_or(self.blocks.len() as u32);
+        for page in pages_of(&block) {
+            self.pages.entry(page).or_default().push(number);
+        }
+        self.map.insert(key, number);
+        if (number as usize) < self.blocks.len() {
+            self.blocks[number as usize] = block;
+        } else {
+            self.blocks.push(block);
+        }
+        Ok(number)
+    }
+
+    /// Drops the blocks decoded from any of the `len` bytes at RAM offset `offset`.
+    pub fn invalidate(&mut self, c: &mut Core, offset: u64, len: u32) {
+        let first = offset >> 12;
+        let last = offset.saturating_add(u64::from(len.max(1)) - 1) >> 12;
+        for page in first..=last {
+            let Some(numbers) = self.pages.get(&page) else { continue };
+            let hit: Vec<u32> = numbers
+                .iter()
+                .copied()
+                .filter(|&n| self.block(n).bytes.iter().any(|&(o, l)| overlaps(o, l, offset, len)))
+                .collect();
+            for number in hit {
+                self.drop_block(c, number);
+            }
+        }
+    }
+
+    /// Drops everything.
+    pub fn clear(&mut self, c: &mut Core) {
+        for number in 0..self.blocks.len() as u32 {
+            if self.blocks[number as usize].valid {
+                self.drop_block(c, number);
+            }
+        }
+    }
+
+    fn drop_block(&mut self, c: &mut Core, number: u32) {
+        let block = &mut self.blocks[number as usize];
+        block.valid = false;
+        let (key, rip) = (block.key, block.rip);
+        let pages: Vec<u64> = pages_of(block).collect();
+        self.map.remove(&key);
+        let jump = &mut self.jumps[slot_of(rip)];
+        if jump.block == number {
+            *jump = NO_JUMP;
+        }
+        for page in pages {
+            if let Some(list) = self.pages.get_mut(&page) {
+                list.retain(|&n| n != number);
+                let empty = list.is_empty();
+                self.remark(c, page, empty);
+            }
+        }
+        self.free.push(number);
+    }
+
+    /// Recomputes a page's code lines after a block on it went.
+    fn remark(&mut self, c: &mut Core, page: u64, empty: bool) {
+        if empty {
+            self.pages.remove(&page);
+            c.code_lines.remove(&page);
+            c.mem.clear_flags(RamOffset::new(page << 12), PageFlags::CODE);
+            return;
+        }
+        let mut lines = 0;
+        for &number in self.pages.get(&page).into_iter().flatten() {
+            for (offset, len) in self.blocks[number as usize].bytes {
+                if len > 0 && offset >> 12 == page {
+                    lines |= line_mask(offset, len);
+                }
+            }
+        }
+        c.code_lines.insert(page, lines);
+    }
+}
+
+fn overlaps(a: u64, a_len: u32, b: u64, b_len: u32) -> bool {
+    a_len > 0 && a < b.saturating_add(u64::from(b_len)) && b < a + u64::from(a_len)
+}
+
+fn pages_of(block: &Block) -> impl Iterator<Item = u64> + use<> {
+    let [first, second] = block.bytes;
+    std::iter::once(first.0 >> 12).chain((second.1 > 0).then_some(second.0 >> 12))
+}
+
+/// The 64-byte lines of their page that `len` bytes at `offset` touch.
+fn line_mask(offset: u64, len: u32) -> u64 {
+    let first = (offset & 0xfff) >> 6;
+    let last = ((offset & 0xfff) + u64::from(len) - 1).min(0xfff) >> 6;
+    (u64::MAX >> (63 - last)) & (u64::MAX << first)
+}
+
+fn mark_code(c: &mut Core, offset: u64, len: u32) {
+    if len == 0 {
+        return;
+    }
+    *c.code_lines.entry(offset >> 12).or_insert(0) |= line_mask(offset, len);
+    let off = RamOffset::new(offset);
+    if !c.mem.page_flags(off).contains(PageFlags::CODE) {
+        c.mem.set_flags(off, PageFlags::CODE);
+        c.mmu.code_page_changed(off);
+    }
+}
+
+/// Linear address of the instruction at `rip`, with the code segment's limit or canonicality checked.
+fn fetch_address(c: &mut Core, rip: u64) -> Result<u64, Stop> {
+    let lin = c.seg_base[Seg::Cs as usize].wrapping_add(rip);
+    if c.code_size == CodeSize::Bits64 {
+        if !Gva::new(lin).is_canonical(c.s.linear_bits()) {
+            return c.raise(Fault::GP0);
+        }
+        return Ok(lin);
+    }
+    if rip > u64::from(c.s.segment(Seg::Cs).limit) {
+        return c.raise(Fault::GP0);
+    }
+    Ok(lin & 0xffff_ffff)
+}
+
+/// RAM offset of the code byte at linear address `lin`.
+fn fetch_page(c: &mut Core, lin: u64) -> Result<RamOffset, Stop> {
+    if let Some(offset) = c.mmu.lookup_fetch(Gva::new(lin)) {
+        return Ok(offset);
+    }
+    let access = Access::explicit(AccessKind::Fetch, c.s.cpl);
+    let found = c.mmu.translate(Gva::new(lin), access);
+    match c.check(found)?.backing {
+        Backing::Ram(offset) | Backing::Rom(offset) => Ok(offset),
+        Backing::Mmio => {
+            let rip = c.next_rip;
+            c.unsupported("instruction fetch from device memory or a hole in RAM", rip)?;
+            Err(Stop::Exit)
+        }
+    }
+}
+
+/// Bytes decoded so far and where they came from.
+struct Source {
+    bytes: [u8; MAX_OPS * 15 + 16],
+    /// Valid bytes.
+    len: usize,
+    /// The page ends behind them.
+    page_end: bool,
+}
+
+fn source(c: &Core, offset: u64, lin: u64) -> Source {
+    let mut s = Source { bytes: [0; MAX_OPS * 15 + 16], len: 0, page_end: false };
+    let left = (PAGE_SIZE - (lin & (PAGE_SIZE - 1))) as usize;
+    s.len = left.min(MAX_OPS * 15);
+    s.page_end = s.len == left;
+    c.mem.load_bytes(RamOffset::new(offset), &mut s.bytes[..s.len]);
+    s
+}
+
+fn decode_block(c: &mut Core, key: Key, lin: u64) -> Result<Block, Stop> {
+    let mut s = source(c, key.offset, lin);
+    let limit = if c.code_size == CodeSize::Bits64 { u64::MAX } else { c.s.segment(Seg::Cs).limit.into() };
+    let mut ops = Vec::with_capacity(8);
+    let mut at = 0usize;
+    let mut second = None;
+    while ops.len() < MAX_OPS && at < s.len {
+        let rip = key.rip.wrapping_add(at as u64);
+        let i = match decode(&s.bytes[at..s.len], rip, c.code_size) {
+            Err(DecodeError::More) if s.page_end && at > 0 => break,
+            Err(DecodeError::More) if s.page_end => {
+                second = Some(extend(c, &mut s, lin)?);
+                decode(&s.bytes[..s.len], rip, c.code_size)
+            }
+            decoded => decoded,
+        };
+        let (mut op, ends) = match i {
+            Ok(i) if rip.wrapping_add(i.len() as u64 - 1) > limit => (raising(gp), Ends::Block),
+            Ok(i) => {
+                let d = resolve(&i, c.code_size, &c.profile, &mut c.host);
+                (d.op, d.ends)
+            }
+            Err(DecodeError::TooLong | DecodeError::More) => (raising(gp), Ends::Block),
+            Err(DecodeError::Invalid) => (raising(isa::undefined), Ends::Block),
+        };
+        op.start = at as u16;
+        op.prefix = ops.len() as u32 * COST;
+        at += usize::from(op.len);
+        ops.push(op);
+        if ends == Ends::Block || second.is_some() {
+            break;
+        }
+    }
+    let first_len = at.min((PAGE_SIZE - (lin & (PAGE_SIZE - 1))) as usize);
+    let rest = (at - first_len) as u32;
+    let second_bytes = second.map_or((0, 0), |(_, offset)| (offset, rest.max(1)));
+    Ok(Block {
+        cost: ops.len() as u32 * COST,
+        ops: ops.into_boxed_slice(),
+        rip: key.rip,
+        end_rip: key.rip.wrapping_add(at as u64) & code_mask(c.code_size),
+        valid: true,
+        key,
+        bytes: [(key.offset, first_len as u32), second_bytes],
+        second,
+    })
+}
+
+/// RIP wraps at its width outside 64-bit mode.
+const fn code_mask(size: CodeSize) -> u64 {
+    match size {
+        CodeSize::Bits64 => u64::MAX,
+        _ => 0xffff_ffff,
+    }
+}
+
+/// Adds the next page's first bytes for an instruction that crosses into it.
+fn extend(c: &mut Core, s: &mut Source, lin: u64) -> Result<(Gva, u64), Stop> {
+    let mut next = (lin & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE);
+    if c.code_size != CodeSize::Bits64 {
+        next &= 0xffff_ffff;
+    }
+    let offset = fetch_page(c, next)?;
+    let end = s.len + 15;
+    c.mem.load_bytes(offset, &mut s.bytes[s.len..end]);
+    s.len = end;
+    s.page_end = false;
+    Ok((Gva::new(next), offset.raw()))
+}
+
+fn raising(exec: crate::op::ExecFn) -> Op {
+    Op { exec, ..isa::invalid_op() }
+}
+
+fn gp(c: &mut Core, _: &mut dyn Bus, _: &Op) -> Flow {
+    c.raise(Fault::GP0)
+}

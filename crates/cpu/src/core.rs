@@ -1,0 +1,321 @@
+//! [`Core`]: one virtual CPU's registers in the form the engine works on, with its MMU and memory.
+
+use crate::flags::Flags;
+use crate::op::Stop;
+use std::sync::Arc;
+use umbra_arch::control::{CodeContext, ControlLimits, ControlRegs, Effects};
+use umbra_arch::cpuid::CpuidProfile;
+use umbra_arch::segment::Seg;
+use umbra_arch::state::{Activity, Shadow};
+use umbra_arch::{CpuState, Exit, Fault, VirtualTime, rflags};
+use umbra_hostexec::HostExec;
+use umbra_memory::GuestMemory;
+use umbra_mmu::{Mmu, MmuOptions};
+
+/// What makes an engine impossible to build on this host.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The SIMD executor can't get executable memory.
+    #[error(transparent)]
+    HostExec(#[from] umbra_hostexec::HostExecError),
+}
+
+/// Choices of an engine that no guest can see.
+#[derive(Clone, Debug, Default)]
+pub struct EngineOptions {
+    /// How the MMU treats its caches.
+    pub mmu: MmuOptions,
+}
+
+/// Code size of the running segment, which decides decoding.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(u8)]
+pub enum CodeSize {
+    /// 16-bit code.
+    Bits16 = 16,
+    /// 32-bit code.
+    Bits32 = 32,
+    /// 64-bit mode.
+    Bits64 = 64,
+}
+
+/// One virtual CPU as the engine sees it.
+pub struct Core {
+    /// General registers 0..16; 16 is always 0; the rest pads to a power of two.
+    pub gpr: [u64; 32],
+    /// Status flags.
+    pub flags: Flags,
+    /// RIP of the running block's start.
+    pub block_rip: u64,
+    /// RIP after the running block; branches overwrite it.
+    pub next_rip: u64,
+    /// Segment bases as addressing uses them: 0 for CS, DS, ES, SS in 64-bit mode.
+    pub seg_base: [u64; 8],
+    /// Bit n set: segment n needs a limit or type check on each access (legacy modes).
+    pub seg_checked: u8,
+    /// Mask of the stack pointer: 16, 32 or 64 bits.
+    pub stack_mask: u64,
+    /// End the block after the running operation.
+    pub break_block: bool,
+    /// A Bus reply asked for attention.
+    pub attention: bool,
+    /// Interrupts and shadows must be looked at before the next block.
+    pub check_events: bool,
+    /// TF was set when the running instruction started: #DB follows it.
+    pub trap_pending: bool,
+    /// Shadow left by the running instruction for the next one.
+    pub shadow_next: Shadow,
+    /// Virtual time at the head of the running block.
+    pub clock: VirtualTime,
+    /// Cost of Bus replies in the running block.
+    pub extra_cost: u64,
+    /// The raised fault, valid after [`Stop::Fault`].
+    pub fault: Fault,
+    /// The exit, valid after [`Stop::Exit`].
+    pub exit: Option<Exit>,
+    /// Stores to lines that hold decoded code: (RAM offset, length).
+    pub code_writes: Vec<(u64, u32)>,
+    /// Code size of CS.
+    pub code_size: CodeSize,
+    /// What decoding depends on besides the bytes: CS base and code size.
+    pub code_mode: u64,
+    /// Everything else; `gpr`, `rip` and RFLAGS' status bits in here are stale while running.
+    pub s: CpuState,
+    /// What the profile allows in control registers.
+    pub limits: ControlLimits,
+    /// CPUID.
+    pub profile: CpuidProfile,
+    /// Local APIC id, for CPUID.
+    pub apic_id: u32,
+    /// Number of CPUs, for CPUID.
+    pub cpus: u32,
+    /// State of the RDRAND/RDSEED generator.
+    pub random: u64,
+    /// Guest-physical memory.
+    pub mem: Arc<GuestMemory>,
+    /// The MMU.
+    pub mmu: Mmu,
+    /// Executor of SIMD and x87 instructions.
+    pub host: HostExec,
+    /// Code bytes lines: which 64-byte lines of a RAM page hold decoded code.
+    pub code_lines: hashbrown::HashMap<u64, u64>,
+}
+
+impl Core {
+    /// A CPU after reset.
+    ///
+    /// # Errors
+    /// When the host can't give executable memory for SIMD stubs.
+    pub fn new(
+        mem: Arc<GuestMemory>,
+        profile: &CpuidProfile,
+        apic_id: u32,
+        options: &EngineOptions,
+    ) -> Result<Self, EngineError> {
+        let limits = profile.control_limits();
+        let mut s = CpuState::reset();
+        s.gpr[2] = u64::from(profile.signature());
+        let mut core = Self {
+            gpr: [0; 32],
+            flags: Flags::default(),
+            block_rip: 0,
+            next_rip: 0,
+            seg_base: [0; 8],
+            seg_checked: 0xff,
+            stack_mask: 0xffff,
+            break_block: false,
+            attention: false,
+            check_events: true,
+            trap_pending: false,
+            shadow_next: Shadow::None,
+            clock: VirtualTime(0),
+            extra_cost: 0,
+            fault: Fault::UNDEFINED,
+            exit: None,
+            code_writes: Vec::new(),
+            code_size: CodeSize::Bits16,
+            code_mode: 0,
+            limits,
+            profile: profile.clone(),
+            apic_id,
+            cpus: 1,
+            random: 0x9e37_79b9_7f4a_7c15,
+            mmu: Mmu::new(mem.clone(), limits, options.mmu.clone()),
+            host: HostExec::new()?,
+            mem,
+            code_lines: hashbrown::HashMap::new(),
+            s,
+        };
+        let reset = core.s.clone();
+        core.set_state(&reset);
+        Ok(core)
+    }
+
+    /// The architectural state, complete. `rip` is where execution goes on.
+    pub fn state(&self, rip: u64) -> CpuState {
+        let mut s = self.s.clone();
+        s.gpr.copy_from_slice(&self.gpr[..16]);
+        s.rip = rip;
+        s.rflags = self.rflags();
+        s
+    }
+
+    /// Replaces the architectural state.
+    pub fn set_state(&mut self, state: &CpuState) {
+        self.s = state.clone();
+        self.gpr[..16].copy_from_slice(&state.gpr);
+        self.gpr[16] = 0;
+        self.next_rip = state.rip;
+        self.set_rflags(state.rflags);
+        let regs = self.control_regs();
+        self.mmu.reset_to(&regs);
+        self.mmu.set_pkru(self.s.pkru);
+        self.mmu.set_pkrs(self.s.msr.pkrs as u32);
+        self.segments_changed();
+        self.view_changed();
+        self.check_events = true;
+    }
+
+    /// RFLAGS with materialised status flags.
+    #[inline]
+    pub fn rflags(&self) -> u64 {
+        self.s.rflags & !rflags::STATUS | self.flags.to_rflags() | rflags::FIXED
+    }
+
+    /// Replaces RFLAGS; the caller has masked what may change.
+    pub fn set_rflags(&mut self, value: u64) {
+        let old = self.s.rflags;
+        self.s.rflags = value & rflags::WRITABLE | rflags::FIXED;
+        self.flags = Flags::from_rflags(value);
+        let changed = old ^ value;
+        if changed & rflags::AC != 0 {
+            self.view_changed();
+        }
+        if changed & (rflags::IF | rflags::TF | rflags::VM | rflags::RF) != 0 || value & rflags::TF != 0 {
+            self.check_events = true;
+            self.break_block = true;
+        }
+    }
+
+    /// Raises `fault`: `return c.raise(Fault::GP0)`.
+    #[cold]
+    pub fn raise<T>(&mut self, fault: Fault) -> Result<T, Stop> {
+        self.fault = fault;
+        Err(Stop::Fault)
+    }
+
+    /// Lifts an architectural result into the engine's.
+    #[inline]
+    pub fn check<T>(&mut self, result: Result<T, Fault>) -> Result<T, Stop> {
+        match result {
+            Ok(value) => Ok(value),
+            Err(fault) => self.raise(fault),
+        }
+    }
+
+    /// Virtual time of the operation `op` of the running block.
+    #[inline]
+    pub fn now(&self, prefix: u32) -> VirtualTime {
+        self.clock.plus(u64::from(prefix) + self.extra_cost)
+    }
+
+    /// The TSC at `now`.
+    pub fn tsc(&self, now: VirtualTime) -> u64 {
+        now.0.wrapping_add(self.s.msr.tsc_offset)
+    }
+
+    /// Takes the cost and the attention request of a Bus reply.
+    #[inline]
+    pub fn settle<T>(&mut self, reply: umbra_arch::Reply<T>) -> T {
+        self.extra_cost += u64::from(reply.cost);
+        if reply.attention || reply.cost != 0 {
+            self.attention |= reply.attention;
+            self.break_block = true;
+        }
+        reply.value
+    }
+
+    /// The registers that govern paging.
+    pub fn control_regs(&self) -> ControlRegs {
+        let s = &self.s;
+        ControlRegs { cr0: s.cr0, cr3: s.cr3, cr4: s.cr4, efer: s.efer, pdpte: s.pdpte }
+    }
+
+    /// The rest of what control-register legality asks for.
+    pub fn code_context(&self) -> CodeContext {
+        let tr = self.s.segment(Seg::Tr);
+        CodeContext { cs_long: self.s.segment(Seg::Cs).attr.is_long(), tss16: tr.attr.kind() & 0xd == 1 }
+    }
+
+    /// Commits a legal control-register write: registers, MMU root, decoding mode.
+    pub fn commit(&mut self, effects: &Effects) {
+        let r = &effects.regs;
+        let s = &mut self.s;
+        (s.cr0, s.cr3, s.cr4, s.efer, s.pdpte) = (r.cr0, r.cr3, r.cr4, r.efer, r.pdpte);
+        self.mmu.apply(effects);
+        self.segments_changed();
+        self.view_changed();
+        self.break_block = true;
+    }
+
+    /// Tells the MMU about CPL and RFLAGS.AC.
+    #[inline]
+    pub fn view_changed(&mut self) {
+        self.mmu.set_view(self.s.cpl, self.s.rflags & rflags::AC != 0);
+    }
+
+    /// Sets CPL; decoded code and the view follow.
+    pub fn set_cpl(&mut self, cpl: u8) {
+        self.s.cpl = cpl;
+        self.view_changed();
+    }
+
+    /// Recomputes what addressing and decoding derive from segment registers and mode.
+    pub fn segments_changed(&mut self) {
+        let long = self.s.is_64bit_code();
+        let cs = self.s.segment(Seg::Cs);
+        let size = if long {
+            CodeSize::Bits64
+        } else if cs.attr.is_big() {
+            CodeSize::Bits32
+        } else {
+            CodeSize::Bits16
+        };
+        self.code_size = size;
+        self.seg_checked = 0;
+        for (i, seg) in self.s.seg.iter().enumerate() {
+            let flat = long && i < Seg::Fs as usize;
+            self.seg_base[i] = if flat { 0 } else { seg.base };
+            let unchecked = seg.limit == u32::MAX
+                && !seg.attr.is_unusable()
+                && seg.attr.is_writable_data()
+                && !seg.attr.is_expand_down();
+            if !unchecked {
+                self.seg_checked |= 1 << i;
+            }
+        }
+        let ss = self.s.segment(Seg::Ss);
+        self.stack_mask = match (long, ss.attr.is_big()) {
+            (true, _) => u64::MAX,
+            (_, true) => 0xffff_ffff,
+            _ => 0xffff,
+        };
+        self.code_mode = self.seg_base[Seg::Cs as usize] | (size as u64) << 40;
+        self.break_block = true;
+    }
+
+    /// Stops executing until an interrupt.
+    pub fn halt(&mut self) {
+        self.s.activity = Activity::Halted;
+        self.check_events = true;
+        self.break_block = true;
+    }
+
+    /// Next value of the deterministic RDRAND/RDSEED generator (splitmix64).
+    pub fn next_random(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.random ^ self.random >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+}

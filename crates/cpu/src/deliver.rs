@@ -1,0 +1,326 @@
+//! Delivering exceptions and interrupts ("Interrupt and Exception Handling").
+
+use crate::core::Core;
+use crate::far::Frame;
+use crate::op::{Flow, Stop};
+use crate::segments::selector_code;
+use umbra_arch::descriptor::{Gate, system};
+use umbra_arch::exit::{TripleFault, Unsupported};
+use umbra_arch::fault::vector;
+use umbra_arch::segment::{Seg, Segment};
+use umbra_arch::state::{Activity, reg};
+use umbra_arch::{Bus, Exit, Fault, rflags};
+
+/// What is being delivered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// A fault of the instruction at the return address.
+    Fault(Fault),
+    /// A trap: #DB after an instruction.
+    Trap(Fault),
+    /// A maskable or non-maskable interrupt.
+    External(u8),
+    /// INT n, INT3, INTO: the gate's DPL is checked.
+    Software(u8),
+    /// INT1 (ICEBP): a software-made #DB without the DPL check.
+    Icebp,
+}
+
+impl Event {
+    fn vector(self) -> u8 {
+        match self {
+            Self::Fault(f) | Self::Trap(f) => f.vector,
+            Self::External(v) | Self::Software(v) => v,
+            Self::Icebp => vector::DB,
+        }
+    }
+    fn code(self) -> Option<u32> {
+        match self {
+            Self::Fault(f) | Self::Trap(f) => f.code,
+            _ => None,
+        }
+    }
+    /// The EXT bit of error codes raised by this delivery.
+    fn ext(self) -> u32 {
+        u32::from(!matches!(self, Self::Software(_)))
+    }
+}
+
+/// "Benign, contributory, page fault" classes for double faults ("Interrupt 8-Double Fault Exception (#DF)").
+fn makes_double_fault(first: u8, second: u8) -> bool {
+    let contributory = |v: u8| matches!(v, vector::DE | vector::TS | vector::NP | vector::SS | vector::GP | vector::CP);
+    contributory(first) && contributory(second) || first == vector::PF && (contributory(second) || second == vector::PF)
+}
+
+impl Core {
+    /// Delivers `event` with return address `rip`; follows double faults. On success `next_rip` is the
+    /// handler's address.
+    pub fn deliver(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
+        let start = (self.s.segment(Seg::Cs).base, rip);
+        let mut event = event;
+        let mut chain: [Option<Fault>; 2] = [None, None];
+        loop {
+            let now = match event {
+                Event::Fault(f) | Event::Trap(f) => Some(f),
+                _ => None,
+            };
+            if let Some(fault) = now.filter(|f| f.vector == vector::PF) {
+                self.s.cr2 = fault.address;
+            }
+            match self.deliver_once(bus, event, rip) {
+                Ok(()) => return Ok(()),
+                Err(Stop::Fault) => {}
+                Err(stop) => return Err(stop),
+            }
+            let second = self.fault;
+            let first = now.unwrap_or(Fault { vector: event.vector(), code: None, address: 0 });
+            if first.vector == vector::DF && now.is_some() {
+                let triple = TripleFault {
+                    at: start,
+                    first: chain[0].unwrap_or(first),
+                    second: chain[1].unwrap_or(first),
+                    third: second,
+                };
+                self.s.activity = Activity::Shutdown;
+                self.exit = Some(Exit::Shutdown(triple));
+                return Err(Stop::Exit);
+            }
+            event = if now.is_some() && makes_double_fault(first.vector, second.vector) {
+                chain = [Some(first), Some(second)];
+                Event::Fault(Fault { vector: vector::DF, code: Some(0), address: 0 })
+            } else {
+                Event::Fault(second)
+            };
+        }
+    }
+
+    /// INT n and its kin: the gate is entered with return address `back`. A fault on the way is the
+    /// instruction's own and is raised like any other.
+    pub fn software_interrupt(&mut self, bus: &mut dyn Bus, event: Event, back: u64) -> Flow {
+        self.deliver_once(bus, event, back)
+    }
+
+    fn deliver_once(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
+        if !self.s.cr0.pe() {
+            return self.deliver_real(bus, event.vector(), rip);
+        }
+        if let Event::Software(_) = event
+            && self.s.is_v86()
+            && self.s.rflags & rflags::IOPL != rflags::IOPL
+            && event.vector() != vector::BP
+            && event.vector() != vector::OF
+        {
+            return self.raise(Fault::GP0);
+        }
+        let gate = self.read_gate(bus, event)?;
+        if gate.attr.kind() == system::TASK_GATE {
+            return self.unsupported("a task gate in the IDT", rip);
+        }
+        self.through_gate(bus, event, gate, rip)
+    }
+
+    /// Leaves the engine with "this guest needs what isn't implemented".
+    pub fn unsupported(&mut self, what: &str, rip: u64) -> Flow {
+        self.exit = Some(Exit::Unsupported(Unsupported { what: what.to_owned(), rip }));
+        Err(Stop::Exit)
+    }
+
+    /// Real-address mode: the IVT ("Interrupt and Exception Handling" in real-address mode).
+    fn deliver_real(&mut self, bus: &mut dyn Bus, vector: u8, rip: u64) -> Flow {
+        let at = u64::from(vector) * 4;
+        if at + 3 > u64::from(self.s.idtr.limit) {
+            return self.raise(Fault::gp(u32::from(vector) * 8 + 2));
+        }
+        let entry = self.read_system::<u32>(bus, self.s.idtr.base.wrapping_add(at))?;
+        let mut frame = Frame::on_current_stack(self);
+        frame.push(self, bus, 2, self.rflags())?;
+        frame.push(self, bus, 2, u64::from(self.s.segment(Seg::Cs).selector))?;
+        frame.push(self, bus, 2, rip)?;
+        frame.commit_pointer(self);
+        self.set_rflags(self.rflags() & !(rflags::IF | rflags::TF | rflags::AC | rflags::RF));
+        let cs = &mut self.s.seg[Seg::Cs as usize];
+        cs.selector = (entry >> 16) as u16;
+        cs.base = u64::from(cs.selector) << 4;
+        self.segments_changed();
+        self.next_rip = entry & 0xffff;
+        Ok(())
+    }
+
+    fn read_gate(&mut self, bus: &mut dyn Bus, event: Event) -> Result<Gate, Stop> {
+        let v = event.vector();
+        let code = u32::from(v) * 8 + 2 + event.ext();
+        let long = self.s.efer.lma();
+        let size = if long { 16 } else { 8 };
+        let at = u64::from(v) * size;
+        if at + size - 1 > u64::from(self.s.idtr.limit) {
+            return self.raise(Fault::gp(code));
+        }
+        let base = self.s.idtr.base.wrapping_add(at);
+        let low = self.read_system::<u64>(bus, base)?;
+        let gate = if long {
+            let high = self.read_system::<u64>(bus, base.wrapping_add(8))?;
+            Gate::long(low, high)
+        } else {
+            Gate::legacy(low)
+        };
+        let fits = match gate.attr.kind() {
+            system::INTERRUPT_GATE | system::TRAP_GATE => true,
+            system::INTERRUPT_GATE16 | system::TRAP_GATE16 | system::TASK_GATE => !long,
+            _ => false,
+        };
+        let refused = matches!(event, Event::Software(_)) && gate.attr.dpl() < self.s.cpl;
+        if !fits || gate.attr.is_code_or_data() || refused {
+            return self.raise(Fault::gp(code));
+        }
+        if !gate.attr.is_present() {
+            return self.raise(Fault::np(code));
+        }
+        Ok(gate)
+    }
+
+    fn through_gate(&mut self, bus: &mut dyn Bus, event: Event, gate: Gate, rip: u64) -> Flow {
+        let ext = event.ext();
+        let long = self.s.efer.lma();
+        let cs = self.handler_segment(bus, gate.selector, ext)?;
+        let old_cpl = self.s.cpl;
+        let new_cpl = if cs.attr.is_conforming() { old_cpl } else { cs.attr.dpl() };
+        let v86 = self.s.is_v86();
+        if v86 && new_cpl != 0 {
+            return self.raise(Fault::gp(selector_code(gate.selector) | ext));
+        }
+        let old = (*self.s.segment(Seg::Ss), self.gpr[reg::RSP], self.rflags());
+        let inner = new_cpl < old_cpl;
+        let (mut frame, new_ss) = if long {
+            let frame = self.long_stack(bus, gate.ist, new_cpl, inner)?;
+            let null = Segment {
+                attr: umbra_arch::segment::Attr::UNUSABLE.with_dpl(new_cpl),
+                ..Segment::null(u16::from(new_cpl))
+            };
+            (frame, inner.then_some(null))
+        } else if inner {
+            let (frame, ss) = self.inner_stack(bus, new_cpl, ext)?;
+            (frame, Some(ss))
+        } else {
+            (Frame::on_current_stack(self), None)
+        };
+        let size = if long {
+            8
+        } else if gate.attr.kind() & 8 != 0 {
+            4
+        } else {
+            2
+        };
+        if v86 {
+            for seg in [Seg::Gs, Seg::Fs, Seg::Ds, Seg::Es] {
+                let selector = self.s.segment(seg).selector;
+                frame.push(self, bus, size, u64::from(selector))?;
+            }
+        }
+        if long || inner {
+            frame.push(self, bus, size, u64::from(old.0.selector))?;
+            frame.push(self, bus, size, old.1)?;
+        }
+        let resume = if matches!(event, Event::Fault(f) if f.vector != vector::DB) { rflags::RF } else { 0 };
+        frame.push(self, bus, size, old.2 | resume)?;
+        frame.push(self, bus, size, u64::from(self.s.segment(Seg::Cs).selector))?;
+        frame.push(self, bus, size, rip)?;
+        if let Some(code) = event.code() {
+            frame.push(self, bus, size, u64::from(code))?;
+        }
+        if !long && gate.offset > u64::from(cs.limit) {
+            return self.raise(Fault::gp(ext));
+        }
+        self.enter_handler(gate, cs, new_cpl, new_ss, frame, v86);
+        Ok(())
+    }
+
+    /// Nothing can fail any more: commits stack, segments, flags and RIP.
+    fn enter_handler(&mut self, gate: Gate, cs: Segment, cpl: u8, ss: Option<Segment>, frame: Frame, v86: bool) {
+        if let Some(ss) = ss {
+            self.s.seg[Seg::Ss as usize] = ss;
+        }
+        if v86 {
+            for seg in [Seg::Gs, Seg::Fs, Seg::Ds, Seg::Es] {
+                self.s.seg[seg as usize] = Segment::null(0);
+            }
+        }
+        self.s.seg[Seg::Cs as usize] = Segment { selector: cs.selector & !3 | u16::from(cpl), ..cs };
+        self.s.cpl = cpl;
+        let mut clear = rflags::TF | rflags::NT | rflags::RF | rflags::VM;
+        if gate.attr.kind() & 1 == 0 {
+            clear |= rflags::IF;
+        }
+        self.set_rflags(self.rflags() & !clear);
+        self.segments_changed();
+        frame.commit_pointer(self);
+        self.view_changed();
+        self.next_rip = gate.offset;
+        self.break_block = true;
+    }
+
+    fn handler_segment(&mut self, bus: &mut dyn Bus, selector: u16, ext: u32) -> Result<Segment, Stop> {
+        if selector & 0xfffc == 0 {
+            return self.raise(Fault::gp(ext));
+        }
+        let code = selector_code(selector) | ext;
+        let read = self.read_descriptor(bus, selector, Fault::gp);
+        if read.is_err() && self.fault.vector == vector::GP {
+            self.fault.code = Some(code);
+        }
+        let d = read?;
+        let attr = d.attr();
+        let wrong_size = self.s.efer.lma() && (!attr.is_long() || attr.is_big());
+        if !attr.is_code() || attr.dpl() > self.s.cpl || wrong_size {
+            return self.raise(Fault::gp(code));
+        }
+        if !attr.is_present() {
+            return self.raise(Fault::np(code));
+        }
+        self.mark_descriptor(bus, selector, d, crate::segments::ACCESSED)?;
+        Ok(umbra_arch::descriptor::Descriptor(d.0 | crate::segments::ACCESSED).segment(selector))
+    }
+
+    /// "64-Bit Mode Stack Frame", "Interrupt Stack Table": the new RSP, aligned to 16 bytes.
+    fn long_stack(&mut self, bus: &mut dyn Bus, ist: u8, cpl: u8, inner: bool) -> Result<Frame, Stop> {
+        let rsp = if ist != 0 {
+            self.tss_pointer(bus, 0x24 + 8 * u64::from(ist - 1))?
+        } else if inner {
+            self.tss_pointer(bus, 4 + 8 * u64::from(cpl))?
+        } else {
+            self.gpr[reg::RSP]
+        };
+        Ok(Frame { pointer: rsp & !15, base: 0, mask: u64::MAX, cpl, limit: None })
+    }
+
+    fn tss_pointer(&mut self, bus: &mut dyn Bus, offset: u64) -> Result<u64, Stop> {
+        let tr = *self.s.segment(Seg::Tr);
+        if offset + 7 > u64::from(tr.limit) {
+            return self.raise(Fault::ts(selector_code(tr.selector)));
+        }
+        self.read_system::<u64>(bus, tr.base.wrapping_add(offset))
+    }
+
+    /// SS:ESP of ring `cpl` from a 32- or 16-bit TSS, checked ("Stack Switching").
+    pub fn inner_stack(&mut self, bus: &mut dyn Bus, cpl: u8, ext: u32) -> Result<(Frame, Segment), Stop> {
+        let tr = *self.s.segment(Seg::Tr);
+        let wide = tr.attr.kind() & 8 != 0;
+        let (at, bytes) = if wide { (4 + 8 * u64::from(cpl), 8) } else { (2 + 4 * u64::from(cpl), 4) };
+        if tr.attr.is_unusable() || at + bytes - 1 > u64::from(tr.limit) {
+            return self.raise(Fault::ts(selector_code(tr.selector) | ext));
+        }
+        let (esp, ss) = if wide {
+            let esp = self.read_system::<u32>(bus, tr.base.wrapping_add(at))?;
+            (esp, self.read_system::<u16>(bus, tr.base.wrapping_add(at + 4))?)
+        } else {
+            let sp = self.read_system::<u16>(bus, tr.base.wrapping_add(at))?;
+            (sp, self.read_system::<u16>(bus, tr.base.wrapping_add(at + 2))?)
+        };
+        let segment = self.stack_segment(bus, ss as u16, cpl, Fault::ts);
+        if segment.is_err() && matches!(self.fault.vector, vector::TS | vector::SS) {
+            self.fault.code = self.fault.code.map(|code| code | ext);
+        }
+        let segment = segment?;
+        let mask = if segment.attr.is_big() { 0xffff_ffff } else { 0xffff };
+        Ok((Frame { pointer: esp, base: segment.base, mask, cpl, limit: Some(segment) }, segment))
+    }
+}

@@ -1,0 +1,261 @@
+//! The interpreter: finds blocks, runs them, takes interrupts, keeps time.
+//!
+//! Time and counters are exact at every exit: a block's cost is charged when it ends, a fault charges the
+//! prefix before it, and a block longer than the budget runs only as far as the budget reaches.
+
+use crate::block::BlockCache;
+use crate::core::{Core, EngineError, EngineOptions};
+use crate::deliver::Event;
+use crate::op::Stop;
+use std::sync::Arc;
+use umbra_arch::cpuid::CpuidProfile;
+use umbra_arch::state::{Activity, Shadow};
+use umbra_arch::{Bus, CpuState, Exit, Fault, Slice, Stopped, Vcpu, VirtualTime, rflags};
+use umbra_memory::{Backing, GuestMemory, PageFlags};
+
+/// The reference engine.
+pub struct Interpreter {
+    core: Core,
+    cache: BlockCache,
+    retired: u64,
+    /// TF or a shadow: run one instruction at a time.
+    single: bool,
+}
+
+impl Interpreter {
+    /// A CPU after reset.
+    ///
+    /// # Errors
+    /// When the host lacks something the engine needs.
+    pub fn new(
+        mem: Arc<GuestMemory>,
+        profile: &CpuidProfile,
+        apic_id: u32,
+        options: &EngineOptions,
+    ) -> Result<Self, EngineError> {
+        let core = Core::new(mem, profile, apic_id, options)?;
+        Ok(Self { core, cache: BlockCache::default(), retired: 0, single: false })
+    }
+
+    /// The MMU's counters.
+    pub fn mmu_stats(&self) -> &umbra_mmu::MmuStats {
+        self.core.mmu.stats()
+    }
+
+    /// The core, for tests and reports.
+    pub fn core(&self) -> &Core {
+        &self.core
+    }
+
+    /// Seeds the deterministic RDRAND/RDSEED generator.
+    pub fn set_random_seed(&mut self, seed: u64) {
+        self.core.random = seed;
+    }
+
+    fn run_until(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Exit {
+        loop {
+            if self.core.mem.journal_pending() {
+                self.drain_journal();
+            }
+            if self.core.check_events
+                && let Some(exit) = self.events(bus)
+            {
+                return exit;
+            }
+            if self.core.clock >= until {
+                return Exit::BudgetSpent;
+            }
+            let ended = match self.cache.find(&mut self.core) {
+                Ok(number) => self.execute(bus, number, until),
+                Err(stop) => {
+                    let rip = self.core.next_rip;
+                    self.stopped(bus, stop, rip)
+                }
+            };
+            if let Some(exit) = ended {
+                return exit;
+            }
+        }
+    }
+
+    /// Runs one block. HOT.
+    #[inline(always)]
+    fn execute(&mut self, bus: &mut dyn Bus, number: u32, until: VirtualTime) -> Option<Exit> {
+        let block = self.cache.block(number);
+        let c = &mut self.core;
+        c.block_rip = block.rip;
+        c.next_rip = block.end_rip;
+        c.break_block = false;
+        let budget = until.since(c.clock);
+        let ops = if self.single {
+            &block.ops[..1]
+        } else if u64::from(block.cost) > budget {
+            within(&block.ops, budget)
+        } else {
+            &block.ops[..]
+        };
+        let mut done = 0;
+        let mut stop = None;
+        for op in ops {
+            if let Err(s) = (op.exec)(c, bus, op) {
+                stop = Some(s);
+                break;
+            }
+            done += 1;
+            if c.break_block {
+                break;
+            }
+        }
+        if done == block.ops.len() && stop.is_none() {
+            self.retired += done as u64;
+            c.clock = c.clock.plus(u64::from(block.cost) + std::mem::take(&mut c.extra_cost));
+            if !c.break_block && !self.single {
+                return None;
+            }
+            return self.after(bus, None, 0);
+        }
+        self.cut_short(bus, number, done, stop)
+    }
+
+    /// A block that didn't run to its end: charges what ran and finds where to go on.
+    #[inline(never)]
+    fn cut_short(&mut self, bus: &mut dyn Bus, number: u32, done: usize, stop: Option<Stop>) -> Option<Exit> {
+        let c = &mut self.core;
+        let block = self.cache.block(number);
+        let retired = done + usize::from(stop == Some(Stop::Again));
+        let cost = block.ops.get(retired).map_or(block.cost, |op| op.prefix);
+        self.retired += retired as u64;
+        c.clock = c.clock.plus(u64::from(cost) + std::mem::take(&mut c.extra_cost));
+        let rip = block.ops.get(done).map_or(c.next_rip, |op| block.rip.wrapping_add(u64::from(op.start)));
+        c.next_rip = rip;
+        self.after(bus, stop.filter(|s| *s != Stop::Again), rip)
+    }
+
+    /// After a block: code writes, shadows, traps, faults, attention.
+    #[inline(never)]
+    fn after(&mut self, bus: &mut dyn Bus, stop: Option<Stop>, rip: u64) -> Option<Exit> {
+        if !self.core.code_writes.is_empty() {
+            for (offset, len) in std::mem::take(&mut self.core.code_writes) {
+                self.cache.invalidate(&mut self.core, offset, len);
+            }
+        }
+        let stepping = self.single && self.core.trap_pending;
+        self.core.trap_pending = false;
+        self.core.s.shadow = std::mem::take(&mut self.core.shadow_next);
+        if let Some(stop) = stop {
+            self.core.s.shadow = Shadow::None;
+            return self.stopped(bus, stop, rip);
+        }
+        if stepping && self.core.s.shadow != Shadow::MovSs {
+            self.core.s.dr6 |= 1 << 14;
+            let next = self.core.next_rip;
+            if let Err(stop) = self.core.deliver(bus, Event::Trap(Fault::DEBUG), next) {
+                return self.stopped(bus, stop, next);
+            }
+        }
+        if std::mem::take(&mut self.core.attention) {
+            self.core.check_events = true;
+            return Some(Exit::Attention);
+        }
+        None
+    }
+
+    /// Delivers a fault of the instruction at `rip`, or hands out an exit.
+    fn stopped(&mut self, bus: &mut dyn Bus, stop: Stop, rip: u64) -> Option<Exit> {
+        let c = &mut self.core;
+        if stop == Stop::Fault {
+            c.check_events = true;
+            let fault = c.fault;
+            match c.deliver(bus, Event::Fault(fault), rip) {
+                Ok(()) => return None,
+                Err(_) => c.next_rip = rip,
+            }
+        }
+        Some(c.exit.take().unwrap_or(Exit::Attention))
+    }
+
+    /// Takes NMIs and interrupts, notices halts, shadows and single-stepping.
+    #[inline(never)]
+    fn events(&mut self, bus: &mut dyn Bus) -> Option<Exit> {
+        let c = &mut self.core;
+        c.check_events = false;
+        match c.s.activity {
+            Activity::Shutdown => return Some(c.exit.take().unwrap_or(Exit::Halted)),
+            Activity::WaitForSipi => return Some(Exit::WaitForSipi),
+            Activity::Running | Activity::Halted => {}
+        }
+        let mut event = None;
+        if c.s.shadow != Shadow::MovSs && !c.s.nmi_blocked && bus.take_nmi() {
+            c.s.nmi_blocked = true;
+            event = Some(Event::External(umbra_arch::fault::vector::NMI));
+        } else if c.s.rflags & rflags::IF != 0 && c.s.shadow == Shadow::None && bus.interrupt_pending() {
+            event = bus.interrupt_acknowledge(c.clock).map(Event::External);
+        }
+        if let Some(event) = event {
+            c.s.activity = Activity::Running;
+            let rip = c.next_rip;
+            c.break_block = true;
+            if let Err(stop) = c.deliver(bus, event, rip) {
+                return self.stopped(bus, stop, rip);
+            }
+        }
+        let c = &mut self.core;
+        if c.s.activity == Activity::Halted {
+            c.check_events = true;
+            return Some(Exit::Halted);
+        }
+        let trap = c.s.rflags & rflags::TF != 0;
+        self.single = trap || c.s.shadow != Shadow::None;
+        c.trap_pending = trap;
+        c.check_events = self.single;
+        None
+    }
+
+    /// Writes by devices, the host and the MMU's walker to code and table pages.
+    #[cold]
+    fn drain_journal(&mut self) {
+        for (gpa, len) in self.core.mem.take_journal() {
+            if len == 0 {
+                self.cache.clear(&mut self.core);
+                continue;
+            }
+            let Backing::Ram(offset) = self.core.mem.map(gpa.page()).at(gpa.offset()) else { continue };
+            let flags = self.core.mem.page_flags(offset);
+            if flags.contains(PageFlags::WATCHED) {
+                self.core.mmu.table_written(gpa, len);
+            }
+            if flags.contains(PageFlags::CODE) {
+                self.cache.invalidate(&mut self.core, offset.raw(), len);
+            }
+        }
+    }
+}
+
+/// The operations that start within `budget` ticks; at least one.
+#[cold]
+fn within(ops: &[crate::op::Op], budget: u64) -> &[crate::op::Op] {
+    let n = ops.iter().take_while(|op| u64::from(op.prefix) < budget).count();
+    &ops[..n.max(1)]
+}
+
+impl Vcpu for Interpreter {
+    fn run(&mut self, bus: &mut dyn Bus, slice: Slice) -> Stopped {
+        self.core.clock = slice.now;
+        self.core.check_events = true;
+        let exit = self.run_until(bus, slice.until);
+        Stopped { exit, now: self.core.clock }
+    }
+
+    fn state(&self) -> CpuState {
+        self.core.state(self.core.next_rip)
+    }
+
+    fn set_state(&mut self, state: &CpuState) {
+        self.core.set_state(state);
+        self.single = false;
+    }
+
+    fn retired(&self) -> u64 {
+        self.retired
+    }
+}

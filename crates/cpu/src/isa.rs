@@ -1,0 +1,177 @@
+//! The instruction rows: one per instruction, in `isa/<family>.rs`. ADD INSTRUCTIONS THERE.
+//!
+//! A [`Row`] names the mnemonic (iced-x86's), the manual's section, the flags it leaves undefined, and a
+//! selector that returns the function for a [`Form`] (or `None`: #UD). Selectors come from
+//! [`operand`](crate::operand) (`binary::<Op>`, `unary::<Op>`, `convert::<Op>`), where loading, storing and
+//! write-back live once; the row supplies the pure function. Odd instructions select a function of their own.
+//! Rows that share a mnemonic (the string MOVSD and the SSE one) tell their codes apart with [`Row::only`].
+//!
+//! To add a family: a file with `pub const ROWS: &[Row]`, and its name in `FAMILIES` below.
+
+use crate::core::Core;
+use crate::decode::Form;
+use crate::op::{ExecFn, Flow, NO_REG, Op};
+use iced_x86::{Code, Mnemonic};
+use std::sync::OnceLock;
+use umbra_arch::cpuid::Feature;
+use umbra_arch::{Bus, Fault};
+
+pub mod alu;
+pub mod atomic;
+pub mod bit;
+pub mod branch;
+pub mod control;
+pub mod convert;
+pub mod far;
+pub mod flag;
+pub mod io;
+pub mod mov;
+pub mod muldiv;
+pub mod nop;
+pub mod segment;
+pub mod shift;
+pub mod stack;
+pub mod string;
+pub mod system;
+
+/// Every family of rows.
+const FAMILIES: &[&[Row]] = &[
+    alu::ROWS,
+    atomic::ROWS,
+    bit::ROWS,
+    branch::ROWS,
+    control::ROWS,
+    convert::ROWS,
+    far::ROWS,
+    flag::ROWS,
+    io::ROWS,
+    mov::ROWS,
+    muldiv::ROWS,
+    nop::ROWS,
+    segment::ROWS,
+    shift::ROWS,
+    stack::ROWS,
+    string::ROWS,
+    system::ROWS,
+];
+
+/// Whether an instruction ends its canonical block.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ends {
+    /// No: the block goes on.
+    No,
+    /// Yes: a branch, a serialising or an I/O instruction.
+    Block,
+}
+
+/// Chooses the function that executes a form; `None` if this form is undefined (#UD).
+pub type Select = fn(&mut Form) -> Option<ExecFn>;
+
+/// One instruction.
+#[derive(Clone, Copy)]
+pub struct Row {
+    /// iced-x86's mnemonic.
+    pub mnemonic: Mnemonic,
+    /// Title of its section in SDM volume 2.
+    pub section: &'static str,
+    /// Chooses the function.
+    pub select: Select,
+    /// Narrows the mnemonic to some codes.
+    pub only: Option<fn(Code) -> bool>,
+    /// Status flags that the manual leaves undefined.
+    pub undefined: u64,
+    /// Whether it ends its block.
+    pub ends: Ends,
+    /// CPUID feature without which it is undefined.
+    pub needs: Option<Feature>,
+}
+
+impl Row {
+    /// A row without undefined flags that doesn't end its block.
+    pub const fn new(mnemonic: Mnemonic, section: &'static str, select: Select) -> Self {
+        Self { mnemonic, section, select, only: None, undefined: 0, ends: Ends::No, needs: None }
+    }
+    /// Only codes that `f` accepts.
+    pub const fn only(mut self, f: fn(Code) -> bool) -> Self {
+        self.only = Some(f);
+        self
+    }
+    /// Leaves these RFLAGS bits undefined.
+    pub const fn undefined(mut self, flags: u64) -> Self {
+        self.undefined = flags;
+        self
+    }
+    /// Undefined without this CPUID feature.
+    pub const fn needs(mut self, feature: Feature) -> Self {
+        self.needs = Some(feature);
+        self
+    }
+    /// Ends its block.
+    pub const fn ends(mut self) -> Self {
+        self.ends = Ends::Block;
+        self
+    }
+    /// Whether the row covers `code`.
+    pub fn covers(&self, code: Code) -> bool {
+        code.mnemonic() == self.mnemonic && self.only.is_none_or(|f| f(code))
+    }
+}
+
+/// All rows with their index, in the order of the families.
+pub fn rows() -> impl Iterator<Item = (u16, &'static Row)> {
+    FAMILIES.iter().flat_map(|f| f.iter()).enumerate().map(|(i, row)| (i as u16, row))
+}
+
+/// The row that covers `code`, with its index.
+pub fn row_of(code: Code) -> Option<(u16, &'static Row)> {
+    static TABLE: OnceLock<Vec<Option<(u16, &'static Row)>>> = OnceLock::new();
+    let table = TABLE.get_or_init(|| Code::values().map(|c| rows().find(|(_, row)| row.covers(c))).collect());
+    table.get(code as usize).copied().flatten()
+}
+
+/// An operation that raises #UD, with no operands.
+pub const fn invalid_op() -> Op {
+    Op {
+        exec: undefined,
+        imm: 0,
+        disp: 0,
+        ea_mask: u64::MAX,
+        base: NO_REG,
+        index: NO_REG,
+        scale: 0,
+        seg: 3,
+        dst: NO_REG,
+        src: NO_REG,
+        len: 1,
+        legacy: false,
+        start: 0,
+        row: u16::MAX,
+        prefix: 0,
+        aux: 0,
+    }
+}
+
+/// Raises #UD.
+pub fn undefined(c: &mut Core, _: &mut dyn Bus, _: &Op) -> Flow {
+    c.raise(Fault::UNDEFINED)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_code_has_two_rows() {
+        for code in Code::values() {
+            let names: Vec<_> = rows().filter(|(_, r)| r.covers(code)).map(|(_, r)| r.section).collect();
+            assert!(names.len() <= 1, "{code:?} is covered by {names:?}");
+        }
+    }
+
+    #[test]
+    fn every_row_covers_something() {
+        for (_, row) in rows() {
+            assert!(Code::values().any(|c| row.covers(c)), "{}", row.section);
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! RDMSR and WRMSR ("Model-Specific Registers"). Unknown numbers and reserved bits are #GP(0).
+
+use crate::core::Core;
+use crate::op::{Flow, Op, Stop};
+use umbra_arch::cpuid::Feature;
+use umbra_arch::msr::*;
+use umbra_arch::segment::Seg;
+use umbra_arch::state::Msrs;
+use umbra_arch::{Bus, Fault, Gva};
+
+impl Core {
+    /// The value of MSR `number`.
+    pub fn read_msr(&mut self, bus: &mut dyn Bus, op: &Op, number: u32) -> Result<u64, Stop> {
+        if is_apic(number) {
+            let reply = bus.apic_msr_read(self.now(op.prefix), number);
+            let reply = self.check(reply)?;
+            return Ok(self.settle(reply));
+        }
+        if let Some(register) = mtrr(&mut self.s.msr, number) {
+            return Ok(*register);
+        }
+        let m = &self.s.msr;
+        Ok(match number {
+            IA32_TSC => self.tsc(self.now(op.prefix)),
+            IA32_TSC_ADJUST if self.profile.has(Feature::TscAdjust) => m.tsc_adjust,
+            IA32_PLATFORM_ID | IA32_MCG_CAP | IA32_MCG_STATUS => 0,
+            IA32_BIOS_SIGN_ID => m.bios_sign_id,
+            IA32_FEATURE_CONTROL => m.feature_control,
+            IA32_SPEC_CTRL if self.profile.has(Feature::SpecCtrl) => m.spec_ctrl,
+            IA32_ARCH_CAPABILITIES if self.profile.has(Feature::ArchCapabilities) => self.profile.arch_capabilities(),
+            // Eight variable ranges, fixed ranges, write-combining.
+            IA32_MTRRCAP => 0x508,
+            IA32_MTRR_DEF_TYPE => m.mtrr_def_type,
+            IA32_SYSENTER_CS => m.sysenter_cs,
+            IA32_SYSENTER_ESP => m.sysenter_esp,
+            IA32_SYSENTER_EIP => m.sysenter_eip,
+            IA32_MISC_ENABLE => m.misc_enable,
+            IA32_DEBUGCTL => m.debugctl,
+            IA32_PAT => m.pat,
+            IA32_XSS if self.profile.has(Feature::Xsaves) => m.xss,
+            IA32_PKRS if self.profile.has(Feature::Pks) => m.pkrs,
+            IA32_EFER => self.s.efer.raw(),
+            IA32_STAR => m.star,
+            IA32_LSTAR => m.lstar,
+            IA32_CSTAR => m.cstar,
+            IA32_FMASK => m.fmask,
+            IA32_FS_BASE => self.s.segment(Seg::Fs).base,
+            IA32_GS_BASE => self.s.segment(Seg::Gs).base,
+            IA32_KERNEL_GS_BASE => m.kernel_gs_base,
+            IA32_TSC_AUX if self.profile.has(Feature::Rdtscp) => m.tsc_aux,
+            _ => return self.raise(Fault::GP0),
+        })
+    }
+
+    /// Writes MSR `number`.
+    pub fn write_msr(&mut self, bus: &mut dyn Bus, op: &Op, number: u32, value: u64) -> Flow {
+        if is_apic(number) {
+            let reply = bus.apic_msr_write(self.now(op.prefix), number, value);
+            let reply = self.check(reply)?;
+            self.settle(reply);
+            self.check_events = true;
+            return Ok(());
+        }
+        if let Some(register) = mtrr(&mut self.s.msr, number) {
+            *register = value;
+            return Ok(());
+        }
+        match number {
+            IA32_TSC => {
+                let offset = value.wrapping_sub(self.now(op.prefix).0);
+                self.move_tsc(offset.wrapping_sub(self.s.msr.tsc_offset));
+            }
+            IA32_TSC_ADJUST if self.profile.has(Feature::TscAdjust) => {
+                self.move_tsc(value.wrapping_sub(self.s.msr.tsc_adjust));
+            }
+            IA32_EFER => {
+                let effects = self.control_regs().write_efer(value, &self.limits);
+                let effects = self.check(effects)?;
+                self.commit(&effects);
+            }
+            IA32_FS_BASE | IA32_GS_BASE => {
+                self.need_canonical(value)?;
+                self.set_segment_base(if number == IA32_FS_BASE { 4 } else { 5 }, value);
+            }
+            IA32_PKRS if self.profile.has(Feature::Pks) => {
+                self.need_zero(value >> 32)?;
+                self.s.msr.pkrs = value;
+                self.mmu.set_pkrs(value as u32);
+            }
+            _ => return self.write_plain_msr(number, value),
+        }
+        Ok(())
+    }
+
+    fn write_plain_msr(&mut self, number: u32, value: u64) -> Flow {
+        let has = |c: &Core, feature| c.profile.has(feature);
+        match number {
+            IA32_LSTAR | IA32_CSTAR | IA32_KERNEL_GS_BASE | IA32_SYSENTER_ESP | IA32_SYSENTER_EIP => {
+                self.need_canonical(value)?;
+            }
+            IA32_PAT => {
+                let bad = value.to_le_bytes().iter().any(|t| !matches!(t, 0 | 1 | 4..=7));
+                self.need_zero(u64::from(bad))?;
+            }
+            IA32_FMASK | IA32_TSC_AUX => self.need_zero(value >> 32)?,
+            IA32_XSS => self.need_zero(value & !self.profile.xss_supported())?,
+            IA32_SPEC_CTRL => self.need_zero(value & !self.profile.spec_ctrl_supported())?,
+            IA32_MTRR_DEF_TYPE => self.need_zero(value & !0xcff)?,
+            IA32_PRED_CMD => {
+                self.need_zero(value & !1)?;
+                return if has(self, Feature::SpecCtrl) { Ok(()) } else { self.raise(Fault::GP0) };
+            }
+            IA32_FLUSH_CMD => {
+                self.need_zero(value & !1)?;
+                return if has(self, Feature::FlushL1d) { Ok(()) } else { self.raise(Fault::GP0) };
+            }
+            _ => {}
+        }
+        let offered = match number {
+            IA32_XSS => has(self, Feature::Xsaves),
+            IA32_SPEC_CTRL => has(self, Feature::SpecCtrl),
+            IA32_TSC_AUX => has(self, Feature::Rdtscp),
+            _ => true,
+        };
+        let m = &mut self.s.msr;
+        let register = match number {
+            _ if !offered => return self.raise(Fault::GP0),
+            IA32_STAR => &mut m.star,
+            IA32_LSTAR => &mut m.lstar,
+            IA32_CSTAR => &mut m.cstar,
+            IA32_FMASK => &mut m.fmask,
+            IA32_KERNEL_GS_BASE => &mut m.kernel_gs_base,
+            IA32_SYSENTER_CS => &mut m.sysenter_cs,
+            IA32_SYSENTER_ESP => &mut m.sysenter_esp,
+            IA32_SYSENTER_EIP => &mut m.sysenter_eip,
+            IA32_TSC_AUX => &mut m.tsc_aux,
+            IA32_PAT => &mut m.pat,
+            IA32_MISC_ENABLE => &mut m.misc_enable,
+            IA32_DEBUGCTL => &mut m.debugctl,
+            IA32_SPEC_CTRL => &mut m.spec_ctrl,
+            IA32_XSS => &mut m.xss,
+            IA32_MTRR_DEF_TYPE => &mut m.mtrr_def_type,
+            IA32_BIOS_SIGN_ID => &mut m.bios_sign_id,
+            // No machine-check banks: status can be cleared.
+            IA32_MCG_STATUS if value == 0 => return Ok(()),
+            _ => return self.raise(Fault::GP0),
+        };
+        *register = value;
+        Ok(())
+    }
+
+    /// "IA32_TSC_ADJUST Register Support": a write to the TSC moves TSC_ADJUST and the reverse.
+    fn move_tsc(&mut self, by: u64) {
+        let m = &mut self.s.msr;
+        m.tsc_offset = m.tsc_offset.wrapping_add(by);
+        m.tsc_adjust = m.tsc_adjust.wrapping_add(by);
+    }
+
+    fn need_canonical(&mut self, value: u64) -> Flow {
+        if !Gva::new(value).is_canonical(self.s.linear_bits()) {
+            return self.raise(Fault::GP0);
+        }
+        Ok(())
+    }
+
+    fn need_zero(&mut self, bits: u64) -> Flow {
+        if bits != 0 {
+            return self.raise(Fault::GP0);
+        }
+        Ok(())
+    }
+}
+
+/// The range MTRR with that number.
+fn mtrr(m: &mut Msrs, number: u32) -> Option<&mut u64> {
+    match number {
+        IA32_MTRR_PHYSBASE0..=0x20f => Some(&mut m.mtrr_var[(number - IA32_MTRR_PHYSBASE0) as usize]),
+        IA32_MTRR_FIX64K_00000 => Some(&mut m.mtrr_fix[0]),
+        IA32_MTRR_FIX16K_80000 | IA32_MTRR_FIX16K_A0000 => {
+            Some(&mut m.mtrr_fix[1 + (number - IA32_MTRR_FIX16K_80000) as usize])
+        }
+        IA32_MTRR_FIX4K_C0000..=IA32_MTRR_FIX4K_F8000 => {
+            Some(&mut m.mtrr_fix[3 + (number - IA32_MTRR_FIX4K_C0000) as usize])
+        }
+        _ => None,
+    }
+}

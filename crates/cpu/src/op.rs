@@ -1,0 +1,73 @@
+//! A decoded operation: what the interpreter's loop calls.
+
+use crate::core::Core;
+use umbra_arch::Bus;
+
+/// Why an operation didn't simply retire.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Stop {
+    /// It raised [`Core::fault`]; nothing of it is visible but what the manual allows.
+    Fault,
+    /// It did a part (a `rep` chunk) and starts again at its own address; counts as retired.
+    Again,
+    /// Triple fault or an unsupported feature: see [`Core::exit`].
+    Exit,
+}
+
+/// `Ok` when the operation retired.
+pub type Flow = Result<(), Stop>;
+
+/// An operation's function, specialised for its form and width.
+pub type ExecFn = fn(&mut Core, &mut dyn Bus, &Op) -> Flow;
+
+/// Index of the register that always reads 0, for absent base or index registers.
+pub const NO_REG: u8 = 16;
+/// Set in a register index: bits 15:8 of register 0..=3 (AH, CH, DH, BH).
+pub const HIGH_BYTE: u8 = 0x20;
+
+/// One decoded instruction.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Op {
+    /// What executes it.
+    pub exec: ExecFn,
+    /// Immediate (sign-extended), or a branch target's RIP.
+    pub imm: u64,
+    /// Displacement; absolute where the operand is RIP-relative.
+    pub disp: u64,
+    /// Address-size mask of the effective address.
+    pub ea_mask: u64,
+    /// Base register or [`NO_REG`].
+    pub base: u8,
+    /// Index register or [`NO_REG`].
+    pub index: u8,
+    /// Scale as a shift count.
+    pub scale: u8,
+    /// Segment of the memory operand.
+    pub seg: u8,
+    /// First register operand.
+    pub dst: u8,
+    /// Second register operand.
+    pub src: u8,
+    /// Length in bytes, 1..=15.
+    pub len: u8,
+    /// Segment limits and types must be checked (not 64-bit mode).
+    pub legacy: bool,
+    /// Offset of the instruction from the block's start in bytes.
+    pub start: u16,
+    /// Index of its row in [`isa::ROWS`](crate::isa).
+    pub row: u16,
+    /// Cost of the block's operations before this one, in ticks.
+    pub prefix: u32,
+    /// Whatever the row wants: a host stub, a second immediate, a condition.
+    pub aux: u64,
+}
+
+impl Op {
+    /// RIP of the next instruction, given the block's.
+    #[inline(always)]
+    pub fn next_rip(&self, block_rip: u64) -> u64 {
+        block_rip.wrapping_add(self.start as u64).wrapping_add(self.len as u64)
+    }
+}
