@@ -1,3 +1,81 @@
-//! Repository chores.
+//! Repository chores: `cargo xtask deps | lengths | unsafe | check`.
+#![forbid(unsafe_code)]
 
-fn main() {}
+mod deps;
+mod lengths;
+mod sources;
+mod unsafe_code;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const USAGE: &str = concat!(
+    "usage: cargo xtask COMMAND\n",
+    "  deps     fail on a dependency between crates that ARCHITECTURE.md does not allow, or on a pre-release version\n",
+    "  lengths  warn of source files over 500 lines, fail over 800 (tables, *.table.rs, are exempt)\n",
+    "  unsafe   fail on unsafe code outside the crates that may have it\n",
+    "  check    all of these",
+);
+
+/// Why a chore could not be done, as opposed to what it found.
+#[derive(Debug, thiserror::Error)]
+enum XtaskError {
+    #[error("cannot read {0}: {1}")]
+    Read(PathBuf, std::io::Error),
+    #[error("cannot run cargo metadata: {0}")]
+    Metadata(std::io::Error),
+    #[error("cargo metadata failed: {0}")]
+    MetadataFailed(String),
+    #[error("cargo metadata printed something unexpected: {0}")]
+    MetadataFormat(#[from] serde_json::Error),
+    #[error("{0}")]
+    Usage(&'static str),
+}
+
+/// What a check found.
+#[derive(Debug, Default, PartialEq)]
+struct Findings {
+    /// Worth a look.
+    warnings: Vec<String>,
+    /// Must be fixed.
+    errors: Vec<String>,
+    /// What was looked at, for the summary.
+    examined: String,
+}
+
+type Check = fn() -> Result<Findings, XtaskError>;
+
+const CHECKS: [(&str, Check); 3] = [("deps", deps::check), ("lengths", lengths::check), ("unsafe", unsafe_code::check)];
+
+fn main() -> ExitCode {
+    match run(std::env::args().nth(1).as_deref()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(command: Option<&str>) -> Result<bool, XtaskError> {
+    let chosen: Vec<_> =
+        CHECKS.into_iter().filter(|(name, _)| command == Some("check") || command == Some(name)).collect();
+    if chosen.is_empty() {
+        return Err(XtaskError::Usage(USAGE));
+    }
+    let mut clean = true;
+    for (name, check) in chosen {
+        let findings = check()?;
+        findings.warnings.iter().for_each(|w| eprintln!("{name}: warning: {w}"));
+        findings.errors.iter().for_each(|e| eprintln!("{name}: error: {e}"));
+        println!(
+            "{name}: {}, {} errors, {} warnings",
+            findings.examined,
+            findings.errors.len(),
+            findings.warnings.len()
+        );
+        clean &= findings.errors.is_empty();
+    }
+    Ok(clean)
+}
