@@ -2,7 +2,7 @@
 
 /// Port to which a guest writes a phase's id when it begins and 0 when it ends. It is write-only, has no
 /// effect a guest could see, and may be left without a device.
-pub const MEASUREMENT_PORT: u16 = 0xea;
+pub const MEASUREMENT_PORT: u16 = 0xf6;
 
 /// A measured phase of the embedded guest. Before each one the guest has done the same things at least
 /// twice, so that whatever an emulator caches is warm.
