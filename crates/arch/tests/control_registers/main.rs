@@ -1,120 +1,13 @@
 //! Every control-register write over all bit combinations that matter, against a predictor that is a
 //! list of the manual's rules and shares no code with the implementation.
 
+mod host;
+mod predictor;
+
+use predictor::*;
 use proptest::prelude::*;
-use umbra_arch::control::{
-    BadControlRegs, CodeContext, ControlLimits, ControlRegs, Cr0, Cr3, Cr4, Efer, Effects, FlushScope,
-};
-use umbra_arch::{Fault, Gpa};
-
-const M: u8 = 46;
-const CURRENT: u16 = 5;
-const OTHER: u16 = 9;
-
-fn bit(n: u32) -> u64 {
-    1 << n
-}
-
-/// All values whose bits are chosen from `bits`.
-fn combinations(bits: &[u32]) -> impl Iterator<Item = u64> + Clone {
-    let bits = bits.to_vec();
-    (0..1u64 << bits.len())
-        .map(move |pick| bits.iter().enumerate().fold(0, |value, (i, &n)| value | (pick >> i & 1) << n))
-}
-
-/// Memory as the PDPTE load sees it.
-#[derive(Clone, Copy, PartialEq, Debug)]
-enum Table {
-    Good,
-    /// A present entry with the given reserved bit.
-    Bad(u32),
-    /// A reserved bit in an entry that is not present.
-    BadButAbsent(u32),
-}
-
-const TABLES: [Table; 3] = [Table::Good, Table::Bad(1), Table::BadButAbsent(5)];
-
-impl Table {
-    fn entries(self) -> [u64; 4] {
-        let good = [0x1001, 0, 0x2001, 0x3019];
-        match self {
-            Table::Good => good,
-            Table::Bad(n) => [good[0], good[1], good[2] | bit(n), good[3]],
-            Table::BadButAbsent(n) => [good[0], bit(n), good[2], good[3]],
-        }
-    }
-}
-
-/// The TLB as six entries: PCIDs 0, CURRENT and OTHER, non-global and global.
-type Gone = u8;
-const PCIDS: [u16; 3] = [0, CURRENT, OTHER];
-
-fn entry(pcid: u16, global: bool) -> Gone {
-    PCIDS.iter().position(|&p| p == pcid).map_or(0, |i| 1 << (i * 2 + usize::from(global)))
-}
-
-fn gone(scope: FlushScope) -> Gone {
-    let non_global = PCIDS.iter().fold(0, |g, &p| g | entry(p, false));
-    match scope {
-        FlushScope::None => 0,
-        FlushScope::PcidNonGlobal(p) => entry(p, false),
-        FlushScope::Pcid(p) => entry(p, false) | entry(p, true),
-        FlushScope::AllNonGlobal => non_global,
-        FlushScope::All => 0x3f,
-    }
-}
-
-/// A rule that forbids a write, and how often it was the only one that did.
-struct Rule<C> {
-    name: &'static str,
-    forbids: Forbids<C>,
-    alone: u64,
-}
-
-type Forbids<C> = fn(&C) -> bool;
-
-fn rules<C>(list: &[(&'static str, Forbids<C>)]) -> Vec<Rule<C>> {
-    list.iter().map(|&(name, forbids)| Rule { name, forbids, alone: 0 }).collect()
-}
-
-/// Whether the case is forbidden.
-fn judge<C>(rules: &mut [Rule<C>], case: &C) -> bool {
-    let mut broken = rules.iter_mut().filter(|r| (r.forbids)(case));
-    let first = broken.next();
-    let second = broken.next();
-    match (first, second) {
-        (Some(only), None) => {
-            only.alone += 1;
-            true
-        }
-        (Some(_), Some(_)) => true,
-        _ => false,
-    }
-}
-
-fn each_rule_mattered<C>(rules: &[Rule<C>]) {
-    for rule in rules {
-        assert!(rule.alone > 0, "no case was refused by this rule alone: {}", rule.name);
-    }
-}
-
-fn limits() -> ControlLimits {
-    ControlLimits { maxphyaddr: M, cr4_allowed: 0x01f7_1fff, efer_allowed: 0xd01 }
-}
-
-/// Runs a write, counting the table reads it makes.
-fn observe(
-    regs: &ControlRegs,
-    table: Table,
-    write: impl FnOnce(&ControlRegs, &mut dyn FnMut(Gpa) -> [u64; 4]) -> Result<Effects, Fault>,
-) -> (Result<Effects, Fault>, Vec<u64>) {
-    let mut reads = Vec::new();
-    let result = write(regs, &mut |at| {
-        reads.push(at.raw());
-        table.entries()
-    });
-    (result, reads)
-}
+use umbra_arch::Fault;
+use umbra_arch::control::{CodeContext, ControlLimits, ControlRegs, Cr0, Cr3, Cr4, Efer, FlushScope};
 
 struct Cr0Case {
     old: u64,
@@ -444,80 +337,6 @@ fn efer() {
         }
     }
     each_rule_mattered(&rules);
-}
-
-#[test]
-fn host_writes_of_efer_ask_nobody_and_keep_lma() {
-    for (old, value) in [(0x500, 0), (0, 0x500), (0xd00, u64::MAX)] {
-        let regs = ControlRegs { cr0: Cr0::new(0x8000_0011), efer: Efer::new(old), ..ControlRegs::default() };
-        let effects = regs.host_write_efer(value);
-        assert_eq!(effects.regs.efer.raw(), value & !bit(10) | old & bit(10));
-        assert_eq!(effects.flush, FlushScope::All);
-    }
-}
-
-struct Replacement {
-    new: ControlRegs,
-    cs_long: bool,
-}
-
-#[test]
-fn host_replacement() {
-    let mut rules = rules::<Replacement>(&[
-        ("CR0 high", |r| r.new.cr0.raw() >> 32 != 0),
-        ("NW without CD", |r| r.new.cr0.raw() & (bit(29) | bit(30)) == bit(29)),
-        ("PG without PE", |r| r.new.cr0.raw() & (bit(31) | bit(0)) == bit(31)),
-        ("CR4 reserved", |r| r.new.cr4.raw() & bit(13) != 0),
-        ("EFER reserved", |r| r.new.efer.raw() & bit(12) != 0),
-        ("LMA differs from LME and PG", |r| {
-            let long = r.new.efer.raw() & bit(8) != 0 && r.new.cr0.raw() & bit(31) != 0;
-            long != (r.new.efer.raw() & bit(10) != 0)
-        }),
-        ("long mode without PAE", |r| {
-            let long = r.new.efer.raw() & bit(8) != 0 && r.new.cr0.raw() & bit(31) != 0;
-            long && r.new.cr4.raw() & bit(5) == 0
-        }),
-        ("CS.L outside long mode", |r| {
-            r.cs_long && !(r.new.efer.raw() & bit(8) != 0 && r.new.cr0.raw() & bit(31) != 0)
-        }),
-        ("CR3 beyond MAXPHYADDR", |r| {
-            let long = r.new.efer.raw() & bit(8) != 0 && r.new.cr0.raw() & bit(31) != 0;
-            long && r.new.cr3.raw() & bit(50) != 0
-        }),
-    ]);
-    for cr0 in combinations(&[0, 16, 29, 30, 31, 33]) {
-        // PCIDE, LA57 and CET are not asked about: such states must be survived.
-        for cr4 in combinations(&[5, 12, 13, 17, 23]) {
-            for efer in combinations(&[8, 10, 12]) {
-                for (cr3, cs_long) in [(0x1005, false), (0x1005, true), (bit(50), false)] {
-                    let new = ControlRegs {
-                        cr0: Cr0::new(cr0),
-                        cr3: Cr3::new(cr3),
-                        cr4: Cr4::new(cr4),
-                        efer: Efer::new(efer),
-                        pdpte: [1, 2, 3, 4],
-                    };
-                    let result = ControlRegs::default().host_replace(new, cs_long, &limits());
-                    let refused = judge(&mut rules, &Replacement { new, cs_long });
-                    assert_eq!(result.is_err(), refused, "{new:x?} {cs_long}");
-                    if let Ok(effects) = result {
-                        assert_eq!((effects.regs, effects.flush, effects.forget_pcids), (new, FlushScope::All, true));
-                    }
-                }
-            }
-        }
-    }
-    each_rule_mattered(&rules);
-}
-
-#[test]
-fn host_replacement_says_what_is_wrong() {
-    let replace = |new| ControlRegs::default().host_replace(new, false, &limits());
-    let zero = ControlRegs::default();
-    let efer = ControlRegs { efer: Efer::new(bit(12) | bit(10)), ..zero };
-    assert_eq!(replace(efer), Err(BadControlRegs::EferReserved(bit(12))));
-    let cr4 = ControlRegs { cr4: Cr4::new(bit(13) | bit(5)), ..zero };
-    assert_eq!(replace(cr4), Err(BadControlRegs::Cr4Reserved(bit(13))));
 }
 
 #[test]
