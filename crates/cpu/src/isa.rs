@@ -18,26 +18,38 @@ use umbra_arch::{Bus, Fault};
 
 pub mod alu;
 pub mod atomic;
+pub mod avx;
 pub mod bit;
 pub mod branch;
 pub mod control;
 pub mod convert;
 pub mod far;
 pub mod flag;
+pub mod host_data;
 pub mod io;
+pub mod mmx;
 pub mod mov;
 pub mod muldiv;
 pub mod nop;
 pub mod segment;
 pub mod shift;
+pub mod sse;
+pub mod sse_state;
 pub mod stack;
 pub mod string;
 pub mod system;
+pub mod vector_memory;
+pub mod x87;
+pub mod x87_env;
+pub mod xsave;
 
 /// Every family of rows.
 const FAMILIES: &[&[Row]] = &[
     alu::ROWS,
     atomic::ROWS,
+    avx::FMA_ROWS,
+    avx::INTEGER_ROWS,
+    avx::ROWS,
     bit::ROWS,
     branch::ROWS,
     control::ROWS,
@@ -45,14 +57,24 @@ const FAMILIES: &[&[Row]] = &[
     far::ROWS,
     flag::ROWS,
     io::ROWS,
+    mmx::ROWS,
+    mmx::STATE_ROWS,
     mov::ROWS,
     muldiv::ROWS,
     nop::ROWS,
     segment::ROWS,
     shift::ROWS,
+    sse::INTEGER_ROWS,
+    sse::ROWS,
+    sse::SHARED_NAME_ROWS,
+    sse_state::ROWS,
     stack::ROWS,
     string::ROWS,
     system::ROWS,
+    vector_memory::ROWS,
+    x87::ROWS,
+    x87_env::ROWS,
+    xsave::ROWS,
 ];
 
 /// Whether an instruction ends its canonical block.

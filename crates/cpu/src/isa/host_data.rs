@@ -39,7 +39,8 @@ pub fn select(form: &mut Form) -> Option<ExecFn> {
     }
     let prepared = form.host.prepare(form.i).ok()?;
     form.aux = pack(&prepared, form);
-    let with_xmm = (0..form.i.op_count()).any(|k| form.i.op_kind(k) == OpKind::Register && form.i.op_register(k).is_xmm());
+    let with_xmm =
+        (0..form.i.op_count()).any(|k| form.i.op_kind(k) == OpKind::Register && form.i.op_register(k).is_xmm());
     match prepared.class {
         Class::Sse if prepared.enters_mmx => shape::<MmxXmm>(&prepared),
         Class::Sse => shape::<Sse>(&prepared),

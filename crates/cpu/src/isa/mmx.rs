@@ -14,7 +14,8 @@ pub const ROWS: &[Row] = host_rows! {
 };
 
 /// The rows of our own.
-pub const STATE_ROWS: &[Row] = &[Row::new(M::Emms, "EMMS-Empty MMX Technology State", |_| Some(emms)).needs(Feature::Mmx)];
+pub const STATE_ROWS: &[Row] =
+    &[Row::new(M::Emms, "EMMS-Empty MMX Technology State", |_| Some(emms)).needs(Feature::Mmx)];
 
 fn emms(c: &mut Core, _: &mut dyn Bus, _: &Op) -> Flow {
     Mmx::ready(c)?;

@@ -42,7 +42,8 @@ pub fn refresh_summary(fp: &mut FpState) {
 }
 
 /// As FNINIT leaves the x87 state; the registers keep their contents.
-pub fn initialise(fp: &mut FpState) {
+fn initialise(fp: &mut FpState) {
+    turn(fp, fp.fsw >> 11 & 7, 0);
     (fp.fcw, fp.fsw, fp.ftw, fp.fop, fp.fip, fp.fdp) = (0x37f, 0, 0, 0, 0, 0);
 }
 
@@ -235,9 +236,7 @@ impl Environment for Save {
         let size = 7 * WORD + STACK;
         let lin = c.linear(op, size as u64, AccessKind::Write)?;
         c.write_bytes(bus, op, lin, &image[..size])?;
-        let fp = &mut c.s.fp;
-        turn(fp, fp.fsw >> 11 & 7, 0);
-        initialise(fp);
+        initialise(&mut c.s.fp);
         Ok(())
     }
 }
