@@ -140,7 +140,7 @@ impl Core {
             apic_id,
             cpus: 1,
             random: 0x9e37_79b9_7f4a_7c15,
-            mmu: Mmu::new(mem.clone(), limits, options.mmu.clone()),
+            mmu: Mmu::new(mem.clone(), limits, options.mmu),
             host: HostExec::new()?,
             mem,
             code_lines: hashbrown::HashMap::new(),

@@ -156,7 +156,8 @@ fn bytes(i: &Instruction, n: u32) -> u64 {
 pub fn register_index(r: Register) -> u8 {
     match r {
         Register::AH | Register::CH | Register::DH | Register::BH => HIGH_BYTE | (r as u8 - Register::AH as u8),
-        _ if r.is_gpr() || r.is_xmm() || r.is_ymm() || r.is_mm() || r.is_st() => r.number() as u8,
+        _ if r.is_gpr() => r.full_register().number() as u8,
+        _ if r.is_xmm() || r.is_ymm() || r.is_mm() || r.is_st() => r.number() as u8,
         _ if r.is_segment_register() => r.number() as u8,
         _ if r.is_cr() || r.is_dr() => r.number() as u8,
         _ => NO_REG,

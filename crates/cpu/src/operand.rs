@@ -180,8 +180,10 @@ fn unary_mem<O: Unary, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flo
 /// An operation `dst = f(src)` whose destination is a register and isn't read unless `f` asks:
 /// source and destination widths may differ.
 pub trait Convert: 'static {
+    /// With a zero source the destination stays, all of it (BSF, BSR).
+    const ZERO_KEEPS: bool = false;
     /// The new destination from the source, both masked.
-    fn apply<D: Word, S: Word>(src: u64, old: u64, f: &mut Flags) -> u64;
+    fn apply<D: Word, S: Word>(src: u64, f: &mut Flags) -> u64;
 }
 
 /// Selects the function of a [`Convert`] row; the source's width is `form.src_bytes`.
@@ -199,15 +201,21 @@ pub fn convert<O: Convert>(form: &Form) -> Option<ExecFn> {
     }
 }
 
-fn convert_reg<O: Convert, D: Word, S: Word>(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
-    let r = O::apply::<D, S>(c.reg::<S>(op.src), c.reg::<D>(op.dst), &mut c.flags);
-    c.set_reg::<D>(op.dst, r);
+#[inline(always)]
+fn converted<O: Convert, D: Word, S: Word>(c: &mut Core, op: &Op, src: u64) -> Flow {
+    let r = O::apply::<D, S>(src, &mut c.flags);
+    if !O::ZERO_KEEPS || src != 0 {
+        c.set_reg::<D>(op.dst, r);
+    }
     Ok(())
+}
+
+fn convert_reg<O: Convert, D: Word, S: Word>(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
+    let src = c.reg::<S>(op.src);
+    converted::<O, D, S>(c, op, src)
 }
 
 fn convert_mem<O: Convert, D: Word, S: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     let src = c.load_operand::<S>(bus, op)?;
-    let r = O::apply::<D, S>(src, c.reg::<D>(op.dst), &mut c.flags);
-    c.set_reg::<D>(op.dst, r);
-    Ok(())
+    converted::<O, D, S>(c, op, src)
 }

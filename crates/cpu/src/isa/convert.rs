@@ -40,42 +40,46 @@ pub const ROWS: &[Row] = &[
 ];
 
 macro_rules! conversion {
-    ($name:ident, $D:ident, $S:ident, $src:ident, $old:ident, $f:ident => $body:expr) => {
+    ($name:ident, $D:ident, $S:ident, $src:ident, $f:ident => $body:expr) => {
+        conversion!($name, false, $D, $S, $src, $f => $body);
+    };
+    ($name:ident, $keeps:literal, $D:ident, $S:ident, $src:ident, $f:ident => $body:expr) => {
         struct $name;
         impl Convert for $name {
+            const ZERO_KEEPS: bool = $keeps;
             #[inline(always)]
-            fn apply<$D: Word, $S: Word>($src: u64, $old: u64, $f: &mut Flags) -> u64 {
+            fn apply<$D: Word, $S: Word>($src: u64, $f: &mut Flags) -> u64 {
                 $body
             }
         }
     };
 }
 
-conversion!(Zero, D, S, src, _old, _f => src);
-conversion!(Sign, D, S, src, _old, _f => S::sext(src) & D::MASK);
+conversion!(Zero, D, S, src, _f => src);
+conversion!(Sign, D, S, src, _f => S::sext(src) & D::MASK);
 // With a zero source BSF and BSR leave the destination alone and set only ZF: AMD's rule, and what
 // Intel's processors do.
-conversion!(Bsf, D, S, src, old, f => {
+conversion!(Bsf, true, D, S, src, f => {
     f.set_zf(src == 0);
-    if src == 0 { old } else { u64::from(src.trailing_zeros()) }
+    u64::from(src.trailing_zeros())
 });
-conversion!(Bsr, D, S, src, old, f => {
+conversion!(Bsr, true, D, S, src, f => {
     f.set_zf(src == 0);
-    if src == 0 { old } else { 63 - u64::from(src.leading_zeros()) }
+    63u64.wrapping_sub(u64::from(src.leading_zeros()))
 });
-conversion!(Tzcnt, D, S, src, _old, f => {
+conversion!(Tzcnt, D, S, src, f => {
     let r = u64::from(src.trailing_zeros().min(S::BITS));
     f.set_cf(src == 0);
     f.set_zf(r == 0);
     r
 });
-conversion!(Lzcnt, D, S, src, _old, f => {
+conversion!(Lzcnt, D, S, src, f => {
     let r = u64::from(src.leading_zeros() - S::TOP);
     f.set_cf(src == 0);
     f.set_zf(r == 0);
     r
 });
-conversion!(Popcnt, D, S, src, _old, f => {
+conversion!(Popcnt, D, S, src, f => {
     // Everything but ZF is cleared.
     *f = Flags { zero: src, parity: 1, ..Flags::default() };
     u64::from(src.count_ones())
