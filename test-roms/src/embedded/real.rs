@@ -46,9 +46,9 @@ fn arithmetic(c: &mut Code<'_>) -> Done {
     check(c, edx, 0x1234 * 0x5678)?;
     c.mov(al, 0x79u32)?;
     c.add(al, 0x35u32)?;
-    c.daa()?;
-    c.movzx(eax, al)?;
-    check(c, eax, 0x14)
+    c.cbw()?;
+    c.cwde()?;
+    check(c, eax, 0xffff_ffae)
 }
 
 /// Wrap at 64 KiB and at 1 MiB (A20 is on, so there it does not).
