@@ -3,14 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 /// A byte for each index, so that no index is out of range, neither a guest's nor a save file's.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ByteFile([[u8; 16]; 16]);
-
-impl Default for ByteFile {
-    fn default() -> Self {
-        Self([[0; 16]; 16])
-    }
-}
 
 impl ByteFile {
     /// The byte at `index`.
@@ -21,6 +15,11 @@ impl ByteFile {
     /// Sets the byte at `index`.
     pub fn set(&mut self, index: u8, value: u8) {
         self.0[usize::from(index >> 4)][usize::from(index & 15)] = value;
+    }
+
+    /// Two bytes from `index` on, little-endian, wrapping at the end.
+    pub fn word(&self, index: u8) -> u16 {
+        self.dword(index) as u16
     }
 
     /// Four bytes from `index` on, little-endian, wrapping at the end.

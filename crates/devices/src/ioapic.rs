@@ -296,7 +296,7 @@ mod tests {
         fn survives_anything(steps in soak::steps()) {
             let mut a = IoApic::new(1);
             for pin in 0..24 {
-                write(&mut a, 0x10 + 2 * pin, 0x30 + u32::from(pin) | if pin > 15 { 0x8000 } else { 0 });
+                write(&mut a, 0x10 + 2 * pin, (0x30 + u32::from(pin)) | if pin > 15 { 0x8000 } else { 0 });
             }
             soak::mmio(a, &[IOREGSEL, IOWIN, IOWIN, EOIR], &steps, |a, now| {
                 a.set_line((now.0 % 30) as usize, now.0 & 0x40 != 0);

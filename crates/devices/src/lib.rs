@@ -10,7 +10,6 @@
 #![forbid(unsafe_code)]
 
 pub mod acpi_pm;
-#[allow(dead_code, reason = "PCI follows")]
 mod bytes;
 pub mod debug_console;
 pub mod debug_exit;

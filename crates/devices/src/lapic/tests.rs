@@ -59,11 +59,7 @@ fn power_on_values() {
 #[test]
 fn base_register_transitions() {
     // Mode bits EN << 1 | EXTD; legal changes by "x2APIC State Transitions".
-    let legal = |from: u64, to: u64| match (from, to) {
-        (_, 1) => false,
-        (0, 3) | (3, 2) => false,
-        _ => true,
-    };
+    let legal = |from: u64, to: u64| !matches!((from, to), (_, 1) | (0, 3) | (3, 2));
     let bits = |mode: u64| (mode >> 1) << 11 | (mode & 1) << 10;
     for from in [0u64, 2, 3] {
         for to in 0..4u64 {

@@ -179,7 +179,7 @@ mod tests {
         assert!(t.advance(far));
         assert!(!t.advance(far));
         let next = t.next_event().unwrap();
-        assert!(next > far && (next.0 - 3) % 666 == 0);
+        assert!(next > far && (next.0 - 3).is_multiple_of(666));
     }
 
     #[test]

@@ -31,7 +31,7 @@ impl VectorSet {
 
     /// Vectors `32 * n` to `32 * n + 31` as the register shows them; `n` is 0..8.
     pub fn dword(&self, n: usize) -> u32 {
-        (self.0[n / 2 & 3] >> (32 * (n & 1))) as u32
+        (self.0[(n / 2) & 3] >> (32 * (n & 1))) as u32
     }
 }
 

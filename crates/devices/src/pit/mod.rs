@@ -76,7 +76,7 @@ impl Pit {
     }
 
     fn read_port_b(&self, now: VirtualTime) -> u8 {
-        let refresh = now.ticks(PIT_HZ) / REFRESH_TICKS & 1 != 0;
+        let refresh = (now.ticks(PIT_HZ) / REFRESH_TICKS) & 1 != 0;
         self.port_b
             | if refresh { port_b::REFRESH } else { 0 }
             | if self.channels[2].output() { port_b::OUTPUT_2 } else { 0 }

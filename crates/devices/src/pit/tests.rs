@@ -50,7 +50,7 @@ fn clocked(mode: u8, n: u32, ticks: usize) -> Vec<bool> {
             }
             _ => {
                 *c = c.wrapping_sub(1);
-                output = !(*c == 0 && !fired);
+                output = *c != 0 || fired;
                 fired |= *c == 0;
             }
         }

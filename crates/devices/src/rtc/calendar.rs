@@ -47,7 +47,7 @@ pub fn field_at(index: u8) -> Option<Field> {
 
 /// A number as the registers hold it.
 pub fn encode(value: u8, format: u8) -> u8 {
-    if format & BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+    if format & BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
 }
 
 /// The number that a register holds.
@@ -59,7 +59,7 @@ fn encode_hour(hour: u8, format: u8) -> u8 {
     if format & HOURS_24 != 0 {
         return encode(hour, format);
     }
-    let twelve = if hour % 12 == 0 { 12 } else { hour % 12 };
+    let twelve = (hour + 11) % 12 + 1;
     encode(twelve, format) | if hour >= 12 { 0x80 } else { 0 }
 }
 

@@ -143,7 +143,7 @@ impl Rtc {
         now.plus(self.phase)
     }
 
-    fn from_chain(&self, time: VirtualTime) -> VirtualTime {
+    fn virtual_time(&self, time: VirtualTime) -> VirtualTime {
         VirtualTime(time.0.saturating_sub(self.phase))
     }
 
@@ -193,7 +193,7 @@ impl Rtc {
     /// Start of the Unix second `unix` in virtual time.
     fn second_starts(&self, unix: i64) -> VirtualTime {
         let chain = VirtualTime((unix - self.offset).max(0) as u64).0.saturating_mul(SECOND);
-        self.from_chain(VirtualTime(chain))
+        self.virtual_time(VirtualTime(chain))
     }
 
     fn read_register(&mut self, index: u8) -> u8 {
@@ -300,7 +300,7 @@ impl Device for Rtc {
         let enabled = |flag| self.b & flag != 0;
         let periodic = self.period().filter(|_| enabled(PERIODIC)).map(|period| {
             let next = (self.chain(self.now).ticks(CRYSTAL_HZ) / period + 1) * period;
-            self.from_chain(VirtualTime::of_ticks(next, CRYSTAL_HZ))
+            self.virtual_time(VirtualTime::of_ticks(next, CRYSTAL_HZ))
         });
         let second = self.unix(self.now);
         let update = (enabled(UPDATE) && self.updates()).then(|| self.second_starts(second + 1));
