@@ -14,6 +14,8 @@ pub enum End {
     DebugExit(u32),
     /// The expected string appeared on the serial line.
     Expected,
+    /// A measured guest begins (its id) or ends (0) a phase; run on.
+    Mark(u8),
     /// No CPU will ever run again.
     HaltedForever(Halted),
     /// A CPU shut down.

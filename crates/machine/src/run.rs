@@ -85,6 +85,7 @@ impl<V: Vcpu> Machine<V> {
             Request::Reset => End::Reset,
             Request::DebugExit(value) => End::DebugExit(value),
             Request::Expected => End::Expected,
+            Request::Mark(id) => End::Mark(id),
             Request::Sleep(state) => End::Unsupported(umbra_arch::exit::Unsupported {
                 what: format!("ACPI sleep state type {state}"),
                 rip: self.cpus.first().map_or(0, |cpu| cpu.engine.state().rip),

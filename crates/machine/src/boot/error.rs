@@ -110,3 +110,27 @@ pub enum BootError {
         kind: ImageKind,
     },
 }
+
+/// What the user gave that an error is about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Concern {
+    /// The kernel file.
+    Kernel,
+    /// The initrd file.
+    Initrd,
+    /// The command line.
+    CommandLine,
+}
+
+impl BootError {
+    /// Which of the user's inputs has to change.
+    pub fn concern(&self) -> Concern {
+        match self {
+            Self::NoRoom { what: "the initrd", .. } | Self::NoInitrdSupport { .. } => Concern::Initrd,
+            Self::CommandLineTooLong { .. } | Self::CommandLineHasNul | Self::NoCommandLineSupport { .. } => {
+                Concern::CommandLine
+            }
+            _ => Concern::Kernel,
+        }
+    }
+}

@@ -18,7 +18,7 @@ mod hostile_tests;
 #[cfg(test)]
 mod synthetic;
 
-pub use error::BootError;
+pub use error::{BootError, Concern};
 pub use kind::ImageKind;
 pub use placement::Piece;
 pub use reset::{BOOT_SECTOR_AT, reset_plan};

@@ -34,6 +34,8 @@ pub enum Request {
     DebugExit(u32),
     /// The expected string appeared on the serial line.
     Expected,
+    /// A measured guest begins (its id) or ends (0) a phase.
+    Mark(u8),
 }
 
 /// What another CPU or itself did to a CPU through the local APICs.
@@ -95,6 +97,7 @@ pub struct Pc {
     attention: bool,
     a20: bool,
     request: Option<Request>,
+    measurement: bool,
 }
 
 impl Pc {
@@ -132,6 +135,7 @@ impl Pc {
             attention: false,
             a20: false,
             request: None,
+            measurement: false,
         };
         pc.refresh();
         pc
@@ -142,6 +146,12 @@ impl Pc {
         const FAST_A20: u32 = 2;
         self.devices.port92.port_write(self.latest, 0x92, umbra_arch::AccessWidth::Byte, FAST_A20);
         self.refresh();
+    }
+
+    /// Takes port F6h from the debug-exit device and makes it the measurement port: a byte written
+    /// there stops the run with [`Request::Mark`].
+    pub fn enable_measurement(&mut self) {
+        self.measurement = true;
     }
 
     /// The machine as seen by virtual CPU `vcpu` for a slice that ends at `until`.

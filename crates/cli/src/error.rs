@@ -1,0 +1,80 @@
+//! What can go wrong on the host's side: each names the flag and the file, and says what to do.
+
+use std::path::PathBuf;
+use umbra_arch::cpuid::BadProfile;
+use umbra_cpu::EngineError;
+use umbra_firmware::FirmwareError;
+use umbra_machine::MachineError;
+use umbra_machine::boot::BootError;
+use umbra_test_roms::RomError;
+
+/// A usage or host error: exit code 125.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// A file can't be read.
+    #[error("{flag} {}: {source}: check the path", path.display())]
+    Read {
+        /// The flag that named it.
+        flag: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The host's reason.
+        source: std::io::Error,
+    },
+    /// A directory or the like.
+    #[error("{flag} {}: not a file: give the path of an image", path.display())]
+    NotAFile {
+        /// The flag that named it.
+        flag: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// The file alone is larger than RAM.
+    #[error("{flag} {}: the file is larger than the guest's RAM ({ram} bytes): enlarge it with -m", path.display())]
+    LargerThanRam {
+        /// The flag that named it.
+        flag: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Bytes of RAM.
+        ram: u64,
+    },
+    /// The image can't be booted.
+    #[error("{subject}: {source}")]
+    Boot {
+        /// The flag and file that it is about.
+        subject: String,
+        /// Why.
+        source: BootError,
+    },
+    /// A flag that only makes sense with another.
+    #[error("{flag} needs --kernel: the embedded guest takes none")]
+    NeedsKernel {
+        /// The flag.
+        flag: &'static str,
+    },
+    /// --expect with nothing to look for.
+    #[error("--expect: the string is empty: give the text to wait for")]
+    EmptyExpect,
+    /// The CPU model.
+    #[error("--cpu: {0}")]
+    Cpu(#[from] BadProfile),
+    /// The machine.
+    #[error("-m: {0}")]
+    Machine(#[from] MachineError),
+    /// The engine.
+    #[error("{0}")]
+    Engine(#[from] EngineError),
+    /// The firmware.
+    #[error(transparent)]
+    Firmware(#[from] FirmwareError),
+    /// The embedded guest.
+    #[error(transparent)]
+    Rom(#[from] RomError),
+    /// Terminal settings.
+    #[error("the terminal can't be switched to raw mode: {0}: redirect stdin, for example from /dev/null")]
+    Terminal(std::io::Error),
+    /// Signal handlers.
+    #[error("signal handlers can't be installed: {0}")]
+    Signals(std::io::Error),
+}

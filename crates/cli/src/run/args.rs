@@ -1,0 +1,73 @@
+//! The arguments of `umbra run`.
+
+use crate::exit_code;
+use crate::size::{parse_duration, parse_size};
+use clap::{Args as ClapArgs, ValueEnum};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Run a guest. Its first serial port is on stdout; everything else goes to stderr. When stdin is a
+/// terminal it becomes the guest's keyboard on that port: Ctrl-A x leaves, Ctrl-A Ctrl-A sends Ctrl-A.
+#[derive(ClapArgs, Debug, Clone)]
+#[command(after_help = exit_code::TABLE)]
+pub struct Args {
+    /// Kernel: bzImage, ELF with PVH entry, Multiboot 1 or boot sector, told apart by content [default: the embedded guest]
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk, or the kernel's one module
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line, for example "console=ttyS0"
+    #[arg(long, value_name = "STRING")]
+    pub append: Option<String>,
+    /// Guest RAM, for example 512M or 1G; a bare number is MiB
+    #[arg(short = 'm', long = "memory", value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    pub memory: u64,
+    /// CPU model, with changes as in umbra-v3,-avx2: umbra-v3, umbra-v2 or max
+    #[arg(long, value_name = "NAME", default_value = umbra_arch::cpuid::PROFILE_NAMES[0])]
+    pub cpu: String,
+    /// End the run after this many seconds of host time (exit code 124)
+    #[arg(long, value_name = "SECONDS", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+    /// End the run with exit code 0 when this appears on the serial port; 123 if the guest ends first
+    #[arg(long, value_name = "STRING")]
+    pub expect: Option<String>,
+    /// Print counters on stderr at the end (always with the embedded guest)
+    #[arg(long)]
+    pub stats: bool,
+    /// Print the report on stderr as one JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Seed of everything the guest sees as random
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// What paces guest time [default: real when stdin is the guest's terminal, else virtual]
+    #[arg(long, value_enum, value_name = "CLOCK")]
+    pub clock: Option<ClockChoice>,
+    /// What the MMU's caches do when control registers change; results are always the same
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = MmuChoice::NoUnload)]
+    pub mmu: MmuChoice,
+    /// Feed stdin to the serial port although it is no terminal
+    #[arg(long)]
+    pub serial_stdin: bool,
+}
+
+/// `--clock`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum ClockChoice {
+    /// Guest time follows executed instructions; HLT skips to the next event
+    Virtual,
+    /// The same, but the guest never runs ahead of the host's clock
+    Real,
+}
+
+/// `--mmu`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum MmuChoice {
+    /// Keep every root and shadow page
+    NoUnload,
+    /// Drop all roots at each change, as KVM does
+    UnloadAlways,
+    /// Drop caches at random moments, drawn from --seed
+    DropAtRandom,
+}

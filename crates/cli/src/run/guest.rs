@@ -1,0 +1,111 @@
+//! Builds the machine that the arguments describe, with its image loaded.
+
+use super::args::{Args, MmuChoice};
+use super::image;
+use crate::error::CliError;
+use std::sync::Arc;
+use umbra_arch::cpuid::{CpuidProfile, HostOffer};
+use umbra_cpu::{EngineOptions, Interpreter};
+use umbra_machine::boot::{self, BootRequest, Concern, ImageKind};
+use umbra_machine::{Machine, MachineConfig, guest_memory};
+use umbra_memory::GuestMemory;
+use umbra_mmu::{MmuMode, MmuOptions};
+
+/// 1 January 2026, 00:00 UTC: what the clock shows at the start of every run.
+const RTC_START: i64 = 1_767_225_600;
+
+/// A machine ready to run.
+pub struct Guest {
+    pub machine: Machine<Interpreter>,
+    /// The image's format; `None` started at the reset vector.
+    pub kind: Option<ImageKind>,
+    pub is_embedded: bool,
+    /// A line that must be in the output of a guest that checks itself.
+    pub verdict: Option<&'static str>,
+}
+
+/// Builds and loads.
+///
+/// # Errors
+/// [`CliError`] names the argument that has to change.
+pub fn build(args: &Args) -> Result<Guest, CliError> {
+    if args.expect.as_deref() == Some("") {
+        return Err(CliError::EmptyExpect);
+    }
+    let host = HostOffer::from_cpuid(|leaf, subleaf| {
+        let answer = std::arch::x86_64::__cpuid_count(leaf, subleaf);
+        [answer.eax, answer.ebx, answer.ecx, answer.edx]
+    });
+    let profile = CpuidProfile::parse(&args.cpu, &host)?;
+    let memory = guest_memory(args.memory)?;
+    let engine = engine(args, &memory, &profile)?;
+    let config = MachineConfig { profile, rtc_start: RTC_START };
+    let mut machine = Machine::new(memory, &config, vec![engine])?;
+    let kind = match &args.kernel {
+        Some(_) => load_kernel(args, &mut machine)?,
+        None => {
+            load_embedded(args, &mut machine)?;
+            None
+        }
+    };
+    let is_embedded = args.kernel.is_none();
+    let verdict = is_embedded.then(|| umbra_test_roms::embedded_guest().expect);
+    Ok(Guest { machine, kind, is_embedded, verdict })
+}
+
+fn engine(args: &Args, memory: &Arc<GuestMemory>, profile: &CpuidProfile) -> Result<Interpreter, CliError> {
+    let mode = match args.mmu {
+        MmuChoice::NoUnload => MmuMode::NoUnload,
+        MmuChoice::UnloadAlways => MmuMode::UnloadAlways,
+        MmuChoice::DropAtRandom => MmuMode::DropAtRandom(args.seed),
+    };
+    let options = EngineOptions { mmu: MmuOptions { mode, ..MmuOptions::default() } };
+    let mut engine = Interpreter::new(Arc::clone(memory), profile, 0, &options)?;
+    engine.set_random_seed(args.seed);
+    Ok(engine)
+}
+
+fn load_kernel(args: &Args, machine: &mut Machine<Interpreter>) -> Result<Option<ImageKind>, CliError> {
+    let Some(path) = &args.kernel else { return Ok(None) };
+    let kernel = image::read("--kernel", path, args.memory)?;
+    let initrd = match &args.initrd {
+        Some(path) => Some(image::read("--initrd", path, args.memory)?),
+        None => None,
+    };
+    let map = machine.map().clone();
+    let request = BootRequest {
+        kernel: &kernel,
+        initrd: initrd.as_deref(),
+        command_line: args.append.as_deref().unwrap_or_default(),
+        map: &map,
+        rsdp: machine.rsdp(),
+    };
+    let plan =
+        boot::plan(&request).map_err(|source| CliError::Boot { subject: subject(args, source.concern()), source })?;
+    machine.boot(&plan);
+    Ok(plan.kind)
+}
+
+/// The flag and file that a boot error is about.
+fn subject(args: &Args, concern: Concern) -> String {
+    let (flag, path) = match concern {
+        Concern::Kernel => ("--kernel", &args.kernel),
+        Concern::Initrd => ("--initrd", &args.initrd),
+        Concern::CommandLine => return "--append".into(),
+    };
+    path.as_ref().map_or(flag.into(), |path| format!("{flag} {}", path.display()))
+}
+
+fn load_embedded(args: &Args, machine: &mut Machine<Interpreter>) -> Result<(), CliError> {
+    for (flag, given) in [("--initrd", args.initrd.is_some()), ("--append", args.append.is_some())] {
+        if given {
+            return Err(CliError::NeedsKernel { flag });
+        }
+    }
+    let rom = umbra_test_roms::embedded_guest();
+    machine.add_reset_rom(&umbra_firmware::reset_image()?)?;
+    machine.memory().write(rom.load(), &rom.image()?);
+    machine.pc_mut().enable_measurement();
+    machine.boot(&boot::reset_plan());
+    Ok(())
+}

@@ -1,0 +1,62 @@
+//! Running one guest: from arguments to a report.
+
+mod args;
+mod clock;
+mod escape;
+mod guest;
+mod host;
+mod image;
+mod measure;
+pub mod report;
+mod stdin;
+mod terminal;
+
+pub use args::Args;
+
+use crate::error::CliError;
+use crate::exit_code;
+use host::ConsoleHost;
+use measure::Measurements;
+use report::Report;
+use std::time::Instant;
+use umbra_machine::End;
+
+/// Builds the guest, runs it to its end and says how it went.
+///
+/// # Errors
+/// [`CliError`] when nothing could be run.
+pub fn run(args: &Args) -> Result<Report, CliError> {
+    let start = Instant::now();
+    let mut guest = guest::build(args)?;
+    if let Some(text) = &args.expect {
+        guest.machine.pc_mut().serial_mut().expect(text.as_bytes());
+    }
+    let mut host = ConsoleHost::new(args)?;
+    let mut measurements = Measurements::default();
+    let end = loop {
+        let end = guest.machine.run(&mut host, None);
+        match (&end, guest.machine.vcpu(0)) {
+            (End::Mark(id), Some(engine)) => measurements.mark(*id, engine.mmu_stats()),
+            _ => break end,
+        }
+    };
+    let verdict_missing = guest.verdict.is_some_and(|text| !host.has_sent(text.as_bytes()));
+    drop(host);
+    let mut exit_code = exit_code::of(&end, args.expect.is_some());
+    if verdict_missing && exit_code == exit_code::CLEAN {
+        exit_code = exit_code::NOT_SEEN;
+    }
+    Ok(Report {
+        end,
+        exit_code,
+        verdict_missing,
+        kind: guest.kind,
+        state: guest.machine.vcpu(0).map(umbra_arch::Vcpu::state),
+        guest_ns: guest.machine.now().0,
+        retired: guest.machine.retired(),
+        host: start.elapsed(),
+        mmu: guest.machine.vcpu(0).map(|engine| engine.mmu_stats().clone()),
+        phases: measurements.finish(),
+        stats: args.stats || guest.is_embedded,
+    })
+}
