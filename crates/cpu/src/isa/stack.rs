@@ -28,7 +28,7 @@ pub const ROWS: &[Row] = &[
     Row::new(M::Popfd, "POPF/POPFD/POPFQ-Pop Stack Into EFLAGS Register", |_| Some(popf::<u32>)).ends(),
     Row::new(M::Popfq, "POPF/POPFD/POPFQ-Pop Stack Into EFLAGS Register", |_| Some(popf::<u64>)).ends(),
     Row::new(M::Enter, "ENTER-Make Stack Frame for Procedure Parameters", enter),
-    Row::new(M::Leave, "LEAVE-High Level Procedure Exit", |f| by_wide!(stack_bytes(f), W => leave::<W>)),
+    Row::new(M::Leave, "LEAVE-High Level Procedure Exit", |f| by_wide!(frame_bytes(f), W => leave::<W>)),
 ];
 
 /// Bytes that a stack instruction moves.
@@ -206,14 +206,19 @@ fn popf<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     Ok(())
 }
 
+/// Operand size of ENTER and LEAVE, whose stack movement isn't fixed.
+fn frame_bytes(form: &Form) -> u64 {
+    use iced_x86::Code;
+    match form.i.code() {
+        Code::Enterw_imm16_imm8 | Code::Leavew => 2,
+        Code::Enterd_imm16_imm8 | Code::Leaved => 4,
+        _ => 8,
+    }
+}
+
 fn enter(form: &mut Form) -> Option<ExecFn> {
     form.aux = u64::from(form.i.immediate8_2nd());
-    // `stack_pointer_increment` includes the frame: the width is the code's.
-    let bytes = match form.i.code() {
-        iced_x86::Code::Enterw_imm16_imm8 => 2,
-        iced_x86::Code::Enterd_imm16_imm8 => 4,
-        _ => 8,
-    };
+    let bytes = frame_bytes(form);
     by_wide!(bytes, W => enter_any::<W>)
 }
 
