@@ -147,8 +147,33 @@ fn exchange_wide(p: *mut u8, current: u128, new: u128) -> Option<Result<u128, u1
         return None;
     }
     // SAFETY: the feature was just detected; 16-byte aligned and in bounds by the caller's checks.
-    let seen = unsafe { core::arch::x86_64::cmpxchg16b(p.cast(), current, new, SeqCst, SeqCst) };
+    let seen = unsafe { exchange_16(p.cast(), current, new) };
     Some(if seen == current { Ok(seen) } else { Err(seen) })
+}
+
+/// The value found; `new` was stored if it is `current`. Not core's function of the same name: in
+/// builds with little optimisation that one becomes a call into a library that isn't linked.
+///
+/// # Safety
+/// `p` is valid for reads and writes, and aligned to 16 bytes; the host has CMPXCHG16B.
+#[cfg(target_arch = "x86_64")]
+unsafe fn exchange_16(p: *mut u128, current: u128, new: u128) -> u128 {
+    let (mut low, mut high) = (current as u64, (current >> 64) as u64);
+    // SAFETY: the caller's promise. RBX cannot be an operand, so it is saved in RSI meanwhile.
+    unsafe {
+        core::arch::asm!(
+            "xchg rsi, rbx",
+            "lock cmpxchg16b [rdi]",
+            "mov rbx, rsi",
+            inout("rsi") new as u64 => _,
+            in("rcx") (new >> 64) as u64,
+            in("rdi") p,
+            inout("rax") low,
+            inout("rdx") high,
+            options(nostack),
+        );
+    }
+    u128::from(low) | u128::from(high) << 64
 }
 
 #[cfg(not(target_arch = "x86_64"))]

@@ -1,6 +1,6 @@
 //! Guest tables in guest memory, as a walk reaches them.
 
-use crate::walk::Tables;
+use crate::walk::{Exchange, Tables};
 use umbra_arch::Gpa;
 use umbra_memory::{Backing, GuestMemory};
 
@@ -26,19 +26,20 @@ impl Tables for MemoryTables<'_> {
         read_entry(self.mem, gpa, bytes)
     }
 
-    fn exchange(&mut self, gpa: Gpa, bytes: u64, old: u64, new: u64) -> bool {
+    fn exchange(&mut self, gpa: Gpa, bytes: u64, old: u64, new: u64) -> Exchange {
         let Backing::Ram(off) = self.mem.map(gpa.page()).at(gpa.offset()) else {
-            return true;
+            return Exchange::Ignored;
         };
         let done = if bytes == 4 {
             self.mem.compare_exchange(off, old as u32, new as u32).is_ok()
         } else {
             self.mem.compare_exchange(off, old, new).is_ok()
         };
-        if done {
-            self.mem.note_store(off, bytes);
-            self.mem.report_code_store(gpa, off, bytes as u32);
+        if !done {
+            return Exchange::Changed;
         }
-        done
+        self.mem.note_store(off, bytes);
+        self.mem.report_code_store(gpa, off, bytes as u32);
+        Exchange::Done
     }
 }

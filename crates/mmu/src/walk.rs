@@ -10,13 +10,23 @@ use crate::role::{EntryFormat, PageRole, View};
 use umbra_arch::paging::{Access, AccessKind, entry, pfec};
 use umbra_arch::{Fault, Gpa, Gva};
 
+/// What became of an entry's update.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Exchange {
+    /// The entry was replaced.
+    Done,
+    /// The entry cannot be written (ROM, no memory at all): it stays as it is.
+    Ignored,
+    /// Somebody changed the entry since it was read.
+    Changed,
+}
+
 /// How a walk reaches table entries.
 pub trait Tables {
     /// Reads the entry of `bytes` (4 or 8) bytes at `gpa`; absent memory reads as all ones.
     fn read(&mut self, gpa: Gpa, bytes: u64) -> u64;
-    /// Replaces `old` by `new` atomically; false if the entry is no longer `old`. Entries that cannot
-    /// be written (ROM) count as replaced.
-    fn exchange(&mut self, gpa: Gpa, bytes: u64, old: u64, new: u64) -> bool;
+    /// Replaces `old` by `new` atomically.
+    fn exchange(&mut self, gpa: Gpa, bytes: u64, old: u64, new: u64) -> Exchange;
 }
 
 /// Where a walk starts.
@@ -176,11 +186,14 @@ fn set_accessed_dirty<T: Tables>(tables: &mut T, walk: &mut Walk, access: Access
         if new == step.raw {
             continue;
         }
-        if !tables.exchange(step.entry(), step.role.format.entry_bytes(), step.raw, new) {
-            return false;
+        match tables.exchange(step.entry(), step.role.format.entry_bytes(), step.raw, new) {
+            Exchange::Done => {
+                step.raw = new;
+                walk.dirty |= dirty != 0;
+            }
+            Exchange::Ignored => {}
+            Exchange::Changed => return false,
         }
-        step.raw = new;
-        walk.dirty |= dirty != 0;
     }
     true
 }

@@ -4,13 +4,14 @@
 mod support;
 
 use proptest::prelude::*;
+use std::collections::BTreeMap;
 use support::*;
 use umbra_arch::control::{Cr0, Cr4, Efer};
 use umbra_arch::paging::{Access, AccessKind, PagingMode};
 use umbra_arch::{Fault, Gpa, Gva};
 use umbra_memory::PageFlags;
 use umbra_mmu::format::Format;
-use umbra_mmu::walk::{self, Regime, Tables, Top};
+use umbra_mmu::walk::{self, Exchange, Regime, Tables, Top};
 use umbra_mmu::{CpuRole, MmuMode, MmuOptions, View};
 
 /// All tables and data live in this many pages from `ARENA` on, so that tables map tables.
@@ -123,14 +124,15 @@ impl Tables for Copy {
         }
         u64::from_le_bytes(raw)
     }
-    fn exchange(&mut self, gpa: Gpa, bytes: u64, old: u64, new: u64) -> bool {
+    fn exchange(&mut self, gpa: Gpa, bytes: u64, old: u64, new: u64) -> Exchange {
         if self.read(gpa, bytes) != old {
-            return false;
+            return Exchange::Changed;
         }
         if let Some(at) = self.at(gpa) {
             self.0[at..at + bytes as usize].copy_from_slice(&new.to_le_bytes()[..bytes as usize]);
+            return Exchange::Done;
         }
-        true
+        Exchange::Ignored
     }
 }
 
@@ -179,6 +181,8 @@ struct Run {
     rig: Rig,
     pkru: u32,
     pkrs: u32,
+    /// Fetches translated so far: stamp, address, result.
+    fetches: BTreeMap<(u64, u64), Gpa>,
 }
 
 impl Run {
@@ -202,8 +206,20 @@ impl Run {
         let result = self.rig.mmu.translate(Gva::new(gva), access).map(|t| t.gpa);
         assert_eq!(result, expected, "{access:?} at {gva:#x} in {:?}", self.rig.regs.mode());
         assert!(memory == arena(&self.rig), "A and D bits after {access:?} at {gva:#x}");
+        if let (AccessKind::Fetch, false, Ok(gpa)) = (access.kind, access.implicit, result) {
+            self.fetches.insert((self.rig.mmu.fetch_stamp(), gva), gpa);
+        }
         self.rig.drain();
         result
+    }
+
+    /// Every fetch translated under the present stamp is still what the tables say.
+    fn check_fetches(&self) {
+        let stamp = self.rig.mmu.fetch_stamp();
+        for (&(_, gva), &gpa) in self.fetches.range((stamp, 0)..=(stamp, u64::MAX)) {
+            let peeked = self.rig.mmu.peek(Gva::new(gva), Access::explicit(AccessKind::Fetch, self.rig.cpl));
+            assert_eq!(peeked.map(|t| t.gpa), Ok(gpa), "fetch of {gva:#x} under stamp {stamp:#x}");
+        }
     }
 
     fn step(&mut self, op: &Op) {
@@ -215,7 +231,7 @@ impl Run {
             }
             Op::Zero { page } => rig.poke_bytes(ARENA + (page << 12), &[0; 4096]),
             Op::Cr0(bit) => drop(rig.cr0(rig.regs.cr0.raw() ^ bit)),
-            Op::Cr3 { page, bits } => drop(rig.cr3(ARENA + (page << 12) | bits)),
+            Op::Cr3 { page, bits } => drop(rig.cr3((ARENA + (page << 12)) | bits)),
             Op::Cr4(bit) => drop(rig.cr4(rig.regs.cr4.raw() ^ bit)),
             Op::Efer(bit) => drop(rig.efer(rig.regs.efer.raw() ^ bit)),
             Op::View { cpl, ac } => rig.view(cpl, ac),
@@ -263,12 +279,13 @@ fn run(options: MmuOptions, long: bool, ops: &[Op]) -> Vec<u8> {
     } else {
         rig.set_cr0(Cr0::PG, true);
     }
-    let mut run = Run { rig, pkru: 0, pkrs: 0 };
+    let mut run = Run { rig, pkru: 0, pkrs: 0, fetches: BTreeMap::new() };
     for op in ops {
         run.step(op);
         if let Err(what) = run.rig.mmu.audit() {
             panic!("audit after {op:x?}: {what}");
         }
+        run.check_fetches();
     }
     arena(&run.rig)
 }
