@@ -23,6 +23,8 @@ pub mod bit;
 pub mod branch;
 pub mod control;
 pub mod convert;
+pub mod crc32;
+pub mod decimal;
 pub mod far;
 pub mod flag;
 pub mod host_data;
@@ -54,6 +56,8 @@ const FAMILIES: &[&[Row]] = &[
     branch::ROWS,
     control::ROWS,
     convert::ROWS,
+    crc32::ROWS,
+    decimal::ROWS,
     far::ROWS,
     flag::ROWS,
     io::ROWS,

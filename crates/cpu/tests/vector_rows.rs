@@ -307,3 +307,22 @@ fn vzero() {
     assert_eq!(g.run(|a| a.vzeroall().unwrap()), None);
     assert_eq!(g.s.fp.xmm, [[0; 2]; 16]);
 }
+
+/// The check value of CRC-32C, by bytes and by one quadword and a byte, from registers and memory.
+#[test]
+fn crc32c_check_value() {
+    let mut g = Guest::new();
+    g.s.gpr[3] = DATA;
+    g.write(DATA, b"123456789");
+    (g.s.gpr[0], g.s.gpr[1]) = (0xffff_ffff, u64::MAX);
+    let fault = g.run(|a| {
+        for at in 0..9 {
+            a.crc32(eax, byte_ptr(rbx + at)).unwrap();
+        }
+        a.crc32(rcx, qword_ptr(rbx)).unwrap();
+        a.movzx(edx, byte_ptr(rbx + 8)).unwrap();
+        a.shl(edx, 8).unwrap();
+        a.crc32(ecx, dh).unwrap();
+    });
+    assert_eq!((fault, g.s.gpr[0] ^ 0xffff_ffff, g.s.gpr[1] ^ 0xffff_ffff), (None, 0xe306_9283, 0xe306_9283));
+}

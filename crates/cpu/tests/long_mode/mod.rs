@@ -104,7 +104,7 @@ impl Guest {
         self.s.rip = at;
         self.s.activity = umbra_arch::state::Activity::Running;
         self.cpu.set_state(&self.s);
-        let slice = Slice { now: VirtualTime(0), until: VirtualTime(1_000_000) };
+        let slice = Slice { now: VirtualTime(0), until: VirtualTime(1_000_000_000) };
         let stopped = self.cpu.run(&mut NoBus, slice);
         assert_eq!(stopped.exit, Exit::Halted, "{:x?}", code);
         self.s = self.cpu.state();
