@@ -117,7 +117,7 @@ mod tests {
     use super::*;
 
     fn bcd(n: u8) -> u8 {
-        n / 10 << 4 | n % 10
+        ((n / 10) << 4) + n % 10
     }
 
     /// Packed decimal numbers add and subtract like numbers.
