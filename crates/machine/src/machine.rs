@@ -46,9 +46,10 @@ pub struct MachineConfig {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) enum Rest {
     Running,
-    /// After HLT; `masked` says that RFLAGS.IF is 0.
+    /// After HLT: whether RFLAGS.IF is 0, and whether NMIs are blocked too.
     Halted {
         masked: bool,
+        nmi_blocked: bool,
     },
     WaitForSipi,
 }

@@ -97,7 +97,9 @@ impl<V: Vcpu> Machine<V> {
     fn next_to_run(&self) -> Option<usize> {
         let awake = |index: &usize| match self.cpus[*index].rest {
             Rest::Running => true,
-            Rest::Halted { masked } => self.pc.nmi_pending(*index) || !masked && self.pc.interrupt_pending(*index),
+            Rest::Halted { masked, nmi_blocked } => {
+                !nmi_blocked && self.pc.nmi_pending(*index) || !masked && self.pc.interrupt_pending(*index)
+            }
             Rest::WaitForSipi => false,
         };
         (0..self.cpus.len()).filter(awake).min_by_key(|&index| (self.cpus[index].time, index))
@@ -155,7 +157,8 @@ impl<V: Vcpu> Machine<V> {
         match exit {
             Exit::BudgetSpent | Exit::Attention => None,
             Exit::Halted => {
-                *rest = Rest::Halted { masked: engine.state().rflags & rflags::IF == 0 };
+                let state = engine.state();
+                *rest = Rest::Halted { masked: state.rflags & rflags::IF == 0, nmi_blocked: state.nmi_blocked };
                 None
             }
             Exit::WaitForSipi => {
@@ -196,7 +199,7 @@ impl<V: Vcpu> Machine<V> {
 
     /// Whether nothing but an NMI could wake a CPU.
     fn deaf(&self) -> bool {
-        self.cpus.iter().all(|cpu| !matches!(cpu.rest, Rest::Running | Rest::Halted { masked: false }))
+        self.cpus.iter().all(|cpu| !matches!(cpu.rest, Rest::Running | Rest::Halted { masked: false, .. }))
     }
 
     fn halted(&self) -> Halted {

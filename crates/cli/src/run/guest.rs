@@ -105,7 +105,7 @@ fn load_embedded(args: &Args, machine: &mut Machine<Interpreter>) -> Result<(), 
     let rom = umbra_test_roms::embedded_guest();
     machine.add_reset_rom(&umbra_firmware::reset_image()?)?;
     machine.memory().write(rom.load(), &rom.image()?);
-    machine.pc_mut().enable_measurement();
+    machine.pc_mut().set_measurement_port(umbra_test_roms::MEASUREMENT_PORT);
     machine.boot(&boot::reset_plan());
     Ok(())
 }

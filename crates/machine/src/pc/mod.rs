@@ -97,7 +97,7 @@ pub struct Pc {
     attention: bool,
     a20: bool,
     request: Option<Request>,
-    measurement: bool,
+    measurement_port: Option<u16>,
 }
 
 impl Pc {
@@ -135,7 +135,7 @@ impl Pc {
             attention: false,
             a20: false,
             request: None,
-            measurement: false,
+            measurement_port: None,
         };
         pc.refresh();
         pc
@@ -148,10 +148,10 @@ impl Pc {
         self.refresh();
     }
 
-    /// Takes port F6h from the debug-exit device and makes it the measurement port: a byte written
-    /// there stops the run with [`Request::Mark`].
-    pub fn enable_measurement(&mut self) {
-        self.measurement = true;
+    /// Makes `port` the measurement port, whoever owns it otherwise: a byte written there stops the run
+    /// with [`Request::Mark`].
+    pub fn set_measurement_port(&mut self, port: u16) {
+        self.measurement_port = Some(port);
     }
 
     /// The machine as seen by virtual CPU `vcpu` for a slice that ends at `until`.

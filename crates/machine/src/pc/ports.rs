@@ -23,14 +23,9 @@ pub(super) enum Owner {
     Pci,
     AcpiPm,
     DebugExit,
-    Measurement,
     DebugConsole,
     Nobody,
 }
-
-/// One of the debug-exit device's four ports, which guests that are measured write instead
-/// (see [`Pc::enable_measurement`]).
-const MEASUREMENT_PORT: u16 = 0xf6;
 
 /// The device that answers an access of `width` at `port`.
 #[inline]
@@ -43,7 +38,6 @@ pub(super) const fn owner(port: u16, width: AccessWidth) -> Owner {
         0x80 => Owner::Post,
         0x92 => Owner::Port92,
         0xe9 => Owner::DebugConsole,
-        MEASUREMENT_PORT => Owner::Measurement,
         0xf4..=0xf7 => Owner::DebugExit,
         0x3f8..=0x3ff => Owner::Com1,
         0xb2 | 0xb3 | 0x600..=0x63f => Owner::AcpiPm,
@@ -67,7 +61,7 @@ impl Pc {
             Owner::ResetControl => &mut devices.reset_control,
             Owner::Pci => &mut devices.pci,
             Owner::AcpiPm => &mut devices.acpi_pm,
-            Owner::DebugExit | Owner::Measurement => &mut devices.debug_exit,
+            Owner::DebugExit => &mut devices.debug_exit,
             Owner::DebugConsole => &mut devices.debug_console,
             Owner::Nobody => return None,
         })
@@ -84,10 +78,10 @@ impl Pc {
     }
 
     pub(super) fn write_port(&mut self, now: VirtualTime, port: u16, width: AccessWidth, value: u32) {
-        let owner = owner(port, width);
-        if owner == Owner::Measurement && self.measurement {
+        if self.measurement_port == Some(port) {
             return self.ask(Request::Mark(value as u8));
         }
+        let owner = owner(port, width);
         if let Some(device) = self.port_device(owner) {
             device.port_write(now, port, width, value);
         }
@@ -117,7 +111,7 @@ impl Pc {
                     self.ask(Request::Reset);
                 }
             }
-            Owner::DebugExit | Owner::Measurement => {
+            Owner::DebugExit => {
                 if let Some(value) = self.devices.debug_exit.take_exit() {
                     self.ask(Request::DebugExit(value));
                 }
@@ -162,7 +156,6 @@ mod tests {
         ];
         for (expected, ports) in lists {
             for &port in ports {
-                let expected = if port == MEASUREMENT_PORT { Owner::Measurement } else { expected };
                 assert_eq!(owner(port, AccessWidth::Byte), expected, "port {port:#x}");
             }
         }
