@@ -195,6 +195,8 @@ impl Core {
     fn place_as(&mut self, lin: u64, bytes: u64, access: Access, legacy: bool) -> Result<Place, Stop> {
         let first = self.mmu.translate(Gva::new(lin), access);
         let first = self.check(first)?;
+        // The walk may have set A or D bits on a page that holds code.
+        self.break_block |= self.mem.journal_pending();
         let room = PAGE_SIZE - (lin & (PAGE_SIZE - 1));
         if bytes <= room {
             return Ok(Place::One(first));

@@ -23,16 +23,31 @@ const JUMP_SLOTS: usize = 1 << 14;
 /// Ticks that one instruction costs until there is a cycle model.
 const COST: u32 = 1;
 
-/// A decoded block.
+/// Where a block went before: tried before the jump table. Holds only while the fetch stamp is the same and
+/// the target's number still means the block it meant.
+#[derive(Clone, Copy)]
+struct Link {
+    stamp: u64,
+    block: u32,
+    generation: u32,
+}
+
+const NO_LINK: Link = Link { stamp: u64::MAX, block: 0, generation: u32::MAX };
+
+/// A decoded block. What the loop reads comes first.
+#[repr(C)]
 pub struct Block {
-    /// Its operations.
-    pub ops: Box<[Op]>,
     /// RIP of its first instruction.
     pub rip: u64,
     /// RIP behind its last.
     pub end_rip: u64,
+    /// Its operations.
+    pub ops: Box<[Op]>,
+    links: [Link; 2],
     /// Cost of all of it.
     pub cost: u32,
+    /// Counts the blocks that had this number.
+    generation: u32,
     valid: bool,
     key: Key,
     /// Bytes it was decoded from: pieces of one page, or of two for a crossing instruction.
@@ -102,6 +117,34 @@ impl BlockCache {
         self.find_slow(c, rip)
     }
 
+    /// The block that follows `from`, which ran to its end without breaking: by link, else by
+    /// [`find`](Self::find). CS and code size are those of `from`.
+    #[inline(always)]
+    pub fn follow(&mut self, c: &mut Core, from: u32) -> Result<u32, Stop> {
+        let (rip, stamp) = (c.next_rip, c.mmu.fetch_stamp());
+        for link in &self.blocks[from as usize].links {
+            let target = &self.blocks[link.block as usize];
+            if target.rip == rip && link.stamp == stamp && link.generation == target.generation {
+                return Ok(link.block);
+            }
+        }
+        self.link(c, from)
+    }
+
+    #[inline(never)]
+    fn link(&mut self, c: &mut Core, from: u32) -> Result<u32, Stop> {
+        let generation = self.blocks[from as usize].generation;
+        let found = self.find(c)?;
+        let link =
+            Link { stamp: c.mmu.fetch_stamp(), block: found, generation: self.blocks[found as usize].generation };
+        // Finding may have dropped the block we come from.
+        let from = &mut self.blocks[from as usize];
+        if from.generation == generation {
+            from.links = [link, from.links[0]];
+        }
+        Ok(found)
+    }
+
     #[inline(never)]
     fn find_slow(&mut self, c: &mut Core, rip: u64) -> Result<u32, Stop> {
         let lin = fetch_address(c, rip)?;
@@ -143,8 +186,8 @@ impl BlockCache {
             self.pages.entry(page).or_default().push(number);
         }
         self.map.insert(key, number);
-        if (number as usize) < self.blocks.len() {
-            self.blocks[number as usize] = block;
+        if let Some(old) = self.blocks.get_mut(number as usize) {
+            *old = Block { generation: old.generation, ..block };
         } else {
             self.blocks.push(block);
         }
@@ -180,6 +223,7 @@ impl BlockCache {
     fn drop_block(&mut self, c: &mut Core, number: u32) {
         let block = &mut self.blocks[number as usize];
         block.valid = false;
+        block.generation = block.generation.wrapping_add(1);
         let (key, rip) = (block.key, block.rip);
         let pages: Vec<u64> = pages_of(block).collect();
         self.map.remove(&key);
@@ -336,6 +380,8 @@ fn decode_block(c: &mut Core, key: Key, lin: u64) -> Result<Block, Stop> {
         ops: ops.into_boxed_slice(),
         rip: key.rip,
         end_rip: key.rip.wrapping_add(at as u64) & code_mask(c.code_size),
+        links: [NO_LINK; 2],
+        generation: 0,
         valid: true,
         key,
         bytes: [(key.offset, first_len as u32), second_bytes],

@@ -228,7 +228,8 @@ impl Core {
     #[inline]
     pub fn settle<T>(&mut self, reply: umbra_arch::Reply<T>) -> T {
         self.extra_cost += u64::from(reply.cost);
-        if reply.attention || reply.cost != 0 {
+        // A device may have written to memory.
+        if reply.attention || reply.cost != 0 || self.mem.journal_pending() {
             self.attention |= reply.attention;
             self.break_block = true;
         }

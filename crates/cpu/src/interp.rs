@@ -65,68 +65,76 @@ impl Interpreter {
             if self.core.clock >= until {
                 return Exit::BudgetSpent;
             }
-            let ended = match self.cache.find(&mut self.core) {
-                Ok(number) => self.execute(bus, number, until),
-                Err(stop) => {
-                    let rip = self.core.next_rip;
-                    self.stopped(bus, stop, rip)
-                }
-            };
-            if let Some(exit) = ended {
+            let found = self.cache.find(&mut self.core);
+            if let Some(exit) = self.chain(bus, found, until) {
                 return exit;
             }
         }
     }
 
-    /// Runs one block. HOT.
+    /// Runs blocks one after the other until something has to be looked at. HOT.
     #[inline(always)]
-    fn execute(&mut self, bus: &mut dyn Bus, number: u32, until: VirtualTime) -> Option<Exit> {
-        let block = self.cache.block(number);
-        let c = &mut self.core;
-        c.block_rip = block.rip;
-        c.next_rip = block.end_rip;
-        c.break_block = false;
-        let budget = until.since(c.clock);
-        let ops = if self.single {
-            &block.ops[..1]
-        } else if u64::from(block.cost) > budget {
-            within(&block.ops, budget)
-        } else {
-            &block.ops[..]
-        };
-        let mut done = 0;
-        let mut stop = None;
-        for op in ops {
-            if let Err(s) = (op.exec)(c, bus, op) {
-                stop = Some(s);
-                break;
+    fn chain(&mut self, bus: &mut dyn Bus, first: Result<u32, Stop>, until: VirtualTime) -> Option<Exit> {
+        let mut found = first;
+        loop {
+            let number = match found {
+                Ok(number) => number,
+                Err(stop) => {
+                    let rip = self.core.next_rip;
+                    return self.stopped(bus, stop, rip);
+                }
+            };
+            let block = self.cache.block(number);
+            let c = &mut self.core;
+            c.block_rip = block.rip;
+            c.next_rip = block.end_rip;
+            c.break_block = false;
+            if self.single || c.clock.plus(u64::from(block.cost)) > until {
+                return self.part(bus, number, until);
             }
-            done += 1;
-            if c.break_block {
-                break;
+            for (done, op) in block.ops.iter().enumerate() {
+                let flow = (op.exec)(c, bus, op);
+                if flow.is_err() || c.break_block {
+                    return self.ended(bus, number, done, flow.err());
+                }
             }
-        }
-        if done == block.ops.len() && stop.is_none() {
-            self.retired += done as u64;
-            c.clock = c.clock.plus(u64::from(block.cost) + std::mem::take(&mut c.extra_cost));
-            if !c.break_block && !self.single {
+            self.retired += block.ops.len() as u64;
+            c.clock = c.clock.plus(u64::from(block.cost));
+            if c.check_events || c.clock >= until {
                 return None;
             }
-            return self.after(bus, None, 0);
+            found = self.cache.follow(c, number);
         }
-        self.cut_short(bus, number, done, stop)
     }
 
-    /// A block that didn't run to its end: charges what ran and finds where to go on.
+    /// Runs a block only as far as the budget reaches, or one instruction of it.
     #[inline(never)]
-    fn cut_short(&mut self, bus: &mut dyn Bus, number: u32, done: usize, stop: Option<Stop>) -> Option<Exit> {
+    fn part(&mut self, bus: &mut dyn Bus, number: u32, until: VirtualTime) -> Option<Exit> {
+        let block = self.cache.block(number);
+        let c = &mut self.core;
+        let budget = until.since(c.clock);
+        let fits = block.ops.iter().take_while(|op| u64::from(op.prefix) < budget).count();
+        let most = if self.single { 1 } else { fits.max(1) };
+        for (done, op) in block.ops[..most].iter().enumerate() {
+            let flow = (op.exec)(c, bus, op);
+            if flow.is_err() || c.break_block || done + 1 == most {
+                return self.ended(bus, number, done, flow.err());
+            }
+        }
+        None
+    }
+
+    /// A block stopped in or after its operation `last`: charges what retired and finds where to go on.
+    #[inline(never)]
+    fn ended(&mut self, bus: &mut dyn Bus, number: u32, last: usize, stop: Option<Stop>) -> Option<Exit> {
         let c = &mut self.core;
         let block = self.cache.block(number);
-        let retired = done + usize::from(stop == Some(Stop::Again));
+        let retired = last + usize::from(matches!(stop, None | Some(Stop::Again)));
         let cost = block.ops.get(retired).map_or(block.cost, |op| op.prefix);
         self.retired += retired as u64;
         c.clock = c.clock.plus(u64::from(cost) + std::mem::take(&mut c.extra_cost));
-        let rip = block.ops.get(done).map_or(c.next_rip, |op| block.rip.wrapping_add(u64::from(op.start)));
+        let next = if stop.is_none() { last + 1 } else { last };
+        let rip = block.ops.get(next).map_or(c.next_rip, |op| block.rip.wrapping_add(u64::from(op.start)));
         c.next_rip = rip;
         self.after(bus, stop.filter(|s| *s != Stop::Again), rip)
     }
@@ -229,13 +237,6 @@ impl Interpreter {
             }
         }
     }
-}
-
-/// The operations that start within `budget` ticks; at least one.
-#[cold]
-fn within(ops: &[crate::op::Op], budget: u64) -> &[crate::op::Op] {
-    let n = ops.iter().take_while(|op| u64::from(op.prefix) < budget).count();
-    &ops[..n.max(1)]
 }
 
 impl Vcpu for Interpreter {
