@@ -26,7 +26,22 @@ impl Mmu {
                 self.audit_column(slot, root, column, block)?;
             }
         }
+        self.audit_hints()?;
         self.audit_active()
+    }
+
+    fn audit_hints(&self) -> Result<(), String> {
+        for (gva, slot, hint) in self.hints.known() {
+            let page = self.shadow.page(hint.index);
+            // A hint may outlive its leaf, but not the way to it.
+            if page.entry_for(gva).is_leaf() && self.find_leaf(gva, slot) != Some((hint.index, hint.above)) {
+                return Err(format!("{hint:x?} for {gva:#x} in root {slot} leads elsewhere than the tree"));
+            }
+            if page.entry_for(gva).is_leaf() && !page.knows(gva, slot) {
+                return Err(format!("{hint:x?} for {gva:#x} in root {slot} leads to a page that does not know"));
+            }
+        }
+        Ok(())
     }
 
     fn audit_page(&self, index: u32) -> Result<(), String> {

@@ -1,6 +1,6 @@
 //! The slow path: shadow tree first, guest walk on a shadow miss, then the contexts.
 
-use crate::context::{ALLOWED, COLUMNS, FETCH, READ, WRITE};
+use crate::context::{ALLOWED, FETCH, READ, WRITE};
 use crate::format::Decoded;
 use crate::mmu::{Mmu, Translation};
 use crate::rights::{self, Rights};
@@ -21,9 +21,6 @@ struct Found {
     gpa: Gpa,
     rights: Rights,
     dirty: bool,
-    /// Shadow pages used, topmost first.
-    path: [u32; MAX_DEPTH],
-    depth: usize,
 }
 
 impl Mmu {
@@ -35,7 +32,7 @@ impl Mmu {
     pub fn translate(&mut self, gva: Gva, access: Access) -> Result<Translation, Fault> {
         self.check_memory_map();
         self.maybe_drop();
-        if let Some(found) = self.look_in_shadow(gva) {
+        if let Some(found) = self.look_in_shadow(gva.raw()) {
             rights::check(found.rights, access, &self.view).map_err(|code| Fault::page(gva.raw(), code))?;
             if access.kind != AccessKind::Write || found.dirty {
                 return Ok(self.finish(gva, access, &found));
@@ -44,37 +41,60 @@ impl Mmu {
         self.translate_by_walk(gva, access)
     }
 
-    /// Follows the current root's shadow pages; `None` if an entry is missing.
+    /// Looks `gva` up under the current root and notes that its contexts may hold it from now on;
+    /// `None` if an entry is missing.
     #[inline]
-    fn look_in_shadow(&self, gva: Gva) -> Option<Found> {
+    fn look_in_shadow(&mut self, gva: u64) -> Option<Found> {
         let root = self.roots.slots[self.current].as_ref()?;
-        let mut found = Found { gpa: Gpa::new(0), rights: Rights::ALL, dirty: true, path: [0; MAX_DEPTH], depth: 0 };
         if root.regime.top == Top::Direct {
-            found.gpa = Gpa::new(gva.raw() & 0xffff_ffff);
-            return Some(found);
+            return Some(Found { gpa: Gpa::new(gva & 0xffff_ffff), rights: Rights::ALL, dirty: true });
         }
-        let mut link = root.tops[root.top_slot(gva.raw())]?;
-        let mut combined = ShadowEntry::RIGHTS;
-        for depth in 0..MAX_DEPTH {
-            let page = self.shadow.get(link)?;
-            let role = page.role;
-            let entry = page.entries[role.format.index(role.level, gva.raw())];
+        if let Some(hint) = self.hints.get(gva, self.current) {
+            let above = hint.above;
+            let page = self.shadow.page_mut(hint.index);
+            let entry = page.entry_for(gva);
+            if entry.is_leaf() {
+                page.used();
+                return Some(found_at(gva, page.role.format.shift(page.role.level), entry, above));
+            }
+        }
+        let (index, above) = self.find_leaf(gva, self.current)?;
+        self.note_path(gva, above, index);
+        let page = self.shadow.page(index);
+        Some(found_at(gva, page.role.format.shift(page.role.level), page.entry_for(gva), above))
+    }
+
+    /// Follows a root's shadow pages to the page that holds the leaf for `gva`: its index, and the
+    /// combined rights bits of the links to it.
+    pub(crate) fn find_leaf(&self, gva: u64, slot: usize) -> Option<(u32, u64)> {
+        let root = self.roots.slots[slot].as_ref()?;
+        let mut link = root.tops[root.top_slot(gva)]?;
+        let mut above = ShadowEntry::RIGHTS;
+        for _ in 0..MAX_DEPTH {
+            let entry = self.shadow.get(link)?.entry_for(gva);
             if !entry.is_present() {
                 return None;
             }
-            combined &= entry.0;
-            found.path[depth] = link.index;
             if entry.is_leaf() {
-                let within = gva.raw() & ((1 << role.format.shift(role.level)) - 1);
-                found.gpa = entry.frame().add(within);
-                found.rights = rights_of(combined, entry.key());
-                found.dirty = entry.is_dirty();
-                found.depth = depth + 1;
-                return Some(found);
+                return Some((link.index, above));
             }
+            above &= entry.0;
             link = entry.child();
         }
         None
+    }
+
+    /// Notes on each page of the path that the current root's contexts may hold translations by it.
+    #[cold]
+    fn note_path(&mut self, gva: u64, above: u64, leaf: u32) {
+        let Some(root) = &self.roots.slots[self.current] else { return };
+        let mut next = root.tops[root.top_slot(gva)];
+        while let Some(link) = next {
+            let page = self.shadow.page_mut(link.index);
+            page.reached(gva, self.current);
+            next = (link.index != leaf).then(|| page.entry_for(gva).child());
+        }
+        self.hints.set(gva, self.current, leaf, above);
     }
 
     #[inline(never)]
@@ -86,8 +106,10 @@ impl Mmu {
         self.stats.entries_read += tables.reads;
         self.stats.walks += 1;
         let walked = walked?;
-        self.refresh_aliases(&walked);
-        Ok(match self.install(gva, &walked) {
+        if walked.updated {
+            self.refresh_aliases(&walked);
+        }
+        Ok(match self.install(gva, &walked).and_then(|()| self.look_in_shadow(gva.raw())) {
             Some(found) => self.finish(gva, access, &found),
             None => self.answer(walked.gpa, access),
         })
@@ -100,8 +122,7 @@ impl Mmu {
             let at_byte = step.entry().offset();
             for index in self.shadow.of_frame(off) {
                 let role = self.shadow.page(index).role;
-                let at = (at_byte / role.format.entry_bytes()) as usize;
-                self.refresh_entry(index, at);
+                self.refresh_entry(index, (at_byte / role.format.entry_bytes()) as usize);
             }
         }
     }
@@ -123,30 +144,20 @@ impl Mmu {
 
     /// Enters a walk into the shadow tree; `None` if a table cannot be watched or has no A bit set
     /// (it lies in ROM), so that nothing may be kept.
-    fn install(&mut self, gva: Gva, walked: &Walk) -> Option<Found> {
+    fn install(&mut self, gva: Gva, walked: &Walk) -> Option<()> {
         self.make_room(MAX_DEPTH);
-        let mut found = Found {
-            gpa: walked.gpa,
-            rights: walked.rights,
-            dirty: walked.dirty,
-            path: [0; MAX_DEPTH],
-            depth: walked.steps().len(),
-        };
-        let mut parent: Option<(u32, Step)> = None;
-        for (depth, step) in walked.steps().iter().enumerate() {
+        let mut parent: Option<(u32, &Step)> = None;
+        for step in walked.steps() {
             let index = self.shadow_page_for(step)?;
             let link = self.shadow.link_of(index);
             match parent {
                 None => self.set_top(gva, link),
-                Some((above, above_step)) => self.set_link(above, &above_step, link)?,
+                Some((above, above_step)) => self.set_link(above, above_step, link)?,
             }
-            found.path[depth] = index;
-            parent = Some((index, *step));
+            parent = Some((index, step));
         }
-        if let Some((index, step)) = parent {
-            self.set_leaf(index, &step)?;
-        }
-        Some(found)
+        let (index, step) = parent?;
+        self.set_leaf(index, step)
     }
 
     fn set_top(&mut self, gva: Gva, link: Link) {
@@ -190,6 +201,7 @@ impl Mmu {
         Some(index)
     }
 
+    #[inline]
     fn answer(&mut self, gpa: Gpa, access: Access) -> Translation {
         let backing = self.mem.map(gpa.page()).at(gpa.offset());
         if let (Backing::Ram(off), AccessKind::Write) = (backing, access.kind) {
@@ -201,31 +213,39 @@ impl Mmu {
     #[inline]
     fn finish(&mut self, gva: Gva, access: Access, found: &Found) -> Translation {
         let translation = self.answer(found.gpa, access);
-        self.fill(gva, found, translation.backing);
+        match translation.backing {
+            Backing::Ram(off) => self.fill(gva, found, off, found.dirty && is_quiet(self.mem.page_flags(off))),
+            Backing::Rom(off) => self.fill(gva, found, off, false),
+            Backing::Mmio => {}
+        }
         translation
     }
 
     /// Writes all columns of the current root from the raw rights.
-    fn fill(&mut self, gva: Gva, found: &Found, backing: Backing) {
-        let (off, writable) = match backing {
-            Backing::Ram(off) => (off, found.dirty && is_quiet(self.mem.page_flags(off))),
-            Backing::Rom(off) => (off, false),
-            Backing::Mmio => return,
-        };
-        let slot = self.current;
-        for &index in &found.path[..found.depth] {
-            self.shadow.page_mut(index).reached(gva.raw(), slot);
-        }
+    #[inline]
+    fn fill(&mut self, gva: Gva, found: &Found, off: RamOffset, writable: bool) {
         let page = gva.raw() & !0xfff;
-        let key = 1 << (found.rights.key + if found.rights.user { 0 } else { 16 });
-        let allowed = self.allowed_by_column(found.rights, writable, self.restricted & key == 0);
-        if allowed.iter().any(|a| a & WRITE != 0) {
+        let Rights { write, user, exec, key } = found.rights;
+        let rights = write as usize | (user as usize) << 1 | (exec as usize) << 2;
+        let key = 1 << (key + if user { 0 } else { 16 });
+        let mut mask = FETCH;
+        if self.restricted & key == 0 {
+            mask |= READ | if writable { WRITE } else { 0 };
+        }
+        // Some column may get a write tag; remembering one too many costs nothing but its place.
+        if mask & WRITE != 0 {
             self.record_writer(off, page);
         }
-        let addend = off.page_base().raw().wrapping_sub(page);
         self.stats.refills += 1;
-        let Some(root) = &mut self.roots.slots[slot] else { return };
-        for (column, allowed) in root.columns.iter_mut().zip(allowed).filter(|(c, _)| c.exists()) {
+        let addend = off.page_base().raw().wrapping_sub(page);
+        let Some(root) = &mut self.roots.slots[self.current] else { return };
+        let mut grown = false;
+        let mut left = root.existing;
+        while left != 0 {
+            let at = left.trailing_zeros() as usize;
+            left &= left - 1;
+            let column = &mut root.columns[at];
+            let allowed = ALLOWED[at][rights] & mask;
             if allowed == 0 {
                 self.pool.drop_page(column, page);
                 continue;
@@ -235,24 +255,15 @@ impl Mmu {
             }
             if self.pool.fill(column, page, allowed, addend) && self.pool.grow(column) {
                 self.stats.context_growths += 1;
+                grown = true;
             }
         }
-        self.sync_active();
-    }
-
-    fn allowed_by_column(&self, rights: Rights, writable: bool, key_free: bool) -> [u8; COLUMNS] {
-        let bits = rights.write as usize | (rights.user as usize) << 1 | (rights.exec as usize) << 2;
-        let mut mask = FETCH;
-        if key_free {
-            mask |= READ | if writable { WRITE } else { 0 };
+        if grown {
+            self.sync_active();
         }
-        let existing = self.roots.slots[self.current].as_ref().map(|root| &root.columns);
-        std::array::from_fn(|column| match existing {
-            Some(columns) if columns[column].exists() => ALLOWED[column][bits] & mask,
-            _ => 0,
-        })
     }
 
+    #[inline]
     fn record_writer(&mut self, off: RamOffset, page: u64) {
         match self.writers.record(off, page, self.current) {
             None => {}
@@ -262,7 +273,17 @@ impl Mmu {
     }
 }
 
+#[inline]
+fn found_at(gva: u64, shift: u32, entry: ShadowEntry, above: u64) -> Found {
+    Found {
+        gpa: entry.frame().add(gva & ((1 << shift) - 1)),
+        rights: rights_of(entry.0 & above, entry.key()),
+        dirty: entry.is_dirty(),
+    }
+}
+
 /// Stores to such a page concern nobody.
+#[inline]
 fn is_quiet(flags: PageFlags) -> bool {
     flags.contains(PageFlags::DIRTY) && !flags.intersects(PageFlags::REPORTED)
 }

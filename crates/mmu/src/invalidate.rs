@@ -28,7 +28,6 @@ impl Mmu {
             at = at.add(chunk);
             left -= chunk;
         }
-        self.sync_active();
     }
 
     fn frame_written(&mut self, off: RamOffset, first_byte: u64, bytes: u64) {
@@ -83,6 +82,9 @@ impl Mmu {
             // What was below went when the child was freed.
             return;
         }
+        if !entry.is_leaf() {
+            self.hints.forget();
+        }
         if entry.is_executable() {
             self.renew_stamps(roots);
         }
@@ -135,6 +137,7 @@ impl Mmu {
                 *clears += 1;
             }
         });
+        self.sync_active();
     }
 
     fn renew_stamps(&mut self, roots: u64) {
@@ -145,6 +148,7 @@ impl Mmu {
 
     /// Frees a shadow page, with what the contexts hold because of it; its frame may become unwatched.
     pub(crate) fn free_page(&mut self, index: u32) {
+        self.hints.forget();
         let page = self.shadow.page(index);
         let (off, roots, present) = (page.off, page.roots, u64::from(page.present));
         if present != 0 {
@@ -206,13 +210,13 @@ impl Mmu {
     /// Drops all fast translations; they come back from the shadow tree.
     pub fn drop_all_contexts(&mut self) {
         self.clear_columns(!0);
-        self.sync_active();
     }
 
     /// Drops all shadow pages and fast translations; they come back from the guest's tables.
     pub fn drop_all_shadow(&mut self) {
         self.clear_columns(!0);
         self.writers.clear();
+        self.hints.forget();
         self.renew_stamps(!0);
         let all: Vec<u32> = self.shadow.indices().collect();
         for index in all {
@@ -221,7 +225,6 @@ impl Mmu {
             self.mem.clear_flags(off, PageFlags::WATCHED);
             self.stats.pages_freed += 1;
         }
-        self.sync_active();
     }
 }
 

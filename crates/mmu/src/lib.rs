@@ -17,6 +17,7 @@ pub mod walk;
 mod audit;
 mod context;
 mod fill;
+mod hints;
 mod invalidate;
 mod mmu;
 mod roots;

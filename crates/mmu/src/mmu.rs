@@ -2,6 +2,7 @@
 
 use crate::context::{Column, Entry, Pool, column_of};
 use crate::format::Format;
+use crate::hints::Hints;
 use crate::role::{CpuRole, View};
 use crate::roots::{Root, RootCache};
 use crate::shadow::ShadowPages;
@@ -73,6 +74,7 @@ pub struct Mmu {
     pub(crate) roots: RootCache,
     pub(crate) shadow: ShadowPages,
     pub(crate) writers: Writers,
+    pub(crate) hints: Hints,
     pub(crate) mem: Arc<GuestMemory>,
     pub(crate) format: Format,
     pub(crate) view: View,
@@ -107,6 +109,7 @@ impl Mmu {
             roots: RootCache::new(),
             shadow: ShadowPages::new(frames, options.shadow_pages),
             writers: Writers::new(frames),
+            hints: Hints::new(),
             mem_generation: mem.generation(),
             mem,
             format: Format::intel(limits.maxphyaddr),
@@ -145,13 +148,23 @@ impl Mmu {
     pub fn apply(&mut self, effects: &Effects) {
         let cr3 = effects.regs.cr3 != self.regs.cr3 || matches!(effects.flush, FlushScope::PcidNonGlobal(_));
         self.stats.count_flush(effects.flush);
+        let same_root = cr3_and_pdptes(&effects.regs) == cr3_and_pdptes(&self.regs);
+        let old_role = self.root_role();
         let role_changed = self.set_regs(&effects.regs);
         if self.options.mode == MmuMode::UnloadAlways && (role_changed || cr3) {
             self.unload_roots(effects.flush != FlushScope::None);
         }
         self.maybe_drop();
         self.check_memory_map();
-        self.select_root();
+        if same_root && self.root_role() == old_role && self.roots.slots[self.current].is_some() {
+            self.select_view();
+        } else {
+            self.select_root();
+        }
+    }
+
+    fn root_role(&self) -> u32 {
+        self.role.root_page_role(self.options.kvm_role).word()
     }
 
     /// Host-initiated replacement of the control registers (reset, INIT, a restored snapshot).
@@ -168,6 +181,7 @@ impl Mmu {
     }
 
     /// Takes over registers; true if the role changed.
+    #[inline]
     fn set_regs(&mut self, regs: &ControlRegs) -> bool {
         self.regs = *regs;
         let role = CpuRole { smm: self.smm, guest_mode: self.guest_mode, ..CpuRole::of(regs) };
@@ -247,10 +261,12 @@ impl Mmu {
             self.free_root(slot);
         }
         let stamp = self.next_stamp();
-        self.current = self.roots.insert(Root { regime, tops: [None; 4], columns: Default::default(), stamp });
+        self.current =
+            self.roots.insert(Root { regime, tops: [None; 4], columns: Default::default(), existing: 0, stamp });
     }
 
     pub(crate) fn free_root(&mut self, slot: usize) {
+        self.hints.forget();
         if let Some(mut root) = self.roots.remove(slot) {
             root.columns.iter_mut().for_each(|column| self.pool.release(column));
             self.stats.roots_freed += 1;
@@ -295,6 +311,7 @@ impl Mmu {
             self.stats.context_clears += 1;
         } else {
             self.pool.create(chosen);
+            root.existing |= 1 << column;
         }
     }
 
@@ -445,6 +462,10 @@ impl Mmu {
             _ => {}
         }
     }
+}
+
+fn cr3_and_pdptes(regs: &ControlRegs) -> (u64, [u64; 4]) {
+    (regs.cr3.raw(), regs.pdpte)
 }
 
 /// A PDPTE without the bits that a walk never reads, so that they make no new root.

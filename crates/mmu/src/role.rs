@@ -223,12 +223,10 @@ impl View {
 
 /// The keys with access-disable or write-disable set in a PKRU-shaped register.
 const fn keys_of(register: u32) -> u32 {
-    let any = register | register >> 1;
-    let mut keys = 0;
-    let mut key = 0;
-    while key < 16 {
-        keys |= ((any >> (2 * key)) & 1) << key;
-        key += 1;
-    }
-    keys
+    // One bit in two, pushed together by halves.
+    let any = (register | register >> 1) & 0x5555_5555;
+    let pairs = (any | any >> 1) & 0x3333_3333;
+    let fours = (pairs | pairs >> 2) & 0x0f0f_0f0f;
+    let eights = (fours | fours >> 4) & 0x00ff_00ff;
+    (eights | eights >> 8) & 0xffff
 }

@@ -14,6 +14,8 @@ pub(crate) struct Root {
     /// Shadow page of the topmost table; the first only, but for PAE's four page directories.
     pub tops: [Option<Link>; 4],
     pub columns: [Column; COLUMNS],
+    /// Columns that have a block, a bit each.
+    pub existing: u32,
     /// Changes whenever a translation of a fetch may have ended.
     pub stamp: u64,
 }

@@ -129,11 +129,22 @@ impl ShadowPage {
         self.role.format.shift(self.role.level) + self.role.format.index_bits()
     }
 
-    /// Notes that root `slot` holds a translation of `gva` through this page.
-    #[inline]
-    pub(crate) fn reached(&mut self, gva: u64, slot: usize) {
+    /// The entry for `gva`, which may be absent.
+    #[inline(always)]
+    pub(crate) fn entry_for(&self, gva: u64) -> ShadowEntry {
+        self.entries[self.role.format.index(self.role.level, gva)]
+    }
+
+    /// It serves as a table.
+    #[inline(always)]
+    pub(crate) fn used(&mut self) {
         self.idle_writes = 0;
         self.referenced = true;
+    }
+
+    /// Notes that root `slot` holds a translation of `gva` through this page.
+    pub(crate) fn reached(&mut self, gva: u64, slot: usize) {
+        self.used();
         self.roots |= 1 << slot;
         let base = gva >> self.coverage_shift() << self.coverage_shift();
         if self.bases.first() != Some(&base) {

@@ -82,6 +82,8 @@ pub struct Walk {
     pub rights: Rights,
     /// D of the leaf.
     pub dirty: bool,
+    /// The walk set A or D somewhere.
+    pub updated: bool,
 }
 
 impl Walk {
@@ -165,7 +167,7 @@ pub fn look<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access
                 combined = combined.and(rights);
                 rights::check(combined, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
                 let within = gva.raw() & ((1 << role.format.shift(role.level)) - 1);
-                return Ok(Walk { steps, count, gpa: base.add(within), rights: combined, dirty });
+                return Ok(Walk { steps, count, gpa: base.add(within), rights: combined, dirty, updated: false });
             }
         }
     }
@@ -174,7 +176,7 @@ pub fn look<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access
 /// The identity of paging off; linear addresses have 32 bits there.
 fn direct(gva: Gva) -> Walk {
     let gpa = Gpa::new(gva.raw() & 0xffff_ffff);
-    Walk { steps: [NO_STEP; 5], count: 0, gpa, rights: Rights::ALL, dirty: true }
+    Walk { steps: [NO_STEP; 5], count: 0, gpa, rights: Rights::ALL, dirty: true, updated: false }
 }
 
 /// False if an entry changed under the walk.
@@ -190,6 +192,7 @@ fn set_accessed_dirty<T: Tables>(tables: &mut T, walk: &mut Walk, access: Access
             Exchange::Done => {
                 step.raw = new;
                 walk.dirty |= dirty != 0;
+                walk.updated = true;
             }
             Exchange::Ignored => {}
             Exchange::Changed => return false,
