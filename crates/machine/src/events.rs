@@ -17,6 +17,8 @@ pub enum Source {
     Keyboard,
     /// The power-management timer.
     AcpiPm,
+    /// The high precision event timer.
+    Hpet,
     /// The host's input is looked at.
     HostInput,
     /// The timer of one local APIC.
@@ -24,7 +26,7 @@ pub enum Source {
 }
 
 /// Sources before the first local APIC.
-const FIXED_SOURCES: usize = 6;
+const FIXED_SOURCES: usize = 7;
 
 impl Source {
     fn index(self) -> usize {
@@ -34,7 +36,8 @@ impl Source {
             Self::Com1 => 2,
             Self::Keyboard => 3,
             Self::AcpiPm => 4,
-            Self::HostInput => 5,
+            Self::Hpet => 5,
+            Self::HostInput => 6,
             Self::Lapic(n) => FIXED_SOURCES + n as usize,
         }
     }

@@ -67,6 +67,7 @@ impl MemoryMap {
             (CONVENTIONAL_END, VGA_WINDOW),
             (BIOS_AREA, HIGH_MEMORY),
             (IOAPIC_BASE, IOAPIC_BASE + PAGE_SIZE),
+            (HPET_BASE, HPET_BASE + PAGE_SIZE),
             (LAPIC_BASE, LAPIC_BASE + PAGE_SIZE),
             (FOUR_GIB - 0x4_0000, FOUR_GIB),
         ];

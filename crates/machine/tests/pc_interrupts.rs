@@ -206,3 +206,31 @@ fn nobody_answers_with_ones() {
     assert_eq!(b.read(0xd000_0000), u32::MAX);
     b.write(0xd000_0000, 0);
 }
+
+#[test]
+fn hpet_in_legacy_mode_takes_the_timers_line() {
+    const HPET: u64 = 0xfed0_0000;
+    let mut b = Bench::new();
+    b.write(LAPIC + SVR, 0x1ff);
+    b.route(2, 0x61);
+    for (port, value) in [(0x43, 0x34), (0x40, 0xa9), (0x40, 0x04)] {
+        b.out(port, value);
+    }
+    b.pass(2_500_000);
+    assert_eq!(b.acknowledge(), Some(0x61), "the PIT has the line at first");
+    b.write(LAPIC + EOI, 0);
+    // Legacy replacement and enable; timer 0 of 32 bits, one-shot at 100,000 ticks of 10 ns.
+    b.write(HPET + 0x10, 3);
+    b.write(HPET + 0x100, 0x104);
+    b.write(HPET + 0x108, 100_000);
+    b.pass(900_000);
+    assert_eq!(b.acknowledge(), None, "the PIT is cut off, the HPET not yet due");
+    b.pass(200_000);
+    assert_eq!(b.acknowledge(), Some(0x61));
+    b.write(LAPIC + EOI, 0);
+    b.pass(5_000_000);
+    assert_eq!(b.acknowledge(), None, "one-shot");
+    b.write(HPET + 0x10, 0);
+    b.pass(2_000_000);
+    assert_eq!(b.acknowledge(), Some(0x61), "the PIT has its line back");
+}

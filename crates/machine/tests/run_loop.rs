@@ -80,12 +80,13 @@ impl Vcpu for Script {
     fn run(&mut self, bus: &mut dyn Bus, slice: Slice) -> Stopped {
         let mut now = slice.now;
         loop {
-            if self.enabled && bus.interrupt_pending() {
-                if let Some(vector) = bus.interrupt_acknowledge(now) {
-                    self.vectors.push((vector, now.0));
-                    self.halted = false;
-                    bus.port_write(now, 0x20, AccessWidth::Byte, 0x20);
-                }
+            if self.enabled
+                && bus.interrupt_pending()
+                && let Some(vector) = bus.interrupt_acknowledge(now)
+            {
+                self.vectors.push((vector, now.0));
+                self.halted = false;
+                bus.port_write(now, 0x20, AccessWidth::Byte, 0x20);
             }
             if self.halted {
                 return Stopped { exit: umbra_arch::Exit::Halted, now };

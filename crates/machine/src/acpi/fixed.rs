@@ -1,7 +1,10 @@
-//! FADT and FACS ("Fixed ACPI Description Table", "Firmware ACPI Control Structure").
+//! FADT, FACS and HPET ("Fixed ACPI Description Table", "Firmware ACPI Control Structure", "IA-PC HPET
+//! Specification").
 
 use super::table::Table;
+use crate::memory_map::HPET_BASE;
 use umbra_devices::acpi_pm::{ACPI_DISABLE, ACPI_ENABLE, GPE0_BLK, PM_TMR_BLK, PM1A_CNT_BLK, PM1A_EVT_BLK, SMI_CMD};
+use umbra_devices::hpet::BLOCK_ID;
 
 /// ISA interrupt of the power-management block.
 pub(crate) const SCI_IRQ: u8 = 9;
@@ -78,6 +81,19 @@ pub(super) fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
         port_gas(&mut t, port, bytes);
     }
     debug_assert_eq!(t.offset(), FADT_BYTES);
+    t.finish()
+}
+
+/// Where the HPET is. Periodic timers of fewer ticks than a microsecond's lose interrupts.
+pub(super) fn hpet() -> Vec<u8> {
+    const MIN_TICKS: u16 = 100;
+    let mut t = Table::new(b"HPET", 1);
+    t.u32(BLOCK_ID);
+    t.raw(&[0, 64, 0, 0]);
+    t.u64(HPET_BASE);
+    t.u8(0);
+    t.u16(MIN_TICKS);
+    t.u8(0);
     t.finish()
 }
 

@@ -58,7 +58,8 @@ pub fn tables(config: &AcpiConfig) -> AcpiTables {
     let madt = block.add(16, &interrupts::madt(config.vcpus));
     let mut rsdt = Table::new(b"RSDT", 1);
     let mut xsdt = Table::new(b"XSDT", 1);
-    for table in [fadt, madt] {
+    let hpet = block.add(16, &fixed::hpet());
+    for table in [fadt, madt, hpet] {
         rsdt.u32(table as u32);
         xsdt.u64(table);
     }
@@ -135,7 +136,7 @@ mod tests {
                 assert_eq!(u64::from_le_bytes(table[140..148].try_into().unwrap()), u32_at(table, 40).into());
             }
         }
-        assert_eq!(names, ["FACP", "APIC"]);
+        assert_eq!(names, ["FACP", "APIC", "HPET"]);
         assert!(built.rsdp.raw().is_multiple_of(16), "a scan looks at multiples of 16");
         assert!(built.rsdp.raw() + built.bytes.len() as u64 <= HIGH_MEMORY);
     }

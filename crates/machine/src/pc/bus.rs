@@ -3,9 +3,9 @@
 use super::Pc;
 use super::ports::PORT_NS;
 use crate::events::Source;
-use crate::memory_map::IOAPIC_BASE;
+use crate::memory_map::{HPET_BASE, IOAPIC_BASE};
 use umbra_arch::{AccessWidth, Bus, Fault, Gpa, PAGE_SIZE, Reply, VirtualTime};
-use umbra_devices::{InterruptMessage, MmioDevice, lapic};
+use umbra_devices::{InterruptMessage, MmioDevice, hpet, lapic, test_device};
 
 /// Virtual time of an access to a local APIC, in nanoseconds.
 const LAPIC_NS: u32 = 20;
@@ -25,6 +25,8 @@ pub struct PcBus<'a> {
 enum Region {
     Lapic(u64),
     IoApic(u64),
+    Hpet(u64),
+    Test(u64),
     Nobody,
 }
 
@@ -54,6 +56,10 @@ impl<'a> PcBus<'a> {
             Region::Lapic(offset)
         } else if let Some(offset) = inside(IOAPIC_BASE) {
             Region::IoApic(offset)
+        } else if let Some(offset) = inside(HPET_BASE).filter(|&offset| offset < hpet::MMIO_SIZE) {
+            Region::Hpet(offset)
+        } else if let Some(offset) = gpa.checked_sub(test_device::WINDOW_BASE).filter(|&o| o < test_device::WINDOW_BYTES) {
+            Region::Test(offset)
         } else {
             Region::Nobody
         }
@@ -80,6 +86,15 @@ impl Bus for PcBus<'_> {
                 let value = self.pc.devices.ioapic.mmio_read(now, offset, width);
                 self.reply(value, MMIO_NS)
             }
+            Region::Hpet(offset) => {
+                let value = self.pc.devices.hpet.mmio_read(now, offset, width);
+                self.pc.settle(Source::Hpet);
+                self.reply(value, MMIO_NS)
+            }
+            Region::Test(offset) => {
+                let value = self.pc.devices.test.mmio_read(now, offset, width);
+                self.reply(value, MMIO_NS)
+            }
             Region::Nobody => self.reply(width.mask(), MMIO_NS),
         }
     }
@@ -97,6 +112,15 @@ impl Bus for PcBus<'_> {
             Region::IoApic(offset) => {
                 self.pc.devices.ioapic.mmio_write(now, offset, width, value);
                 self.pc.settle_interrupts();
+                self.reply((), MMIO_NS)
+            }
+            Region::Hpet(offset) => {
+                self.pc.devices.hpet.mmio_write(now, offset, width, value);
+                self.pc.settle(Source::Hpet);
+                self.reply((), MMIO_NS)
+            }
+            Region::Test(offset) => {
+                self.pc.devices.test.mmio_write(now, offset, width, value);
                 self.reply((), MMIO_NS)
             }
             Region::Nobody => self.reply((), MMIO_NS),

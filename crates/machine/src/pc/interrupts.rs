@@ -5,13 +5,16 @@ use crate::acpi::{SCI_IRQ, TIMER_PIN};
 use crate::events::Source;
 use umbra_arch::VirtualTime;
 use umbra_devices::uart::COM1_IRQ;
-use umbra_devices::{Device, lapic};
+use umbra_devices::{Device, lapic, test_device};
 
 const TIMER_IRQ: u8 = 0;
 const KEYBOARD_IRQ: u8 = 1;
 const CASCADE: u8 = 2;
 const RTC_IRQ: u8 = 8;
 const MOUSE_IRQ: u8 = 12;
+const ISA_IRQS: u8 = 16;
+/// I/O APIC pins that HPET timers can be routed to.
+const HPET_PINS: std::ops::Range<u8> = 20..24;
 /// Local interrupt pin that the 8259's INTR is wired to.
 const LINT0: usize = 0;
 
@@ -23,16 +26,16 @@ impl Pc {
         let next = match source {
             Source::Pit => {
                 let (level, rise) = (devices.pit.irq0(), devices.pit.take_irq0_rise());
-                if rise {
-                    self.set_line(TIMER_IRQ, false);
-                    self.set_line(TIMER_IRQ, true);
+                if !devices.hpet.replaces_legacy() {
+                    self.pulse(TIMER_IRQ, rise, level);
                 }
-                self.set_line(TIMER_IRQ, level);
                 self.devices.pit.next_event()
             }
             Source::Rtc => {
                 let level = devices.rtc.irq();
-                self.set_line(RTC_IRQ, level);
+                if !devices.hpet.replaces_legacy() {
+                    self.set_line(RTC_IRQ, level);
+                }
                 self.devices.rtc.next_event()
             }
             Source::Com1 => {
@@ -57,6 +60,10 @@ impl Pc {
                 self.poll_power();
                 self.devices.acpi_pm.next_event()
             }
+            Source::Hpet => {
+                self.settle_hpet();
+                self.devices.hpet.next_event()
+            }
             Source::Lapic(n) => {
                 self.settle_interrupts();
                 self.devices.lapics.get(n as usize).and_then(Device::next_event)
@@ -72,20 +79,59 @@ impl Pc {
         self.attention |= next.is_some_and(|time| time < self.slice_end);
     }
 
-    /// Sets an ISA interrupt line at the 8259s and the I/O APIC.
+    /// The HPET's own pins, and in legacy replacement mode the PIT's and the RTC's lines.
+    fn settle_hpet(&mut self) {
+        let hpet = &mut self.devices.hpet;
+        let (pulses, levels, legacy) = (hpet.take_pulses(), hpet.levels(), hpet.replaces_legacy());
+        let output = |line: u8| (pulses >> line & 1 != 0, levels >> line & 1 != 0);
+        for line in HPET_PINS {
+            let (pulse, level) = output(line);
+            self.pulse(line, pulse, level);
+        }
+        for line in [TIMER_IRQ, RTC_IRQ] {
+            let (pulse, level) = match line {
+                _ if legacy => output(line),
+                TIMER_IRQ => (false, self.devices.pit.irq0()),
+                _ => (false, self.devices.rtc.irq()),
+            };
+            self.pulse(line, pulse, level);
+        }
+    }
+
+    /// Sets a line to `level`, by way of a low and a high if it has risen in between.
+    fn pulse(&mut self, line: u8, rise: bool, level: bool) {
+        if rise {
+            self.set_line(line, false);
+            self.set_line(line, true);
+        }
+        self.set_line(line, level);
+    }
+
+    /// Sets an ISA interrupt line at the 8259s and the I/O APIC, or a further pin of the I/O APIC.
     fn set_line(&mut self, irq: u8, level: bool) {
-        let bit = 1u16 << irq;
+        let bit = 1u32 << irq;
         if (self.lines & bit != 0) == level {
             return;
         }
         self.lines ^= bit;
-        self.devices.pic.set_line(irq, level);
+        if irq < ISA_IRQS {
+            self.devices.pic.set_line(irq, level);
+        }
         match irq {
             TIMER_IRQ => self.devices.ioapic.set_line(TIMER_PIN, level),
             CASCADE => {}
             other => self.devices.ioapic.set_line(other.into(), level),
         }
         self.settle_interrupts();
+    }
+
+    /// After a write to the test device: if it was a line's port, that line has the level written.
+    pub(super) fn settle_test_line(&mut self, port: u16) {
+        let line = port.wrapping_sub(test_device::LINES_PORT);
+        if line < test_device::LINES {
+            let level = self.devices.test.lines() >> line & 1 != 0;
+            self.set_line(line as u8, level);
+        }
     }
 
     /// Moves messages until all is quiet, then looks which CPUs have something to do.

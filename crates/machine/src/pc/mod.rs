@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use umbra_arch::VirtualTime;
 use umbra_arch::cpuid::{CpuidProfile, Feature};
 use umbra_devices::{
-    AcpiPm, DebugConsole, DebugExit, Device, I8042, IoApic, Lapic, LapicConfig, PciBus, PicPair, Pit, Port92,
-    PortDevice, PostPort, PowerRequest, ResetControl, Rtc, Uart, uart,
+    AcpiPm, DebugConsole, DebugExit, Device, Hpet, I8042, IoApic, Lapic, LapicConfig, PciBus, PicPair, Pit, Port92,
+    PortDevice, PostPort, PowerRequest, ResetControl, Rtc, TestDevice, Uart, uart,
 };
 
 /// Something that ends or restarts the guest.
@@ -56,12 +56,14 @@ pub(crate) struct Devices {
     pub(crate) com1: Uart,
     pub(crate) keyboard: I8042,
     pub(crate) acpi_pm: AcpiPm,
+    pub(crate) hpet: Hpet,
     pub(crate) pci: PciBus,
     pub(crate) port92: Port92,
     pub(crate) reset_control: ResetControl,
     pub(crate) debug_exit: DebugExit,
     pub(crate) debug_console: DebugConsole,
     pub(crate) post: PostPort,
+    pub(crate) test: TestDevice,
     pub(crate) ioapic: IoApic,
     pub(crate) lapics: Vec<Lapic>,
 }
@@ -87,8 +89,8 @@ pub struct Pc {
     pub(crate) serial: SerialOutput,
     /// No access is earlier than this: virtual CPUs take turns, devices see one order.
     pub(crate) latest: VirtualTime,
-    /// Levels of the ISA interrupt lines as last passed on.
-    lines: u16,
+    /// Levels of the interrupt lines as last passed on: ISA interrupts 0 to 15, then I/O APIC pins from 16.
+    lines: u32,
     /// Per CPU: an interrupt waits.
     pending: Vec<bool>,
     /// End of the running slice: an event before it needs attention.
@@ -115,12 +117,14 @@ impl Pc {
             com1: Uart::new(uart::COM1_BASE),
             keyboard: I8042::default(),
             acpi_pm: AcpiPm::default(),
+            hpet: Hpet::default(),
             pci: PciBus::chipset(),
             port92: Port92::default(),
             reset_control: ResetControl::default(),
             debug_exit: DebugExit::default(),
             debug_console: DebugConsole::default(),
             post: PostPort::default(),
+            test: TestDevice::default(),
             ioapic: IoApic::new(crate::acpi::IOAPIC_ID),
             lapics,
         };
@@ -163,7 +167,7 @@ impl Pc {
 
     /// Reads every output anew and passes it on; after construction and restore.
     pub(crate) fn refresh(&mut self) {
-        for source in [Source::Pit, Source::Rtc, Source::Com1, Source::Keyboard, Source::AcpiPm] {
+        for source in [Source::Pit, Source::Rtc, Source::Com1, Source::Keyboard, Source::AcpiPm, Source::Hpet] {
             self.settle(source);
         }
         for n in 0..self.devices.lapics.len() {
@@ -190,6 +194,7 @@ impl Pc {
                 Source::Com1 => self.devices.com1.advance(time),
                 Source::Keyboard => self.devices.keyboard.advance(time),
                 Source::AcpiPm => self.devices.acpi_pm.advance(time),
+                Source::Hpet => self.devices.hpet.advance(time),
                 Source::HostInput => host_input = true,
                 Source::Lapic(n) => {
                     if let Some(lapic) = self.devices.lapics.get_mut(n as usize) {
@@ -227,12 +232,12 @@ impl Pc {
         &mut self.serial
     }
 
-    pub(crate) fn lines(&self) -> u16 {
+    pub(crate) fn lines(&self) -> u32 {
         self.lines
     }
 
     /// After a restore: the levels that the restored controllers have seen.
-    pub(crate) fn set_lines(&mut self, lines: u16) {
+    pub(crate) fn set_lines(&mut self, lines: u32) {
         self.lines = lines;
     }
 

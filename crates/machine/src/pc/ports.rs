@@ -24,6 +24,7 @@ pub(super) enum Owner {
     AcpiPm,
     DebugExit,
     DebugConsole,
+    Test,
     Nobody,
 }
 
@@ -37,6 +38,7 @@ pub(super) const fn owner(port: u16, width: AccessWidth) -> Owner {
         0x70..=0x73 => Owner::Rtc,
         0x80 => Owner::Post,
         0x92 => Owner::Port92,
+        0xe0..=0xe7 | 0x2000..=0x200f => Owner::Test,
         0xe9 => Owner::DebugConsole,
         0xf4..=0xf7 => Owner::DebugExit,
         0x3f8..=0x3ff => Owner::Com1,
@@ -63,6 +65,7 @@ impl Pc {
             Owner::AcpiPm => &mut devices.acpi_pm,
             Owner::DebugExit => &mut devices.debug_exit,
             Owner::DebugConsole => &mut devices.debug_console,
+            Owner::Test => &mut devices.test,
             Owner::Nobody => return None,
         })
     }
@@ -84,6 +87,9 @@ impl Pc {
         let owner = owner(port, width);
         if let Some(device) = self.port_device(owner) {
             device.port_write(now, port, width, value);
+        }
+        if owner == Owner::Test {
+            self.settle_test_line(port);
         }
         self.settle_port(owner);
     }
@@ -120,7 +126,7 @@ impl Pc {
                 let bytes = self.devices.debug_console.take_output();
                 self.serial.push_debug(&bytes);
             }
-            Owner::Pci | Owner::Post | Owner::Nobody => {}
+            Owner::Pci | Owner::Post | Owner::Test | Owner::Nobody => {}
         }
     }
 
@@ -141,7 +147,7 @@ mod tests {
     /// The table above agrees with the devices' own lists, and no port has two owners in them.
     #[test]
     fn dispatch_agrees_with_the_devices() {
-        let lists: [(Owner, &[u16]); 11] = [
+        let lists: [(Owner, &[u16]); 12] = [
             (Owner::Pic, PicPair::PORTS),
             (Owner::Pit, Pit::PORTS),
             (Owner::Keyboard, I8042::PORTS),
@@ -153,6 +159,7 @@ mod tests {
             (Owner::AcpiPm, AcpiPm::PORTS),
             (Owner::DebugExit, DebugExit::PORTS),
             (Owner::DebugConsole, DebugConsole::PORTS),
+            (Owner::Test, TestDevice::PORTS),
         ];
         for (expected, ports) in lists {
             for &port in ports {
