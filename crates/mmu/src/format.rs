@@ -67,6 +67,7 @@ const fn bits(high: u32, low: u32) -> u64 {
 
 impl Format {
     /// Reads `raw` as an entry of a table with `role`.
+    #[inline]
     pub const fn decode(&self, raw: u64, role: PageRole) -> Decoded {
         if raw & entry::P == 0 {
             return Decoded::NotPresent;
@@ -98,6 +99,7 @@ impl Format {
     }
 
     /// The first byte of the page that a leaf maps.
+    #[inline]
     const fn frame(&self, raw: u64, role: PageRole) -> Gpa {
         let size = role.format.shift(role.level);
         let mut base = raw & self.address_bits(role) & (!0u64 << size);
@@ -108,6 +110,7 @@ impl Format {
     }
 
     /// Bits that must be 0 in a present entry.
+    #[inline]
     const fn reserved(&self, role: PageRole, leaf: bool) -> u64 {
         let m = self.maxphyaddr as u32;
         let xd = if role.nxe { 0 } else { entry::XD };
@@ -147,6 +150,7 @@ impl Format {
     }
 }
 
+#[inline]
 const fn is_leaf(raw: u64, role: PageRole) -> bool {
     let ps = raw & entry::PS != 0;
     match (role.format, role.level) {

@@ -346,7 +346,7 @@ impl Mmu {
         gva.raw().wrapping_add(bytes.wrapping_sub(1)) & !0xfff | self.active.generation
     }
 
-    /// The fast translation of `bytes` (1..=4096) bytes at `gva` for a read; `None` on a miss and for
+    /// The fast translation of `bytes` (1..=8192) bytes at `gva` for a read; `None` on a miss and for
     /// an access that crosses a page's end.
     #[inline(always)]
     pub fn lookup_read(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {

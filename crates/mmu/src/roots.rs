@@ -61,8 +61,10 @@ impl RootCache {
             p == print && self.slots[slot as usize].as_ref().is_some_and(|root| root.regime == *regime)
         };
         let position = self.order.iter().position(fits)?;
-        self.order[..=position].rotate_right(1);
-        Some((self.order[0].1 as usize, position))
+        let found = self.order[position];
+        self.order.copy_within(..position, 1);
+        self.order[0] = found;
+        Some((found.1 as usize, position))
     }
 
     /// The slot to give up before a new root fits.

@@ -118,6 +118,7 @@ const RETRIES: usize = 64;
 ///
 /// # Errors
 /// #PF with the code of "Page-Fault Exceptions" and `gva` for CR2.
+#[inline]
 pub fn walk<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access, view: &View) -> Result<Walk, Fault> {
     for _ in 0..RETRIES {
         let mut found = look(tables, regime, gva, access, view)?;
@@ -132,6 +133,7 @@ pub fn walk<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access
 ///
 /// # Errors
 /// As [`walk`].
+#[inline]
 pub fn look<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access, view: &View) -> Result<Walk, Fault> {
     let fault = |code| Fault::page(gva.raw(), code | rights::attempt_code(access, view));
     let mut table = match regime.top {
