@@ -30,6 +30,7 @@ pub mod reset_control;
 pub mod rtc;
 #[cfg(test)]
 mod soak;
+pub mod test_device;
 pub mod uart;
 
 pub use acpi_pm::{AcpiPm, PowerRequest};
@@ -49,4 +50,5 @@ pub use port92::Port92;
 pub use post::PostPort;
 pub use reset_control::ResetControl;
 pub use rtc::Rtc;
+pub use test_device::TestDevice;
 pub use uart::Uart;

@@ -137,3 +137,122 @@ where
         value
     });
 }
+
+/// Bytes to change in a save file: place and new value.
+pub fn damage() -> impl Strategy<Value = Vec<(usize, u8)>> {
+    proptest::collection::vec((any::<usize>(), any::<u8>()), 1..12)
+}
+
+/// A device restored from a damaged save file, if that can be read at all. What it does is anybody's
+/// guess, but it must not panic.
+pub fn restored_damaged<D: Serialize + DeserializeOwned>(device: &D, damage: &[(usize, u8)]) -> Option<D> {
+    let mut bytes = postcard::to_stdvec(device).unwrap();
+    let length = bytes.len();
+    for &(place, value) in damage {
+        bytes[place % length] = value;
+    }
+    postcard::from_bytes(&bytes).ok()
+}
+
+/// Runs accesses with no expectation but survival.
+pub fn damaged_ports<D: PortDevice>(device: &mut D, ports: &[u16], steps: &[Step]) {
+    let mut now = VirtualTime(0);
+    for step in steps {
+        now = now.plus(step.pass);
+        let port = ports[(step.place % ports.len() as u64) as usize];
+        match step.write {
+            Some(value) => device.port_write(now, port, step.width, value as u32),
+            None => drop(device.port_read(now, port, step.width)),
+        }
+        device.advance(now);
+        let _ = device.next_event();
+    }
+}
+
+/// The same for memory-mapped registers.
+pub fn damaged_mmio<D: MmioDevice>(device: &mut D, steps: &[Step]) {
+    let mut now = VirtualTime(0);
+    for step in steps {
+        now = now.plus(step.pass);
+        let offset = (step.place % 0x400) & !3;
+        match step.write {
+            Some(value) => device.mmio_write(now, offset, step.width, value),
+            None => drop(device.mmio_read(now, offset, step.width)),
+        }
+        device.advance(now);
+        let _ = device.next_event();
+    }
+}
+
+macro_rules! damaged_save_files {
+    ($($name:ident: $device:expr, $run:expr;)*) => {
+        proptest! {
+            $(#[test]
+            fn $name(damage in damage(), before in steps(), after in steps()) {
+                let mut device = $device;
+                let run = $run;
+                run(&mut device, &before);
+                if let Some(mut device) = restored_damaged(&device, &damage) {
+                    run(&mut device, &after);
+                }
+            })*
+        }
+    };
+}
+
+mod tests {
+    use super::*;
+    use crate::*;
+
+    fn lapic() -> Lapic {
+        Lapic::new(LapicConfig { id: 1, bsp: true, physical_bits: 40, x2apic: true, tsc_deadline: true })
+    }
+
+    fn card() -> PciBus {
+        let identity = pci::PciIdentity { vendor: 1, device: 2, revision: 3, class: 4, subsystem: (5, 6) };
+        let config =
+            PciFunction::new(identity).with_bar(0, pci::BarKind::Io, 64).with_bar(1, pci::BarKind::Memory64, 4096);
+        let mut bus = PciBus::default();
+        bus.add(0, 0, config);
+        bus
+    }
+
+    damaged_save_files! {
+        uart: Uart::new(0x3f8), |d: &mut Uart, s: &[Step]| {
+            damaged_ports(d, &[0x3f8, 0x3f9, 0x3fa, 0x3fb, 0x3fc, 0x3fd, 0x3fe, 0x3ff], s);
+        };
+        pic: PicPair::default(), |d: &mut PicPair, s: &[Step]| {
+            damaged_ports(d, PicPair::PORTS, s);
+            d.set_line(9, true);
+            d.acknowledge();
+        };
+        pit: Pit::default(), |d: &mut Pit, s: &[Step]| damaged_ports(d, Pit::PORTS, s);
+        rtc: Rtc::new(0), |d: &mut Rtc, s: &[Step]| damaged_ports(d, Rtc::PORTS, s);
+        i8042: I8042::default(), |d: &mut I8042, s: &[Step]| {
+            d.receive_keys(VirtualTime(0), &[0x1c]);
+            damaged_ports(d, I8042::PORTS, s);
+        };
+        acpi_pm: AcpiPm::default(), |d: &mut AcpiPm, s: &[Step]| damaged_ports(d, AcpiPm::PORTS, s);
+        pci: card(), |d: &mut PciBus, s: &[Step]| {
+            damaged_ports(d, PciBus::PORTS, s);
+            for bar in 0..7 {
+                let _ = d.function(0, 0).and_then(|f| f.bar(bar));
+            }
+        };
+        fw_cfg: FwCfg::new(), |d: &mut FwCfg, s: &[Step]| damaged_ports(d, FwCfg::PORTS, s);
+        local_apic: lapic(), |d: &mut Lapic, s: &[Step]| {
+            damaged_mmio(d, s);
+            d.accept(0x40, true);
+            d.acknowledge();
+        };
+        ioapic: IoApic::new(0), |d: &mut IoApic, s: &[Step]| {
+            damaged_mmio(d, s);
+            d.set_line(3, true);
+            while d.take_message().is_some() {}
+        };
+        hpet: Hpet::new(), |d: &mut Hpet, s: &[Step]| {
+            damaged_mmio(d, s);
+            d.levels();
+        };
+    }
+}

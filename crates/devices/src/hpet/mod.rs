@@ -87,7 +87,7 @@ impl Hpet {
     }
 
     fn main_counter(&self) -> u64 {
-        if self.runs() { self.counter.wrapping_add(self.tick - self.since) } else { self.counter }
+        if self.runs() { self.counter.wrapping_add(self.tick.wrapping_sub(self.since)) } else { self.counter }
     }
 
     /// Output mask of timer `n`.

@@ -120,7 +120,7 @@ impl Timer {
                 return true;
             }
         };
-        let steps = (tick - at) / step + 1;
+        let steps = ((tick - at) / step).saturating_add(1);
         self.matches_at = steps.checked_mul(step).and_then(|ticks| at.checked_add(ticks));
         self.comparator = self.comparator.wrapping_add(steps.wrapping_mul(step));
         if self.is_32() {

@@ -197,7 +197,7 @@ impl PciFunction {
         if kind == BarKind::Memory64 {
             base |= u64::from(self.config.dword(at + 4)) << 32;
         }
-        (self.command() & enable != 0).then_some(BarWindow { kind, base: base & !(size - 1), size })
+        (self.command() & enable != 0).then_some(BarWindow { kind, base: base & !size.wrapping_sub(1), size })
     }
 
     /// A byte of configuration space.

@@ -84,11 +84,11 @@ impl Channel {
         let from = self.tick.max(since);
         let elapsed = self.elapsed_at(from);
         let n = u64::from(self.count);
-        let after = |ticks: u64| Some(from + ticks);
+        let after = |ticks: u64| Some(from.saturating_add(ticks));
         match self.mode {
-            0 => (elapsed < n).then(|| from + (n - elapsed)),
+            0 => (elapsed < n).then(|| from.saturating_add(n - elapsed)),
             1 if self.tick < since => Some(since),
-            1 => (elapsed < n).then(|| from + (n - elapsed)),
+            1 => (elapsed < n).then(|| from.saturating_add(n - elapsed)),
             2 => match self.period() - 1 - elapsed % self.period() {
                 0 if from > self.tick => Some(from),
                 0 => after(1),
@@ -254,7 +254,7 @@ impl Channel {
     }
 
     fn elapsed_at(&self, tick: u64) -> u64 {
-        self.counted + self.since.map_or(0, |since| tick.saturating_sub(since))
+        self.counted.saturating_add(self.since.map_or(0, |since| tick.saturating_sub(since)))
     }
 
     /// The counting element as software sees it.
@@ -282,7 +282,7 @@ impl Channel {
     /// Starts over at the next clock.
     fn restart(&mut self) {
         self.counted = 0;
-        self.since = Some(self.tick + 1);
+        self.since = Some(self.tick.saturating_add(1));
     }
 
     fn load_pending(&mut self) {
@@ -321,7 +321,7 @@ impl Channel {
         let from = self.tick.max(since);
         let elapsed = self.elapsed_at(from);
         match self.mode {
-            2 => Some(from + self.period() - elapsed % self.period()),
+            2 => Some(from.saturating_add(self.period() - elapsed % self.period())),
             3 => self.next_change(),
             _ => None,
         }

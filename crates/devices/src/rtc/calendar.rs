@@ -75,6 +75,8 @@ pub fn decode_hour(value: u8, format: u8) -> u8 {
 
 /// The registers that show `unix` seconds (UTC).
 pub fn encode_time(unix: i64, format: u8) -> Registers {
+    // Far outside the registers' range, so that a damaged save file's time does no harm.
+    let unix = unix.clamp(i64::MIN / 4, i64::MAX / 4);
     let (days, second) = (unix.div_euclid(86_400), unix.rem_euclid(86_400));
     let (year, month, day) = civil_from_days(days);
     let weekday = (days + 4).rem_euclid(7) + 1;
@@ -144,7 +146,7 @@ impl Alarm {
         if beyond(self.second, 60) || beyond(self.minute, 60) || beyond(self.hour, 24) {
             return None;
         }
-        let mut t = unix.checked_add(1)?;
+        let mut t = unix.checked_add(1).filter(|t| t.checked_add(1 << 20).is_some())?;
         // Each round settles a unit; carrying into the next unit starts at most one more pass.
         for _ in 0..8 {
             if let Some(hour) = self.hour.filter(|&hour| hour != t.div_euclid(3600).rem_euclid(24)) {
@@ -154,7 +156,7 @@ impl Alarm {
                 let ahead = (minute - t.div_euclid(60)).rem_euclid(60);
                 t = (t.div_euclid(60) + ahead) * 60;
             } else if let Some(second) = self.second.filter(|&second| second != t.rem_euclid(60)) {
-                t += (second - t).rem_euclid(60);
+                t += (second - t.rem_euclid(60)).rem_euclid(60);
             } else {
                 return Some(t);
             }

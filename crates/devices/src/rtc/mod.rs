@@ -148,7 +148,7 @@ impl Rtc {
     }
 
     fn unix(&self, now: VirtualTime) -> i64 {
-        self.offset + (self.chain(now).0 / SECOND) as i64
+        self.offset.wrapping_add((self.chain(now).0 / SECOND) as i64)
     }
 
     fn time_registers(&self) -> Registers {
@@ -192,7 +192,7 @@ impl Rtc {
 
     /// Start of the Unix second `unix` in virtual time.
     fn second_starts(&self, unix: i64) -> VirtualTime {
-        let chain = VirtualTime((unix - self.offset).max(0) as u64).0.saturating_mul(SECOND);
+        let chain = (unix.wrapping_sub(self.offset).max(0) as u64).saturating_mul(SECOND);
         self.virtual_time(VirtualTime(chain))
     }
 
@@ -243,7 +243,7 @@ impl Rtc {
         if !ran && self.divider_runs() {
             // "Divider Control": the first update comes half a second after the reset ends.
             self.phase = (SECOND / 2 + SECOND - self.now.0 % SECOND) % SECOND;
-            self.offset += shown - self.unix(self.now);
+            self.offset = self.offset.wrapping_add(shown.wrapping_sub(self.unix(self.now)));
         }
     }
 
@@ -262,7 +262,8 @@ impl Rtc {
     }
 
     fn set_time(&mut self, registers: &Registers) {
-        self.offset += decode_time(registers, self.b) - self.unix(self.now);
+        let change = decode_time(registers, self.b).wrapping_sub(self.unix(self.now));
+        self.offset = self.offset.wrapping_add(change);
     }
 
     fn read(&mut self, port: u16) -> u8 {
@@ -303,7 +304,7 @@ impl Device for Rtc {
             self.virtual_time(VirtualTime::of_ticks(next, CRYSTAL_HZ))
         });
         let second = self.unix(self.now);
-        let update = (enabled(UPDATE) && self.updates()).then(|| self.second_starts(second + 1));
+        let update = (enabled(UPDATE) && self.updates()).then(|| self.second_starts(second.wrapping_add(1)));
         let alarm = (enabled(ALARM) && self.updates()).then(|| self.alarm().next_after(second)).flatten();
         let alarm = alarm.map(|alarm| self.second_starts(alarm));
         [periodic, update, alarm].into_iter().flatten().min()
