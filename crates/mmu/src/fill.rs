@@ -247,7 +247,6 @@ impl Mmu {
             let column = &mut root.columns[at];
             let allowed = ALLOWED[at][rights] & mask;
             if allowed == 0 {
-                self.pool.drop_page(column, page);
                 continue;
             }
             if allowed != FETCH {

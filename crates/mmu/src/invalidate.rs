@@ -7,8 +7,10 @@ use smallvec::SmallVec;
 use umbra_arch::Gpa;
 use umbra_memory::{PageFlags, RamOffset};
 
-/// Stores to a shadowed page without any use of it in between, after which it counts as reused.
+/// Entries stored to without any use of the table in between, after which it counts as reused.
 const IDLE_WRITES: u32 = 512;
+/// The same for a table without present entries. Not 0: guests empty a table and fill it again.
+const IDLE_WRITES_WHEN_EMPTY: u32 = 16;
 /// Up to so many linear pages are cleared one by one; beyond that whole columns go.
 const MAX_SINGLE_CLEARS: u64 = 4096;
 
@@ -38,12 +40,14 @@ impl Mmu {
         self.stats.table_writes += 1;
         for index in pages {
             let width = self.shadow.page(index).role.format.entry_bytes();
-            for at in first_byte / width..=(first_byte + bytes - 1) / width {
+            let written = first_byte / width..(first_byte + bytes).div_ceil(width);
+            let page = self.shadow.page_mut(index);
+            page.idle_writes = page.idle_writes.saturating_add((written.end - written.start) as u32);
+            for at in written {
                 if self.refresh_entry(index, at as usize) {
                     self.stats.entries_dropped += 1;
                 }
             }
-            self.shadow.page_mut(index).idle_writes += 1;
             self.retire_if_unused(index);
         }
     }
@@ -51,7 +55,8 @@ impl Mmu {
     /// A page without entries, or written to like data, no longer serves as a table.
     fn retire_if_unused(&mut self, index: u32) {
         let page = self.shadow.page(index);
-        if page.present != 0 && page.idle_writes < IDLE_WRITES {
+        let enough = if page.present == 0 { IDLE_WRITES_WHEN_EMPTY } else { IDLE_WRITES };
+        if page.idle_writes < enough {
             return;
         }
         let link = self.shadow.link_of(index);
