@@ -379,7 +379,8 @@ fn alignment(core: &Instruction, size: usize) -> usize {
         },
         _ if size != 16 => 1,
         _ => match mnemonic {
-            Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestri64 | Pcmpestrm | Pcmpestrm64 | Pcmpistri | Pcmpistrm => 1,
+            Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestri64 | Pcmpestrm | Pcmpestrm64 | Pcmpistri
+            | Pcmpistrm => 1,
             _ => 16,
         },
     }

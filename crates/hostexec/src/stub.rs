@@ -8,7 +8,7 @@ use crate::host_op::Class;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use std::mem::offset_of;
-use umbra_arch::fpu::FpState;
+use umbra_arch::fpu::{FpState, MXCSR_RESET};
 
 /// Entry of a stub.
 pub(crate) type Entry = unsafe extern "sysv64" fn(*mut FpState, *mut u64, u64, u64, *mut u8) -> u64;
@@ -43,13 +43,18 @@ fn vector(a: &mut CodeAssembler, form: &Form) -> Result<(), IcedError> {
     load_slots(a, form)?;
     load_implicit(a, form)?;
     if form.mxcsr {
-        a.stmxcsr(dword_ptr(rsp - 8))?;
         a.ldmxcsr(dword_ptr(rdi + MXCSR))?;
     }
     a.add_instruction(form.core)?;
+    if form.flags_written != 0 {
+        a.pushfq()?;
+        a.pop(rax)?;
+    }
     store(a, form)?;
     if form.mxcsr {
+        // Rust code runs with MXCSR's modes as after reset, and without a meaning for its flags: nothing to save.
         a.stmxcsr(dword_ptr(rdi + MXCSR))?;
+        a.mov(dword_ptr(rsp - 8), MXCSR_RESET)?;
         a.ldmxcsr(dword_ptr(rsp - 8))?;
     }
     if form.class == Class::Avx {
@@ -57,10 +62,6 @@ fn vector(a: &mut CodeAssembler, form: &Form) -> Result<(), IcedError> {
     }
     if form.enters_mmx {
         a.emms()?;
-    }
-    if form.flags_written != 0 {
-        a.pushfq()?;
-        a.pop(rax)?;
     }
     a.ret()
 }
@@ -124,7 +125,7 @@ fn load_implicit(a: &mut CodeAssembler, form: &Form) -> Result<(), IcedError> {
     Ok(())
 }
 
-/// Stores what the instruction wrote, without touching flags where it writes them.
+/// Stores what the instruction wrote.
 fn store(a: &mut CodeAssembler, form: &Form) -> Result<(), IcedError> {
     let vex = form.class == Class::Avx;
     if form.implicit.xmm0 {
@@ -144,7 +145,7 @@ fn store(a: &mut CodeAssembler, form: &Form) -> Result<(), IcedError> {
     if form.slots[0] == Slot::Gpr {
         return a.mov(qword_ptr(rsi + r10 * 8), r11);
     }
-    a.lea(r10d, dword_ptr(r10 + r10))?;
+    a.add(r10d, r10d)?;
     match form.slots[0] {
         Slot::Mm => {
             a.movq(qword_ptr(rdi + r10 * 8 + ST), mm(0))?;

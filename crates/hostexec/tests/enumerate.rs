@@ -243,14 +243,29 @@ fn host_mxcsr() -> u32 {
     value
 }
 
+/// Guest's modes don't stay with the host.
+#[test]
+fn host_modes_survive() {
+    let mut host = HostExec::new().unwrap();
+    let add = instance(Code::Addps_xmm_xmmm128, [3, 12, 7, 9], 0, false).unwrap();
+    let prepared = host.prepare(&add).unwrap();
+    for mxcsr in [0x1f80, 0x1fbf, 0x3f80, 0x5f80, 0x7f80, 0x9f80, 0x1fc0, 0x1f00, 0x0000, 0xffff] {
+        let mut m = Machine::random(&mut Random(3));
+        m.fp.mxcsr = mxcsr;
+        let _ = m.run(&mut host, &prepared);
+        assert_eq!(host_mxcsr() & !0x3f, 0x1f80, "{mxcsr:#x}");
+        assert_eq!(m.fp.mxcsr & !0x3f, mxcsr & !0x3f);
+    }
+}
+
 fn clear_host_flags() {
     let value = 0x1f80u32;
     // SAFETY: the reset value, which Rust expects.
     unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &value) };
 }
 
-/// Instructions said not to obey MXCSR raise no exception flag on the worst operands; those said to obey it leave
-/// the host's MXCSR alone, and all but the approximations do raise one.
+/// Instructions said not to obey MXCSR raise no exception flag on the worst operands; of those said to obey it
+/// all but the approximations do.
 #[test]
 fn mxcsr_users_are_known() {
     let worst: [u64; 12] = [
