@@ -17,8 +17,9 @@ use umbra_mmu::{CpuRole, MmuMode, MmuOptions, View};
 /// All tables and data live in this many pages from `ARENA` on, so that tables map tables.
 const PAGES: u64 = 20;
 const ARENA: u64 = 0x20_0000;
-/// Pages that CR3 selects.
+/// Pages that CR3 selects; the last holds PDPTEs without reserved bits.
 const ROOTS: u64 = 4;
+const PDPT: u64 = ARENA + ((ROOTS - 1) << 12);
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -36,8 +37,19 @@ enum Op {
     Store { gva: u64, target: u64, flags: u64 },
     Code { page: u64 },
     Clean { page: u64 },
+    Format { gib_pages: bool, amd: bool },
+    Environment { smm: bool, guest: bool },
     DropContexts,
     DropShadow,
+}
+
+/// The mode that a sequence starts in.
+#[derive(Clone, Copy, Debug)]
+enum Start {
+    Long,
+    FiveLevel,
+    Pae,
+    TwoLevel,
 }
 
 fn flags() -> impl Strategy<Value = u64> {
@@ -97,6 +109,8 @@ fn op() -> impl Strategy<Value = Op> {
         4 => (gva(), 0..PAGES, flags()).prop_map(|(gva, target, flags)| Op::Store { gva: gva & !7, target, flags }),
         1 => (0..PAGES).prop_map(|page| Op::Code { page }),
         1 => (0..PAGES).prop_map(|page| Op::Clean { page }),
+        1 => (any::<bool>(), any::<bool>()).prop_map(|(gib_pages, amd)| Op::Format { gib_pages, amd }),
+        1 => (any::<bool>(), any::<bool>()).prop_map(|(smm, guest)| Op::Environment { smm, guest }),
         1 => Just(Op::DropContexts),
         1 => Just(Op::DropShadow),
     ]
@@ -155,19 +169,23 @@ fn prepare(rig: &mut Rig) {
         }
         rig.poke(ARENA + (page << 12) + 256 * 8, value((page + 1) % PAGES, PWU));
     }
+    for index in 0..8 {
+        rig.poke(PDPT + index * 8, value((index * 5) % PAGES, P));
+    }
     rig.cr3(ARENA).expect("legal");
 }
 
 /// What the manual says, from registers and memory alone.
-fn predict(rig: &Rig, pkru: u32, pkrs: u32, gva: u64, access: Access) -> (Result<Gpa, Fault>, Vec<u8>) {
+fn predict(run: &Run, gva: u64, access: Access) -> (Result<Gpa, Fault>, Vec<u8>) {
+    let Run { rig, pkru, pkrs, format, .. } = run;
     let role = CpuRole::of(&rig.regs);
     let top = match role.mode {
         PagingMode::Off => Top::Direct,
         PagingMode::Pae => Top::Pdptes(rig.regs.pdpte),
         mode => Top::Table(rig.regs.cr3.table(mode)),
     };
-    let regime = Regime { top, role: role.root_page_role(false), format: Format::intel(LIMITS.maxphyaddr) };
-    let view = View::of(&role, rig.cpl, rig.ac, pkru, pkrs);
+    let regime = Regime { top, role: role.root_page_role(false), format: *format };
+    let view = View::of(&role, rig.cpl, rig.ac, *pkru, *pkrs);
     let mut copy = Copy(arena(rig));
     let result = walk::walk(&mut copy, &regime, Gva::new(gva), access, &view).map(|walked| walked.gpa);
     (result, copy.0)
@@ -181,6 +199,7 @@ struct Run {
     rig: Rig,
     pkru: u32,
     pkrs: u32,
+    format: Format,
     /// Fetches translated so far: stamp, address, result.
     fetches: BTreeMap<(u64, u64), Gpa>,
 }
@@ -188,7 +207,7 @@ struct Run {
 impl Run {
     fn access(&mut self, gva: u64, access: Access) -> Result<Gpa, Fault> {
         let gva = canonical(&self.rig, gva);
-        let (expected, memory) = predict(&self.rig, self.pkru, self.pkrs, gva, access);
+        let (expected, memory) = predict(self, gva, access);
         let peeked = self.rig.mmu.peek(Gva::new(gva), access).map(|t| t.gpa);
         assert_eq!(peeked, expected, "peek {access:?} at {gva:#x}");
         if !access.implicit {
@@ -265,21 +284,35 @@ impl Run {
                 rig.mem.clear_flags(off, PageFlags::CODE);
                 rig.mmu.clean_page(off);
             }
+            Op::Format { gib_pages, amd } => {
+                self.format = Format { gib_pages, amd, ..self.format };
+                rig.mmu.set_format(self.format);
+            }
+            Op::Environment { smm, guest } => rig.mmu.set_environment(smm, guest),
             Op::DropContexts => rig.mmu.drop_all_contexts(),
             Op::DropShadow => rig.mmu.drop_all_shadow(),
         }
     }
 }
 
-fn run(options: MmuOptions, long: bool, ops: &[Op]) -> Vec<u8> {
+fn run(options: MmuOptions, start: Start, ops: &[Op]) -> Vec<u8> {
     let mut rig = Rig::with(options);
     prepare(&mut rig);
-    if long {
-        rig.enter_long(ARENA);
-    } else {
-        rig.set_cr0(Cr0::PG, true);
+    match start {
+        Start::Long => rig.enter_long(ARENA),
+        Start::FiveLevel => {
+            rig.set_cr4(Cr4::LA57, true);
+            rig.enter_long(ARENA);
+        }
+        Start::Pae => {
+            rig.cr3(PDPT).expect("legal");
+            rig.set_cr4(Cr4::PAE, true);
+            rig.efer(Efer::NXE).expect("legal");
+            rig.set_cr0(Cr0::PG, true);
+        }
+        Start::TwoLevel => rig.set_cr0(Cr0::PG, true),
     }
-    let mut run = Run { rig, pkru: 0, pkrs: 0, fetches: BTreeMap::new() };
+    let mut run = Run { rig, pkru: 0, pkrs: 0, format: Format::intel(LIMITS.maxphyaddr), fetches: BTreeMap::new() };
     for op in ops {
         run.step(op);
         if let Err(what) = run.rig.mmu.audit() {
@@ -296,7 +329,7 @@ proptest! {
     #[test]
     fn every_mode_answers_as_the_walk_does(
         ops in prop::collection::vec(op(), 1..120),
-        long in prop_oneof![3 => Just(true), 1 => Just(false)],
+        start in prop_oneof![2 => Just(Start::Long), 1 => Just(Start::FiveLevel), 1 => Just(Start::Pae), 1 => Just(Start::TwoLevel)],
         seed in any::<u64>(),
     ) {
         let all = [
@@ -306,7 +339,7 @@ proptest! {
             MmuOptions { mode: MmuMode::DropAtRandom(seed), ..MmuOptions::default() },
             MmuOptions { shadow_pages: 16, ..MmuOptions::default() },
         ];
-        let results = all.map(|options| run(options, long, &ops));
+        let results = all.map(|options| run(options, start, &ops));
         prop_assert!(results.iter().all(|memory| *memory == results[0]));
     }
 }
