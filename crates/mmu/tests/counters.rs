@@ -260,6 +260,8 @@ fn writers_of_a_frame_are_found_however_many() {
             rig.write(gva).expect("mapped");
             rig.audit();
         }
+        let fast = aliases.iter().filter(|&&gva| rig.mmu.lookup_write(Gva::new(gva), 1).is_some()).count();
+        assert!((1..=8).contains(&fast), "a bounded list: {fast}");
         rig.mem.set_flags(off, PageFlags::CODE);
         rig.mmu.code_page_changed(off);
         assert!(aliases.iter().all(|&gva| rig.mmu.lookup_write(Gva::new(gva), 1).is_none()));
