@@ -145,6 +145,8 @@ pub struct CpuState {
     pub shadow: Shadow,
     /// An NMI is being handled: further ones wait for IRET.
     pub nmi_blocked: bool,
+    /// Debug conditions held back by MOV SS, as DR6 will show them ("Pending Debug Exceptions").
+    pub pending_debug: u64,
     /// Model-specific registers.
     pub msr: Msrs,
     /// x87, SSE and AVX registers.
@@ -210,6 +212,7 @@ impl CpuState {
             activity: Activity::Running,
             shadow: Shadow::None,
             nmi_blocked: false,
+            pending_debug: 0,
             msr: Msrs::default(),
             fp: FpState::default(),
         }

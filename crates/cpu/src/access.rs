@@ -179,6 +179,9 @@ impl Core {
                 return self.raise(if op.seg == Seg::Ss as u8 { Fault::SS0 } else { Fault::GP0 });
             }
         }
+        if self.watch.guarded {
+            self.guard(lin, bytes, kind)?;
+        }
         let access = Access::explicit(kind, self.s.cpl);
         self.place_as(lin, bytes, access, op.legacy)
     }

@@ -63,6 +63,10 @@ pub struct Core {
     pub check_events: bool,
     /// TF was set when the running instruction started: #DB follows it.
     pub trap_pending: bool,
+    /// Debug registers and alignment checks, digested.
+    pub watch: crate::debug::Watch,
+    /// A fault belongs to the task switched to: its return address.
+    pub resume_at: Option<u64>,
     /// Shadow left by the running instruction for the next one.
     pub shadow_next: Shadow,
     /// Virtual time at the head of the running block.
@@ -127,6 +131,8 @@ impl Core {
             attention: false,
             check_events: true,
             trap_pending: false,
+            watch: crate::debug::Watch::default(),
+            resume_at: None,
             shadow_next: Shadow::None,
             clock: VirtualTime(0),
             extra_cost: 0,
@@ -173,6 +179,8 @@ impl Core {
         self.mmu.set_pkrs(self.s.msr.pkrs as u32);
         self.segments_changed();
         self.view_changed();
+        self.forget_hits();
+        self.debug_changed();
         self.check_events = true;
     }
 
@@ -251,18 +259,30 @@ impl Core {
     /// Commits a legal control-register write: registers, MMU root, decoding mode.
     pub fn commit(&mut self, effects: &Effects) {
         let r = &effects.regs;
+        let de = self.s.cr4.de();
         let s = &mut self.s;
         (s.cr0, s.cr3, s.cr4, s.efer, s.pdpte) = (r.cr0, r.cr3, r.cr4, r.efer, r.pdpte);
         self.mmu.apply(effects);
         self.segments_changed();
         self.view_changed();
+        if effects.regs.cr4.de() != de {
+            self.debug_changed();
+        }
         self.break_block = true;
+    }
+
+    /// Whether `address` may be loaded into a base or target register: what counts is the width that the
+    /// processor supports, whatever CR4.LA57 says ("5-Level Paging": canonicality checking).
+    pub fn fits_register(&self, address: u64) -> bool {
+        let bits = if self.profile.has(umbra_arch::cpuid::Feature::La57) { 57 } else { 48 };
+        umbra_arch::Gva::new(address).is_canonical(bits)
     }
 
     /// Tells the MMU about CPL and RFLAGS.AC.
     #[inline]
     pub fn view_changed(&mut self) {
         self.mmu.set_view(self.s.cpl, self.s.rflags & rflags::AC != 0);
+        self.guard_changed();
     }
 
     /// Sets CPL; decoded code and the view follow.

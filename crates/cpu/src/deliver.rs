@@ -1,9 +1,11 @@
 //! Delivering exceptions and interrupts ("Interrupt and Exception Handling").
 
 use crate::core::Core;
+use crate::debug::DR7_GD;
 use crate::far::Frame;
 use crate::op::{Flow, Stop};
 use crate::segments::selector_code;
+use crate::taskswitch::Cause;
 use umbra_arch::descriptor::{Gate, system};
 use umbra_arch::exit::{TripleFault, Unsupported};
 use umbra_arch::fault::vector;
@@ -20,8 +22,10 @@ pub enum Event {
     Trap(Fault),
     /// A maskable or non-maskable interrupt.
     External(u8),
-    /// INT n, INT3, INTO: the gate's DPL is checked.
+    /// INT n: the gate's DPL is checked, in virtual-8086 mode IOPL too.
     Software(u8),
+    /// INT3, INTO: the gate's DPL is checked.
+    Short(u8),
     /// INT1 (ICEBP): a software-made #DB without the DPL check.
     Icebp,
 }
@@ -30,7 +34,7 @@ impl Event {
     fn vector(self) -> u8 {
         match self {
             Self::Fault(f) | Self::Trap(f) => f.vector,
-            Self::External(v) | Self::Software(v) => v,
+            Self::External(v) | Self::Software(v) | Self::Short(v) => v,
             Self::Icebp => vector::DB,
         }
     }
@@ -42,7 +46,7 @@ impl Event {
     }
     /// The EXT bit of error codes raised by this delivery.
     fn ext(self) -> u32 {
-        u32::from(!matches!(self, Self::Software(_)))
+        u32::from(!matches!(self, Self::Software(_) | Self::Short(_)))
     }
 }
 
@@ -56,6 +60,7 @@ impl Core {
     /// Delivers `event` with return address `rip`; follows double faults. On success `next_rip` is the
     /// handler's address.
     pub fn deliver(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
+        let mut rip = self.resume_at.take().unwrap_or(rip);
         let start = (self.s.segment(Seg::Cs).base, rip);
         let mut event = event;
         let mut chain: [Option<Fault>; 2] = [None, None];
@@ -69,7 +74,7 @@ impl Core {
             }
             match self.deliver_once(bus, event, rip) {
                 Ok(()) => return Ok(()),
-                Err(Stop::Fault) => {}
+                Err(Stop::Fault) => rip = self.resume_at.take().unwrap_or(rip),
                 Err(stop) => return Err(stop),
             }
             let second = self.fault;
@@ -97,7 +102,29 @@ impl Core {
     /// INT n and its kin: the gate is entered with return address `back`. A fault on the way is the
     /// instruction's own and is raised like any other.
     pub fn software_interrupt(&mut self, bus: &mut dyn Bus, event: Event, back: u64) -> Flow {
-        self.deliver_once(bus, event, back)
+        self.deliver_once(bus, event, back)?;
+        // TF was cleared on the way; no trap before the handler's first instruction.
+        self.watch.no_step = true;
+        if event == Event::Icebp {
+            self.s.pending_debug = 0;
+        }
+        Ok(())
+    }
+
+    fn through_task_gate(&mut self, bus: &mut dyn Bus, event: Event, gate: Gate, rip: u64) -> Flow {
+        let rf = self.s.rflags & rflags::RF;
+        if matches!(event, Event::Fault(_)) {
+            self.s.rflags |= rflags::RF;
+        }
+        let switched = self.task_switch(bus, Cause::Event(event.ext()), gate.selector, rip);
+        if switched.is_err() && self.resume_at.is_none() {
+            self.s.rflags = self.s.rflags & !rflags::RF | rf;
+        }
+        switched?;
+        match event.code() {
+            Some(code) => self.push_task_code(bus, code),
+            None => Ok(()),
+        }
     }
 
     fn deliver_once(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
@@ -107,16 +134,19 @@ impl Core {
         if let Event::Software(_) = event
             && self.s.is_v86()
             && self.s.rflags & rflags::IOPL != rflags::IOPL
-            && event.vector() != vector::BP
-            && event.vector() != vector::OF
         {
             return self.raise(Fault::GP0);
         }
         let gate = self.read_gate(bus, event)?;
         if gate.attr.kind() == system::TASK_GATE {
-            return self.unsupported("a task gate in the IDT", rip);
+            self.through_task_gate(bus, event, gate, rip)?;
+        } else {
+            self.through_gate(bus, event, gate, rip)?;
         }
-        self.through_gate(bus, event, gate, rip)
+        if event.vector() == vector::DB && !matches!(event, Event::Software(_) | Event::External(_)) {
+            self.s.dr7 &= !DR7_GD;
+        }
+        Ok(())
     }
 
     /// Leaves the engine with "this guest needs what isn't implemented".
@@ -168,7 +198,7 @@ impl Core {
             system::INTERRUPT_GATE16 | system::TRAP_GATE16 | system::TASK_GATE => !long,
             _ => false,
         };
-        let refused = matches!(event, Event::Software(_)) && gate.attr.dpl() < self.s.cpl;
+        let refused = matches!(event, Event::Software(_) | Event::Short(_)) && gate.attr.dpl() < self.s.cpl;
         if !fits || gate.attr.is_code_or_data() || refused {
             return self.raise(Fault::gp(code));
         }
@@ -220,7 +250,7 @@ impl Core {
             frame.push(self, bus, size, u64::from(old.0.selector))?;
             frame.push(self, bus, size, old.1)?;
         }
-        let resume = if matches!(event, Event::Fault(f) if f.vector != vector::DB) { rflags::RF } else { 0 };
+        let resume = if matches!(event, Event::Fault(_)) { rflags::RF } else { 0 };
         frame.push(self, bus, size, old.2 | resume)?;
         frame.push(self, bus, size, u64::from(self.s.segment(Seg::Cs).selector))?;
         frame.push(self, bus, size, rip)?;

@@ -3,6 +3,7 @@
 use crate::core::Core;
 use crate::op::{Flow, Op, Stop};
 use crate::segments::{ACCESSED, selector_code};
+use crate::taskswitch::Cause;
 use umbra_arch::descriptor::{Descriptor, Gate, system};
 use umbra_arch::paging::{Access, AccessKind};
 use umbra_arch::segment::{Seg, Segment};
@@ -124,7 +125,8 @@ impl Core {
         match attr.kind() {
             system::CALL_GATE | system::CALL_GATE16 => self.through_call_gate(bus, kind, selector, d, back),
             system::TSS_AVAILABLE | system::TSS16_AVAILABLE | system::TASK_GATE if !self.s.efer.lma() => {
-                self.unsupported("a hardware task switch", self.block_rip.wrapping_add(u64::from(op.start)))
+                let cause = if kind == Transfer::Call { Cause::Call } else { Cause::Jump };
+                self.task_transfer(bus, cause, selector, d, back)
             }
             _ => self.raise(Fault::gp(code)),
         }
@@ -423,10 +425,7 @@ impl Core {
             if self.s.efer.lma() {
                 return self.raise(Fault::GP0);
             }
-            return self.unsupported(
-                "IRET with NT (a hardware task return)",
-                self.block_rip.wrapping_add(u64::from(op.start)),
-            );
+            return self.task_return(bus, op.next_rip(self.block_rip));
         }
         let rip = self.pop_value(bus, op, bytes, 0)?;
         let selector = self.pop_value(bus, op, bytes, bytes)? as u16;
@@ -474,6 +473,7 @@ impl Core {
     fn after_return(&mut self, flags: u64, mask: u64) {
         let old = self.rflags();
         self.set_rflags(old & !mask | flags & mask);
+        self.watch.keep_rf = true;
         self.s.nmi_blocked = false;
         self.check_events = true;
         self.break_block = true;
@@ -513,6 +513,7 @@ impl Core {
         self.view_changed();
         self.gpr[reg::RSP] = esp;
         self.next_rip = rip & 0xffff;
+        self.watch.keep_rf = true;
         self.s.nmi_blocked = false;
         self.check_events = true;
         self.break_block = true;

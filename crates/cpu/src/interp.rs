@@ -10,7 +10,7 @@ use crate::op::Stop;
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::state::{Activity, Shadow};
-use umbra_arch::{Bus, CpuState, Exit, Fault, Slice, Stopped, Vcpu, VirtualTime, rflags};
+use umbra_arch::{Bus, CpuState, Exit, Slice, Stopped, Vcpu, VirtualTime, rflags};
 use umbra_memory::{Backing, GuestMemory, PageFlags};
 
 /// The reference engine.
@@ -100,7 +100,10 @@ impl Interpreter {
             }
             self.retired += block.ops.len() as u64;
             c.clock = c.clock.plus(u64::from(block.cost));
-            if c.check_events || c.clock >= until {
+            if c.check_events {
+                return self.after(bus, None, 0);
+            }
+            if c.clock >= until {
                 return None;
             }
             found = self.cache.follow(c, number);
@@ -147,19 +150,17 @@ impl Interpreter {
                 self.cache.invalidate(&mut self.core, offset, len);
             }
         }
-        let stepping = self.single && self.core.trap_pending;
-        self.core.trap_pending = false;
         self.core.s.shadow = std::mem::take(&mut self.core.shadow_next);
         if let Some(stop) = stop {
             self.core.s.shadow = Shadow::None;
+            self.core.forget_hits();
             return self.stopped(bus, stop, rip);
         }
-        if stepping && self.core.s.shadow != Shadow::MovSs {
-            self.core.s.dr6 |= 1 << 14;
-            let next = self.core.next_rip;
-            if let Err(stop) = self.core.deliver(bus, Event::Trap(Fault::DEBUG), next) {
-                return self.stopped(bus, stop, next);
-            }
+        let debug = self.core.after_instruction();
+        if debug != 0
+            && let Err(exit) = self.debug_trap(bus, debug)
+        {
+            return Some(exit);
         }
         if std::mem::take(&mut self.core.attention) {
             self.core.check_events = true;
@@ -180,6 +181,15 @@ impl Interpreter {
             }
         }
         Some(c.exit.take().unwrap_or(Exit::Attention))
+    }
+
+    /// Raises a #DB before the next instruction.
+    fn debug_trap(&mut self, bus: &mut dyn Bus, bits: u64) -> Result<(), Exit> {
+        let next = self.core.next_rip;
+        match self.core.debug_trap(bus, bits, next) {
+            Ok(()) => Ok(()),
+            Err(stop) => self.stopped(bus, stop, next).map_or(Ok(()), Err),
+        }
     }
 
     /// Takes NMIs and interrupts, notices halts, shadows and single-stepping.
@@ -212,9 +222,15 @@ impl Interpreter {
             c.check_events = true;
             return Some(Exit::Halted);
         }
-        let trap = c.s.rflags & rflags::TF != 0;
-        self.single = trap || c.s.shadow != Shadow::None;
-        c.trap_pending = trap;
+        let hit = c.fetch_breakpoints();
+        if hit != 0
+            && let Err(exit) = self.debug_trap(bus, hit)
+        {
+            return Some(exit);
+        }
+        let c = &mut self.core;
+        self.single = c.must_step();
+        c.trap_pending = c.s.rflags & rflags::TF != 0;
         c.check_events = self.single;
         None
     }

@@ -11,6 +11,7 @@
 pub mod access;
 pub mod block;
 pub mod core;
+pub mod debug;
 pub mod decode;
 pub mod deliver;
 pub mod far;
@@ -21,6 +22,7 @@ pub mod msr;
 pub mod op;
 pub mod operand;
 pub mod segments;
+pub mod taskswitch;
 pub mod word;
 
 pub use crate::core::{Core, EngineError, EngineOptions};

@@ -6,7 +6,7 @@ use umbra_arch::cpuid::Feature;
 use umbra_arch::msr::*;
 use umbra_arch::segment::Seg;
 use umbra_arch::state::Msrs;
-use umbra_arch::{Bus, Fault, Gva};
+use umbra_arch::{Bus, Fault};
 
 impl Core {
     /// The value of MSR `number`.
@@ -157,7 +157,7 @@ impl Core {
     }
 
     fn need_canonical(&mut self, value: u64) -> Flow {
-        if !Gva::new(value).is_canonical(self.s.linear_bits()) {
+        if !self.fits_register(value) {
             return self.raise(Fault::GP0);
         }
         Ok(())

@@ -137,23 +137,29 @@ impl Core {
         let loaded = if seg == Seg::Ss {
             self.stack_segment(bus, selector, self.s.cpl, Fault::gp)?
         } else {
-            self.data_segment(bus, selector)?
+            self.data_segment_or(bus, selector, Fault::gp)?
         };
         self.s.seg[seg as usize] = loaded;
         self.segments_changed();
         Ok(())
     }
 
-    fn data_segment(&mut self, bus: &mut dyn Bus, selector: u16) -> Result<Segment, Stop> {
+    /// Checks and reads a segment for DS, ES, FS or GS; bad ones raise `fault` (#GP, or #TS in task switches).
+    pub fn data_segment_or(
+        &mut self,
+        bus: &mut dyn Bus,
+        selector: u16,
+        fault: fn(u32) -> Fault,
+    ) -> Result<Segment, Stop> {
         if selector & 0xfffc == 0 {
             return Ok(Segment::null(selector));
         }
         let code = selector_code(selector);
-        let d = self.read_descriptor(bus, selector, Fault::gp)?;
+        let d = self.read_descriptor(bus, selector, fault)?;
         let attr = d.attr();
         let outer = self.s.cpl.max((selector & 3) as u8) > attr.dpl();
         if !attr.is_code_or_data() || !attr.is_readable() || !attr.is_conforming() && outer {
-            return self.raise(Fault::gp(code));
+            return self.raise(fault(code));
         }
         if !attr.is_present() {
             return self.raise(Fault::np(code));
@@ -242,7 +248,11 @@ impl Core {
         if !attr.is_present() {
             return self.raise(Fault::np(code));
         }
-        Ok((d.segment64(high, selector), d))
+        let segment = d.segment64(high, selector);
+        if self.s.efer.lma() && !self.fits_register(segment.base) {
+            return self.raise(Fault::gp(code));
+        }
+        Ok((segment, d))
     }
 }
 

@@ -89,11 +89,16 @@ pub struct Mmu {
     guest_mode: bool,
     pkru: u32,
     pkrs: u32,
+    /// Whether the fast data paths always miss.
+    guarded: bool,
     options: MmuOptions,
     random: u64,
     mem_generation: u64,
     last_stamp: u64,
 }
+
+/// A base beyond every pool: no slot is found.
+const NOWHERE: usize = usize::MAX / 2;
 
 impl Mmu {
     /// An MMU over `mem`, with paging off at CPL 0.
@@ -124,6 +129,7 @@ impl Mmu {
             guest_mode: false,
             pkru: 0,
             pkrs: 0,
+            guarded: false,
             options,
             random,
             last_stamp: 0,
@@ -324,14 +330,23 @@ impl Mmu {
     #[inline]
     pub(crate) fn sync_active(&mut self) {
         if let Some(column) = self.active_column().filter(|c| c.exists()) {
-            self.active = Active { base: column.base as usize, mask: column.mask(), generation: column.generation };
+            let base = if self.guarded { NOWHERE } else { column.base as usize };
+            self.active = Active { base, mask: column.mask(), generation: column.generation };
         }
+    }
+
+    /// Makes the fast paths miss every access, for a caller that has to look at each (breakpoints,
+    /// alignment checks), or lets them hit again.
+    pub fn set_guarded(&mut self, guarded: bool) {
+        self.guarded = guarded;
+        self.sync_active();
     }
 
     /// Whether the fast paths read `column`, for the audit.
     pub(crate) fn reads_column(&self, column: &Column) -> bool {
         let Active { base, mask, generation } = self.active;
-        column.exists() && (base, mask, generation) == (column.base as usize, column.mask(), column.generation)
+        self.guarded
+            || column.exists() && (base, mask, generation) == (column.base as usize, column.mask(), column.generation)
     }
 
     #[inline(always)]

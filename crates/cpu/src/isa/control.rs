@@ -4,7 +4,7 @@ use super::Row;
 use crate::by_wide;
 use crate::core::Core;
 use crate::decode::{Form, Loc};
-use crate::op::{ExecFn, Flow, Op};
+use crate::op::{ExecFn, Flow, Op, Stop};
 use crate::word::Word;
 use iced_x86::{Code, Mnemonic as M, OpCodeOperandKind, Register};
 use umbra_arch::control::{Cr0, Effects};
@@ -48,11 +48,11 @@ impl Core {
         Ok(())
     }
 
-    /// Runs a control-register write's pure rule and commits its effects.
-    fn control_write(
+    /// Runs a control-register write's pure rule.
+    fn control_effects(
         &mut self,
         write: impl FnOnce(&Core, &mut dyn FnMut(Gpa) -> [u64; 4]) -> Result<Effects, Fault>,
-    ) -> Flow {
+    ) -> Result<Effects, Stop> {
         let mem = self.mem.clone();
         let mut read = |gpa: Gpa| {
             let mut raw = [0u8; 32];
@@ -60,9 +60,21 @@ impl Core {
             std::array::from_fn(|i| u64::from_le_bytes(std::array::from_fn(|b| raw[8 * i + b])))
         };
         let effects = write(self, &mut read);
-        let effects = self.check(effects)?;
+        self.check(effects)
+    }
+
+    fn control_write(
+        &mut self,
+        write: impl FnOnce(&Core, &mut dyn FnMut(Gpa) -> [u64; 4]) -> Result<Effects, Fault>,
+    ) -> Flow {
+        let effects = self.control_effects(write)?;
         self.commit(&effects);
         Ok(())
+    }
+
+    /// What loading CR3 from a TSS would do.
+    pub fn cr3_effects(&mut self, value: u64) -> Result<Effects, Stop> {
+        self.control_effects(|c, read| c.control_regs().write_cr3(value, &c.limits, read))
     }
 
     /// MOV to CR0 and relatives.
@@ -141,7 +153,7 @@ fn mov_dr(form: &mut Form) -> Option<ExecFn> {
 }
 
 /// DR4 and DR5 are DR6 and DR7 unless CR4.DE makes them undefined.
-fn debug_register(c: &mut Core, n: u8) -> Result<usize, crate::op::Stop> {
+fn debug_register(c: &mut Core, n: u8) -> Result<usize, Stop> {
     if matches!(n, 4 | 5) {
         if c.s.cr4.de() {
             return c.raise(Fault::UNDEFINED);
@@ -155,6 +167,7 @@ fn debug_register(c: &mut Core, n: u8) -> Result<usize, crate::op::Stop> {
 fn from_dr(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
     let n = debug_register(c, op.src)?;
     c.need_ring0()?;
+    c.general_detect()?;
     let value = match n {
         6 => c.s.dr6,
         7 => c.s.dr7,
@@ -171,6 +184,7 @@ fn from_dr(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
 fn to_dr(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
     let n = debug_register(c, op.dst)?;
     c.need_ring0()?;
+    c.general_detect()?;
     let value = if op.legacy { c.reg::<u32>(op.src) } else { c.reg::<u64>(op.src) };
     if n >= 6 && value >> 32 != 0 {
         return c.raise(Fault::GP0);
@@ -180,7 +194,7 @@ fn to_dr(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
         7 => c.s.dr7 = value & 0xffff_2bff | 0x400,
         _ => c.s.dr[n & 3] = value,
     }
-    c.check_events = true;
+    c.debug_changed();
     Ok(())
 }
 
@@ -240,7 +254,7 @@ fn invpcid(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     if pcid > 0xfff || kind > 3 || needs_pcid && pcid != 0 && !c.s.cr4.pcide() {
         return c.raise(Fault::GP0);
     }
-    if kind == 0 && !Gva::new(address).is_canonical(c.s.linear_bits()) {
+    if kind == 0 && !c.fits_register(address) {
         return c.raise(Fault::GP0);
     }
     c.mmu.invpcid(kind, pcid as u16, Gva::new(address));

@@ -8,7 +8,7 @@ use crate::deliver::Event;
 use crate::far::Transfer;
 use crate::op::{ExecFn, Flow, Op};
 use iced_x86::{Code, Mnemonic as M, OpKind};
-use umbra_arch::cpuid::Feature;
+use umbra_arch::cpuid::{Feature, Vendor};
 use umbra_arch::fault::vector;
 use umbra_arch::paging::AccessKind;
 use umbra_arch::segment::{Seg, Segment};
@@ -35,7 +35,7 @@ pub const ROWS: &[Row] = &[
     Row::new(M::Iretd, IRET, |_| Some(|c, bus, op| c.interrupt_return(bus, op, 4))).ends(),
     Row::new(M::Iretq, IRET, |_| Some(|c, bus, op| c.interrupt_return(bus, op, 8))).ends(),
     Row::new(M::Int, INT, |_| Some(|c, bus, op| software(c, bus, op, Event::Software(op.imm as u8)))).ends(),
-    Row::new(M::Int3, INT, |_| Some(|c, bus, op| software(c, bus, op, Event::Software(vector::BP)))).ends(),
+    Row::new(M::Int3, INT, |_| Some(|c, bus, op| software(c, bus, op, Event::Short(vector::BP)))).ends(),
     Row::new(M::Into, INT, |_| Some(into)).ends(),
     Row::new(M::Int1, INT, |_| Some(|c, bus, op| software(c, bus, op, Event::Icebp))).ends(),
     Row::new(M::Syscall, "SYSCALL-Fast System Call", |_| Some(syscall)).needs(Feature::Syscall).ends(),
@@ -96,7 +96,7 @@ fn software(c: &mut Core, bus: &mut dyn Bus, op: &Op, event: Event) -> Flow {
 }
 
 fn into(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
-    if c.flags.of() { software(c, bus, op, Event::Software(vector::OF)) } else { Ok(()) }
+    if c.flags.of() { software(c, bus, op, Event::Short(vector::OF)) } else { Ok(()) }
 }
 
 /// Segments that SYSCALL and SYSENTER load without looking at descriptors.
@@ -110,18 +110,20 @@ fn flat(c: &mut Core, cs: Segment, ss: u16, cpl: u8) {
 }
 
 fn syscall(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
-    // Intel: only in 64-bit mode.
-    if !c.s.efer.sce() || !c.s.is_64bit_code() {
+    // Intel: only in 64-bit mode. AMD: in compatibility mode too, by CSTAR.
+    let wide = c.s.is_64bit_code();
+    if !c.s.efer.sce() || !(wide || c.s.efer.lma() && c.profile.vendor == Vendor::Amd) {
         return c.raise(Fault::UNDEFINED);
     }
     c.gpr[reg::RCX] = op.next_rip(c.block_rip);
     let flags = c.rflags() & !rflags::RF;
     c.gpr[11] = flags;
-    let target = c.s.msr.lstar;
+    let target = if wide { c.s.msr.lstar } else { c.s.msr.cstar };
     let selector = (c.s.msr.star >> 32) as u16 & 0xfffc;
     c.set_rflags(flags & !c.s.msr.fmask);
     flat(c, Segment::code64(selector, 0), selector.wrapping_add(8), 0);
     c.next_rip = target;
+    c.trap_pending = c.s.rflags & rflags::TF != 0;
     Ok(())
 }
 
@@ -142,6 +144,7 @@ fn sysret<const WIDE: bool>(c: &mut Core, _: &mut dyn Bus, _: &Op) -> Flow {
     c.set_rflags(flags);
     flat(c, cs, base.wrapping_add(8) | 3, 3);
     c.next_rip = rip;
+    c.trap_pending = c.s.rflags & rflags::TF != 0;
     Ok(())
 }
 

@@ -84,6 +84,7 @@ fn sti(c: &mut Core, _: &mut dyn Bus, _: &Op) -> Flow {
         c.s.rflags |= rflags::IF;
         c.shadow_next = Shadow::Sti;
         c.check_events = true;
+        c.break_block = true;
     }
     Ok(())
 }

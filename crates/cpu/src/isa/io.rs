@@ -17,6 +17,14 @@ pub const ROWS: &[Row] =
 impl Core {
     /// I/O permission: CPL <= IOPL, or the TSS's bit map ("I/O Permission Bit Map").
     pub fn check_port(&mut self, bus: &mut dyn Bus, port: u16, bytes: u64) -> Flow {
+        self.check_port_rights(bus, port, bytes)?;
+        if self.watch.ports {
+            self.watch_port(port, bytes);
+        }
+        Ok(())
+    }
+
+    fn check_port_rights(&mut self, bus: &mut dyn Bus, port: u16, bytes: u64) -> Flow {
         let outer = u64::from(self.s.cpl) > self.s.rflags >> 12 & 3;
         if !self.s.cr0.pe() || !outer && !self.s.is_v86() {
             return Ok(());

@@ -12,7 +12,7 @@ use umbra_arch::cpuid::Feature;
 use umbra_arch::paging::AccessKind;
 use umbra_arch::segment::{Attr, Seg, TableRegister};
 use umbra_arch::state::Shadow;
-use umbra_arch::{Bus, Fault, Gva};
+use umbra_arch::{Bus, Fault};
 
 const LDS: &str = "LDS/LES/LFS/LGS/LSS-Load Far Pointer";
 const VERR: &str = "VERR/VERW-Verify a Segment for Reading or Writing";
@@ -160,7 +160,7 @@ fn load_table<const KIND: u8>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow 
     if op.aux == 3 {
         base &= 0xff_ffff;
     }
-    if op.aux == 8 && !Gva::new(base).is_canonical(c.s.linear_bits()) {
+    if op.aux == 8 && !c.fits_register(base) {
         return c.raise(Fault::GP0);
     }
     let register = TableRegister { base, limit: u16::from_le_bytes([raw[0], raw[1]]) };
@@ -343,7 +343,7 @@ fn read_base<W: Word, const SEG: usize>(c: &mut Core, _: &mut dyn Bus, op: &Op) 
 fn write_base<W: Word, const SEG: usize>(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
     need_fsgsbase(c)?;
     let base = c.reg::<W>(op.dst);
-    if !Gva::new(base).is_canonical(c.s.linear_bits()) {
+    if !c.fits_register(base) {
         return c.raise(Fault::GP0);
     }
     c.set_segment_base(SEG, base);
