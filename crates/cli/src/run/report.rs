@@ -62,15 +62,22 @@ impl Report {
         if self.exit_code == exit_code::NOT_SEEN && !self.verdict_missing {
             let _ = writeln!(out, "umbra: the string of --expect did not appear");
         }
-        if let (End::TripleFault(_) | End::HaltedForever(_) | End::Unsupported(_), Some(state)) =
-            (&self.end, &self.state)
-        {
+        if let Some(state) = self.state.as_ref().filter(|_| self.shows_registers()) {
             out.push_str(&registers(state));
         }
         if self.stats {
             self.statistics(&mut out);
         }
         out
+    }
+
+    /// Where a guest that didn't end by itself was. After a timeout only for those who ask for figures.
+    fn shows_registers(&self) -> bool {
+        match self.end {
+            End::TripleFault(_) | End::HaltedForever(_) | End::Unsupported(_) => true,
+            End::Stopped(Stop::Timeout) => self.stats,
+            _ => false,
+        }
     }
 
     fn statistics(&self, out: &mut String) {
