@@ -246,15 +246,14 @@ impl Mmu {
 
     pub(crate) fn select_root(&mut self) {
         let regime = self.regime();
-        if !self.roots.slots[self.current].as_ref().is_some_and(|root| root.regime == regime) {
-            match self.roots.find(&regime) {
-                Some((slot, position)) => {
-                    self.stats.root_hits += 1;
-                    self.stats.root_hits_by_slot[position.min(COUNTED_SLOTS - 1)] += 1;
-                    self.current = slot;
-                }
-                None => self.build_root(regime),
+        match self.roots.find(&regime) {
+            Some((slot, _)) if slot == self.current => {}
+            Some((slot, position)) => {
+                self.stats.root_hits += 1;
+                self.stats.root_hits_by_slot[position.min(COUNTED_SLOTS - 1)] += 1;
+                self.current = slot;
             }
+            None => self.build_root(regime),
         }
         self.select_view();
     }

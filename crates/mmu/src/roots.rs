@@ -31,14 +31,21 @@ impl Root {
     }
 }
 
-/// A word that differs for most different keys, compared first.
+/// Set in fingerprints that only narrow the search.
+const INEXACT: u64 = 1 << 41;
+
+/// A root's key in one word: exact, but for four PDPTEs. CPUID facts are left out, since no root
+/// survives their change.
 fn fingerprint(regime: &Regime) -> u64 {
     let top = match regime.top {
-        Top::Direct => 1,
-        Top::Table(table) => table.raw(),
-        Top::Pdptes(p) => p[0] ^ p[1].rotate_left(13) ^ p[2].rotate_left(27) ^ p[3].rotate_left(41),
+        Top::Direct => 1 << 40,
+        Top::Table(table) => table.page().raw(),
+        Top::Pdptes(p) => {
+            let mixed = p[0] ^ p[1].rotate_left(13) ^ p[2].rotate_left(27) ^ p[3].rotate_left(41);
+            ((mixed ^ mixed >> 40) & 0xff_ffff_ffff) | INEXACT
+        }
     };
-    top ^ u64::from(regime.role.word()) << 48
+    top | u64::from(regime.role.word()) << 48
 }
 
 /// Roots in slots, and their order of use.
@@ -57,9 +64,8 @@ impl RootCache {
     #[inline]
     pub(crate) fn find(&mut self, regime: &Regime) -> Option<(usize, usize)> {
         let print = fingerprint(regime);
-        let fits = |&(p, slot): &(u64, u8)| {
-            p == print && self.slots[slot as usize].as_ref().is_some_and(|root| root.regime == *regime)
-        };
+        let same = |slot: u8| self.slots[slot as usize].as_ref().is_some_and(|root| root.regime == *regime);
+        let fits = |&(p, slot): &(u64, u8)| p == print && (p & INEXACT == 0 || same(slot));
         let position = self.order.iter().position(fits)?;
         let found = self.order[position];
         self.order.copy_within(..position, 1);

@@ -231,6 +231,29 @@ fn a_columns_generations_come_round_without_old_entries() {
 }
 
 #[test]
+fn a_guarded_mmu_never_hits_and_translates_as_ever() {
+    let (mut rig, _) = mapped();
+    rig.write(VA).expect("mapped");
+    rig.fetch(VA).expect("mapped");
+    let hits = |rig: &Rig| {
+        let gva = Gva::new(VA);
+        [rig.mmu.lookup_read(gva, 1), rig.mmu.lookup_write(gva, 1), rig.mmu.lookup_fetch(gva)].map(|off| off.is_some())
+    };
+    assert_eq!(hits(&rig), [true; 3]);
+    rig.mmu.set_guarded(true);
+    for _ in 0..2 {
+        assert_eq!(hits(&rig), [false; 3]);
+        assert_eq!(rig.read(VA).map(Gpa::raw), Ok(PAGE));
+        rig.set_cr0(Cr0::WP, false);
+        rig.view(0, true);
+    }
+    rig.mmu.set_guarded(false);
+    rig.read(VA).expect("mapped");
+    assert_eq!(hits(&rig), [true; 3]);
+    rig.audit();
+}
+
+#[test]
 fn accesses_across_a_page_end_never_hit() {
     let mut rig = Rig::long();
     for page in 0..2 {
