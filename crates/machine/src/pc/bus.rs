@@ -58,7 +58,9 @@ impl<'a> PcBus<'a> {
             Region::IoApic(offset)
         } else if let Some(offset) = inside(HPET_BASE).filter(|&offset| offset < hpet::MMIO_SIZE) {
             Region::Hpet(offset)
-        } else if let Some(offset) = gpa.checked_sub(test_device::WINDOW_BASE).filter(|&o| o < test_device::WINDOW_BYTES) {
+        } else if let Some(offset) =
+            gpa.checked_sub(test_device::WINDOW_BASE).filter(|&o| o < test_device::WINDOW_BYTES)
+        {
             Region::Test(offset)
         } else {
             Region::Nobody
