@@ -1,7 +1,7 @@
 //! [`Machine`]: CPUs, memory and the PC around them, from power-on to a booted image.
 
 use crate::acpi::{self, AcpiConfig};
-use crate::boot::BootPlan;
+use crate::boot::{BootPlan, ImageKind, bios};
 use crate::memory_map::{CONVENTIONAL_END, FOUR_GIB, MemoryMap};
 use crate::pc::{Pc, PcConfig};
 use serde::{Deserialize, Serialize};
@@ -134,6 +134,10 @@ impl<V: Vcpu> Machine<V> {
 
     /// Carries out a boot plan: what it writes, and the first CPU's state.
     pub fn boot(&mut self, plan: &BootPlan<'_>) {
+        if plan.kind == Some(ImageKind::Multiboot1) {
+            bios::pieces().iter().for_each(|piece| self.memory.write(piece.gpa, &piece.bytes));
+            self.pc.write_ports(&bios::PORT_WRITES);
+        }
         for piece in &plan.pieces {
             self.memory.write(piece.gpa, &piece.bytes);
         }

@@ -1,4 +1,4 @@
-//! Linux' bzImage by its 64-bit entry ("The Linux/x86 Boot Protocol", "64-bit Boot Protocol").
+//! Linux' bzImage by its 64-bit entry if it has one, else by its 32-bit entry ("The Linux/x86 Boot Protocol").
 
 use super::bytes::{align_up, put, range, u8_at, u16_at, u32_at, u64_at};
 use super::placement::Placement;
@@ -40,7 +40,9 @@ mod zero_page {
 const KIND: ImageKind = ImageKind::BzImage;
 const LOADED_HIGH: u8 = 1;
 const KERNEL_64: u16 = 1;
-const OLDEST: u16 = 0x20c;
+/// xloadflags exist since 2.12, init_size since 2.10.
+const OLDEST_64: u16 = 0x20c;
+const OLDEST_32: u16 = 0x20a;
 /// "A boot loader without an assigned id".
 const LOADER_UNDEFINED: u8 = 0xff;
 /// The entry's offset from the load address.
@@ -51,9 +53,19 @@ pub(super) fn looks_like(image: &[u8]) -> bool {
     range(image, field::MAGIC, 4) == Some(b"HdrS")
 }
 
+/// The entry that is used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Entry {
+    /// 64-bit code, at an offset from the load address.
+    Long,
+    /// 32-bit code, at the load address.
+    Protected,
+}
+
 /// The header's fields, checked.
 #[derive(Debug)]
 struct Header<'a> {
+    entry: Entry,
     /// Bytes 1F1h up to the header's end: what the zero page gets.
     raw: &'a [u8],
     /// The protected-mode part of the file.
@@ -79,7 +91,7 @@ fn parse(image: &[u8]) -> Result<Header<'_>, BootError> {
     }
     let byte = |at| u8_at(image, at).unwrap_or(0);
     let dword = |at| u64::from(u32_at(image, at).unwrap_or(0));
-    check_entry(image)?;
+    let entry = entry_of(image)?;
 
     let setup_sects = match byte(field::SETUP_SECTS) {
         0 => 4,
@@ -113,6 +125,7 @@ fn parse(image: &[u8]) -> Result<Header<'_>, BootError> {
         return Err(bad("pref_address", pref_address));
     }
     Ok(Header {
+        entry,
         raw,
         kernel,
         relocatable,
@@ -124,20 +137,18 @@ fn parse(image: &[u8]) -> Result<Header<'_>, BootError> {
     })
 }
 
-/// Refuses images without a 64-bit entry.
-fn check_entry(image: &[u8]) -> Result<(), BootError> {
+/// Chooses the entry; refuses images without one that we know.
+fn entry_of(image: &[u8]) -> Result<Entry, BootError> {
     let version = u16_at(image, field::VERSION).unwrap_or(0);
-    let no_entry = |why| Err(BootError::No64BitEntry { why });
-    if version < OLDEST {
-        return no_entry(format!("boot protocol {}.{:02}, 2.12 is needed", version >> 8, version & 0xff));
-    }
-    if u16_at(image, field::XLOADFLAGS).unwrap_or(0) & KERNEL_64 == 0 {
-        return no_entry("XLF_KERNEL_64 is clear in xloadflags".into());
+    let no_entry = |why| Err(BootError::NoEntry { why });
+    if version < OLDEST_32 {
+        return no_entry(format!("boot protocol {}.{:02}, 2.10 is needed", version >> 8, version & 0xff));
     }
     if u8_at(image, field::LOADFLAGS).unwrap_or(0) & LOADED_HIGH == 0 {
         return no_entry("LOADED_HIGH is clear in loadflags".into());
     }
-    Ok(())
+    let long = version >= OLDEST_64 && u16_at(image, field::XLOADFLAGS).unwrap_or(0) & KERNEL_64 != 0;
+    Ok(if long { Entry::Long } else { Entry::Protected })
 }
 
 pub(super) fn plan<'a>(request: &BootRequest<'a>) -> Result<BootPlan<'a>, BootError> {
@@ -153,15 +164,17 @@ pub(super) fn plan<'a>(request: &BootRequest<'a>) -> Result<BootPlan<'a>, BootEr
         Some(initrd) => Some(place_initrd(&mut place, &header, initrd)?),
         None => None,
     };
-    let gdt = place.put_low("the boot GDT", entry_state::gdt(true))?;
-    let tables_at = place_tables(&mut place)?;
+    let gdt = place.put_low("the boot GDT", entry_state::gdt(header.entry == Entry::Long))?;
+    let mut state = match header.entry {
+        Entry::Long => entry_state::long64(load + ENTRY_64, gdt, place_tables(&mut place)?),
+        // Kernels are placed below 4 GiB.
+        Entry::Protected => entry_state::protected32(load as u32, gdt),
+    };
     let mut line = request.command_line.as_bytes().to_vec();
     line.push(0);
     let line_at = place.put_low("the command line", line)?;
     let page = zero_page(&header, &place, load, initrd, line_at, request.rsdp.raw())?;
     let zero_page_at = place.put_low("the zero page", page)?;
-
-    let mut state = entry_state::long64(load + ENTRY_64, gdt, tables_at);
     state.gpr[reg::RSI] = zero_page_at;
     Ok(BootPlan { kind: Some(KIND), pieces: place.into_pieces(), state: Box::new(state) })
 }
@@ -263,6 +276,31 @@ mod tests {
         assert_eq!(plan.state.rip, 0x100_0000 + 0x200);
         assert!(plan.state.is_64bit_code() && plan.state.cr0.pg());
         assert_eq!(plan.state.rflags & umbra_arch::rflags::IF, 0);
+    }
+
+    #[test]
+    fn kernel_without_64_bit_code_is_entered_at_its_load_address() {
+        let map = ram(64);
+        for (version, flags) in [(0x20fu16, 0u16), (0x20b, 1), (0x20a, 0)] {
+            let mut image = synthetic::bzimage(0x8000);
+            image[0x206..0x208].copy_from_slice(&version.to_le_bytes());
+            image[0x236..0x238].copy_from_slice(&flags.to_le_bytes());
+            let plan = super::plan(&synthetic::request(&image, &map)).unwrap();
+            let s = &plan.state;
+            assert_eq!(s.rip, 0x100_0000);
+            assert!(s.cr0.pe() && !s.cr0.pg() && !s.is_64bit_code() && !s.efer.lma());
+            assert_eq!((s.gpr[reg::RBX], s.gpr[reg::RBP], s.gpr[reg::RDI]), (0, 0, 0));
+            assert_eq!(s.gpr[reg::RSI], piece(&plan, "the zero page").gpa.raw());
+            assert_eq!((s.seg[1].selector, s.seg[3].selector), (0x10, 0x18));
+        }
+    }
+
+    #[test]
+    fn protocol_before_2_10_is_refused() {
+        let mut image = synthetic::bzimage(0x8000);
+        image[0x206..0x208].copy_from_slice(&0x209u16.to_le_bytes());
+        let map = ram(64);
+        assert!(matches!(super::plan(&synthetic::request(&image, &map)), Err(BootError::NoEntry { .. })));
     }
 
     #[test]

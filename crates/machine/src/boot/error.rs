@@ -32,10 +32,8 @@ pub enum BootError {
         machine: String,
     },
     /// A Linux image that has only a 32-bit or real-mode entry.
-    #[error(
-        "this bzImage has no 64-bit entry ({why}): give an x86-64 kernel of Linux 3.8 or later (32-bit kernels come later)"
-    )]
-    No64BitEntry {
+    #[error("this bzImage has no entry that can be used ({why}): give a bzImage of Linux 2.6.31 or later")]
+    NoEntry {
         /// Which header field says so.
         why: String,
     },

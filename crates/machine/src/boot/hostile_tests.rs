@@ -49,10 +49,10 @@ fn refusals_are_told_apart() {
     assert!(matches!(error(&bzimage[..0x220]), BootError::Truncated { what: "setup header", .. }));
     assert!(matches!(error(&bzimage[..0x1000]), BootError::Truncated { what: "kernel", .. }));
     let mut old = bzimage.clone();
-    old[0x236] = 0;
-    assert!(matches!(error(&old), BootError::No64BitEntry { .. }));
-    old[0x206] = 0x0a;
-    assert!(error(&old).to_string().contains("2.10"));
+    old[0x211] = 0;
+    assert!(matches!(error(&old), BootError::NoEntry { .. }));
+    old[0x206] = 0x09;
+    assert!(error(&old).to_string().contains("2.09"));
 
     let mut arm = synthetic::pvh_elf(true);
     arm[18] = 183;

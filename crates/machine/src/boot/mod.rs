@@ -3,6 +3,7 @@
 //! Each protocol is a pure function from a [`BootRequest`] to a [`BootPlan`]; nothing here touches a
 //! machine, so every refusal happens before anything ran. All header fields are untrusted.
 
+pub(crate) mod bios;
 mod bytes;
 mod bzimage;
 mod elf;

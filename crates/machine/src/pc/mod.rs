@@ -152,6 +152,14 @@ impl Pc {
         self.refresh();
     }
 
+    /// Makes these byte writes to ports, which a BIOS would have made before it starts a kernel.
+    pub fn write_ports(&mut self, writes: &[(u16, u8)]) {
+        for &(port, value) in writes {
+            self.write_port(self.latest, port, umbra_arch::AccessWidth::Byte, value.into());
+        }
+        self.refresh();
+    }
+
     /// Makes `port` the measurement port, whoever owns it otherwise: a byte written there stops the run
     /// with [`Request::Mark`].
     pub fn set_measurement_port(&mut self, port: u16) {
