@@ -2,7 +2,7 @@
 
 use crate::core::Core;
 use crate::op::{Flow, Op, Stop};
-use umbra_arch::cpuid::Feature;
+use umbra_arch::cpuid::{Feature, Vendor};
 use umbra_arch::msr::*;
 use umbra_arch::segment::Seg;
 use umbra_arch::state::Msrs;
@@ -48,6 +48,7 @@ impl Core {
             IA32_GS_BASE => self.s.segment(Seg::Gs).base,
             IA32_KERNEL_GS_BASE => m.kernel_gs_base,
             IA32_TSC_AUX if self.profile.has(Feature::Rdtscp) => m.tsc_aux,
+            _ if self.is_amd_counter(number) => 0,
             _ => return self.raise(Fault::GP0),
         })
     }
@@ -122,6 +123,9 @@ impl Core {
             IA32_TSC_AUX => has(self, Feature::Rdtscp),
             _ => true,
         };
+        if self.is_amd_counter(number) {
+            return self.need_zero(value);
+        }
         let m = &mut self.s.msr;
         let register = match number {
             _ if !offered => return self.raise(Fault::GP0),
@@ -156,6 +160,12 @@ impl Core {
         m.tsc_adjust = m.tsc_adjust.wrapping_add(by);
     }
 
+    /// AMD's first four performance counters and their selectors, which software clears without asking CPUID.
+    /// They never count: nothing but 0 can be written.
+    fn is_amd_counter(&self, number: u32) -> bool {
+        self.profile.vendor == Vendor::Amd && (PERF_EVT_SEL0..PERF_EVT_SEL0 + 8).contains(&number)
+    }
+
     fn need_canonical(&mut self, value: u64) -> Flow {
         if !self.fits_register(value) {
             return self.raise(Fault::GP0);
@@ -170,6 +180,9 @@ impl Core {
         Ok(())
     }
 }
+
+/// First of AMD's performance event-select registers; the counters follow the four of them ("MSR Cross-Reference").
+const PERF_EVT_SEL0: u32 = 0xc001_0000;
 
 /// The range MTRR with that number.
 fn mtrr(m: &mut Msrs, number: u32) -> Option<&mut u64> {
