@@ -1,0 +1,42 @@
+//! A short run of each property on random input, and every saved finding.
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use std::path::Path;
+use umbra_oracle::boot_images::boot_images;
+use umbra_oracle::decode_execute::decode_execute;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn any_bytes_execute(data in vec(any::<u8>(), 2..600)) {
+        decode_execute(&data);
+    }
+
+    #[test]
+    fn quiet_bytes_execute(mode in 0u8..8, code in vec(any::<u8>(), 1..600)) {
+        decode_execute(&[&[mode, 0], &code[..]].concat());
+    }
+
+    #[test]
+    fn any_bytes_are_no_kernel(data in vec(any::<u8>(), 1..4096)) {
+        boot_images(&data);
+    }
+}
+
+/// Files that a fuzzer found, in the target's folder below `fuzz/findings`.
+fn replay(target: &str, property: fn(&[u8])) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/findings").join(target);
+    let Ok(entries) = std::fs::read_dir(&folder) else { return };
+    for entry in entries {
+        let path = entry.expect("a readable folder").path();
+        property(&std::fs::read(&path).expect("a readable finding"));
+    }
+}
+
+#[test]
+fn findings_stay_fixed() {
+    replay("decode_execute", decode_execute);
+    replay("boot_images", boot_images);
+}
