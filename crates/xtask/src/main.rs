@@ -1,7 +1,8 @@
-//! Repository chores: `cargo xtask deps | lengths | unsafe | check`.
+//! Repository chores: `cargo xtask deps | lengths | unsafe | check | kut DIR`.
 #![forbid(unsafe_code)]
 
 mod deps;
+mod kut;
 mod lengths;
 mod sources;
 mod unsafe_code;
@@ -14,7 +15,8 @@ const USAGE: &str = concat!(
     "  deps     fail on a dependency between crates that ARCHITECTURE.md does not allow, or on a pre-release version\n",
     "  lengths  warn of source files over 500 lines, fail over 800 (tables, *.table.rs, are exempt)\n",
     "  unsafe   fail on unsafe code outside the crates that may have it\n",
-    "  check    all of these",
+    "  check    all of these\n",
+    "  kut DIR  run a built directory of kvm-unit-tests with the release binary; verdicts as JSON",
 );
 
 /// Why a chore could not be done, as opposed to what it found.
@@ -22,6 +24,10 @@ const USAGE: &str = concat!(
 enum XtaskError {
     #[error("cannot read {0}: {1}")]
     Read(PathBuf, std::io::Error),
+    #[error("cannot write {0}: {1}")]
+    Write(PathBuf, std::io::Error),
+    #[error("cannot run {0}: {1} (cargo build --release makes it)")]
+    Run(PathBuf, std::io::Error),
     #[error("cannot run cargo metadata: {0}")]
     Metadata(std::io::Error),
     #[error("cargo metadata failed: {0}")]
@@ -59,6 +65,9 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Option<&str>) -> Result<bool, XtaskError> {
+    if command == Some("kut") {
+        return kut::run(std::env::args().skip(2));
+    }
     let chosen: Vec<_> =
         CHECKS.into_iter().filter(|(name, _)| command == Some("check") || command == Some(name)).collect();
     if chosen.is_empty() {
