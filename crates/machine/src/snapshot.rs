@@ -72,7 +72,7 @@ struct SavedCpu {
 #[derive(Debug, Serialize, Deserialize)]
 struct Wiring {
     latest: VirtualTime,
-    lines: u32,
+    lines: (u32, u32),
     events: Events,
     serial: SerialOutput,
 }

@@ -234,3 +234,22 @@ fn hpet_in_legacy_mode_takes_the_timers_line() {
     b.pass(2_000_000);
     assert_eq!(b.acknowledge(), Some(0x61), "the PIT has its line back");
 }
+
+#[test]
+fn hpet_edge_waits_at_the_8259_until_it_is_taken() {
+    const HPET: u64 = 0xfed0_0000;
+    let mut b = Bench::new();
+    b.initialise_pics(1);
+    b.write(HPET + 0x100, 0x104);
+    b.write(HPET + 0x108, 100_000);
+    b.write(HPET + 0x10, 3);
+    for due in [100_000, 250_000] {
+        b.write(HPET + 0x108, due);
+        b.pass(1_100_000);
+        assert!(b.pending(), "comparator {due}");
+        b.pass(500_000);
+        assert_eq!(b.acknowledge(), Some(0x20));
+        b.out(0x20, 0x20);
+        assert!(!b.pending(), "one edge, one interrupt");
+    }
+}

@@ -91,10 +91,7 @@ impl Report {
         }
         for phase in &self.phases {
             let _ = writeln!(out, "{} ({}):", phase.name, phase.count);
-            if phase.moved.is_empty() {
-                let _ = writeln!(out, "    no counter moved");
-            }
-            for (name, value) in &phase.moved {
+            for (name, value) in &phase.counters {
                 let each = *value as f64 / f64::from(phase.count.max(1));
                 let _ = writeln!(out, "    {:<22}{value:>16} ({each:.3} each)", name.replace('_', " "));
             }
@@ -121,7 +118,7 @@ impl Report {
         }
         if !self.phases.is_empty() {
             let phases = self.phases.iter().map(
-                |phase| json!({ "name": phase.name, "count": phase.count, "moved": counters(phase.moved.clone()) }),
+                |phase| json!({ "name": phase.name, "count": phase.count, "counters": counters(phase.counters.clone()) }),
             );
             object.insert("phases".into(), phases.collect::<Vec<_>>().into());
         }

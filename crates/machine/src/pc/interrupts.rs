@@ -83,18 +83,32 @@ impl Pc {
     fn settle_hpet(&mut self) {
         let hpet = &mut self.devices.hpet;
         let (pulses, levels, legacy) = (hpet.take_pulses(), hpet.levels(), hpet.replaces_legacy());
-        let output = |line: u8| (pulses >> line & 1 != 0, levels >> line & 1 != 0);
         for line in HPET_PINS {
-            let (pulse, level) = output(line);
-            self.pulse(line, pulse, level);
+            self.set_hpet_line(line, pulses, levels);
         }
-        for line in [TIMER_IRQ, RTC_IRQ] {
-            let (pulse, level) = match line {
-                _ if legacy => output(line),
-                TIMER_IRQ => (false, self.devices.pit.irq0()),
-                _ => (false, self.devices.rtc.irq()),
-            };
-            self.pulse(line, pulse, level);
+        if legacy {
+            self.set_hpet_line(TIMER_IRQ, pulses, levels);
+            self.set_hpet_line(RTC_IRQ, pulses, levels);
+        } else {
+            self.held &= !(1 << TIMER_IRQ | 1 << RTC_IRQ);
+            let (timer, clock) = (self.devices.pit.irq0(), self.devices.rtc.irq());
+            self.set_line(TIMER_IRQ, timer);
+            self.set_line(RTC_IRQ, clock);
+        }
+    }
+
+    /// An edge stays on its line until the next one: an 8259 forgets a request whose line falls before
+    /// it is acknowledged.
+    fn set_hpet_line(&mut self, line: u8, pulses: u32, levels: u32) {
+        let bit = 1 << line;
+        if pulses & bit != 0 {
+            self.held |= bit;
+            self.pulse(line, true, true);
+        } else if levels & bit != 0 {
+            self.held &= !bit;
+            self.set_line(line, true);
+        } else if self.held & bit == 0 {
+            self.set_line(line, false);
         }
     }
 

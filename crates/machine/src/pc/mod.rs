@@ -91,6 +91,8 @@ pub struct Pc {
     pub(crate) latest: VirtualTime,
     /// Levels of the interrupt lines as last passed on: ISA interrupts 0 to 15, then I/O APIC pins from 16.
     lines: u32,
+    /// Lines that an HPET timer's edge holds high.
+    held: u32,
     /// Per CPU: an interrupt waits.
     pending: Vec<bool>,
     /// End of the running slice: an event before it needs attention.
@@ -134,6 +136,7 @@ impl Pc {
             serial: SerialOutput::default(),
             latest: VirtualTime(0),
             lines: 0,
+            held: 0,
             pending,
             slice_end: VirtualTime(0),
             attention: false,
@@ -240,13 +243,14 @@ impl Pc {
         &mut self.serial
     }
 
-    pub(crate) fn lines(&self) -> u32 {
-        self.lines
+    /// Levels of the lines, and those that an edge holds.
+    pub(crate) fn lines(&self) -> (u32, u32) {
+        (self.lines, self.held)
     }
 
     /// After a restore: the levels that the restored controllers have seen.
-    pub(crate) fn set_lines(&mut self, lines: u32) {
-        self.lines = lines;
+    pub(crate) fn set_lines(&mut self, lines: (u32, u32)) {
+        (self.lines, self.held) = lines;
     }
 
     fn ask(&mut self, request: Request) {
