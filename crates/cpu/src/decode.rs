@@ -73,6 +73,10 @@ pub struct Decoded {
 pub fn decode(bytes: &[u8], rip: u64, size: CodeSize) -> Result<Instruction, DecodeError> {
     let mut decoder = Decoder::with_ip(size as u32, bytes, rip, DecoderOptions::NONE);
     let i = decoder.decode();
+    if i.code() == Code::Pause {
+        // With REX.B it isn't PAUSE but XCHG of EAX and R8D.
+        return Ok(Decoder::with_ip(size as u32, bytes, rip, DecoderOptions::NO_PAUSE).decode());
+    }
     if !i.is_invalid() {
         return Ok(i);
     }

@@ -11,7 +11,7 @@
 use crate::core::Core;
 use crate::decode::Form;
 use crate::op::{ExecFn, Flow, NO_REG, Op};
-use iced_x86::{Code, Mnemonic};
+use iced_x86::{Code, DecoderOptions, EncodingKind, Mnemonic};
 use std::sync::OnceLock;
 use umbra_arch::cpuid::Feature;
 use umbra_arch::{Bus, Fault};
@@ -137,9 +137,13 @@ impl Row {
         self.ends = Ends::Block;
         self
     }
-    /// Whether the row covers `code`.
+    /// Whether the row covers `code`. EVEX and XOP forms of a mnemonic are other instructions, and so are
+    /// those of processors that we don't decode for.
     pub fn covers(&self, code: Code) -> bool {
-        code.mnemonic() == self.mnemonic && self.only.is_none_or(|f| f(code))
+        let info = code.op_code();
+        let encoded = matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX);
+        let decoded = info.decoder_option() == DecoderOptions::NONE;
+        encoded && decoded && code.mnemonic() == self.mnemonic && self.only.is_none_or(|f| f(code))
     }
 }
 

@@ -11,6 +11,7 @@
 pub mod access;
 pub mod block;
 pub mod core;
+pub mod coverage;
 pub mod debug;
 pub mod decode;
 pub mod deliver;

@@ -28,6 +28,8 @@ mod form;
 mod host_op;
 mod integer;
 mod mmx;
+#[cfg(all(feature = "native", target_os = "linux"))]
+pub mod native;
 mod simd;
 mod stub;
 mod x87;

@@ -18,10 +18,17 @@ pub const ROWS: &[Row] = &[
     Row::new(M::Movsxd, "MOVSX/MOVSXD-Move With Sign-Extension", |f| convert::<Sign>(f)),
     Row::new(M::Bsf, "BSF-Bit Scan Forward", |f| convert::<Bsf>(f)).undefined(CF | OF | SF | AF | PF),
     Row::new(M::Bsr, "BSR-Bit Scan Reverse", |f| convert::<Bsr>(f)).undefined(CF | OF | SF | AF | PF),
-    Row::new(M::Tzcnt, "TZCNT-Count the Number of Trailing Zero Bits", |f| convert::<Tzcnt>(f))
-        .undefined(OF | SF | AF | PF),
-    Row::new(M::Lzcnt, "LZCNT-Count the Number of Leading Zero Bits", |f| convert::<Lzcnt>(f))
-        .undefined(OF | SF | AF | PF),
+    Row::new(M::Tzcnt, "TZCNT-Count the Number of Trailing Zero Bits", |f| match f.profile.has(Feature::Bmi1) {
+        true => convert::<Tzcnt>(f),
+        // The prefix means nothing to older processors.
+        false => convert::<Bsf>(f),
+    })
+    .undefined(OF | SF | AF | PF),
+    Row::new(M::Lzcnt, "LZCNT-Count the Number of Leading Zero Bits", |f| match f.profile.has(Feature::Lzcnt) {
+        true => convert::<Lzcnt>(f),
+        false => convert::<Bsr>(f),
+    })
+    .undefined(OF | SF | AF | PF),
     Row::new(M::Popcnt, "POPCNT-Return the Count of Number of Bits Set to 1", |f| convert::<Popcnt>(f))
         .needs(Feature::Popcnt),
     Row::new(M::Cbw, "CBW/CWDE/CDQE-Convert", |_| Some(|c, _, _| widen::<u16, u8>(c))),

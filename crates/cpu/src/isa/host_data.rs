@@ -54,7 +54,7 @@ pub fn select(form: &mut Form) -> Option<ExecFn> {
 
 fn pack(p: &Prepared, form: &Form) -> u64 {
     let flags = if p.flags_read || p.flags_written != 0 { USES_FLAGS } else { 0 };
-    let probes = if p.mxcsr || p.class == Class::X87 { PROBES } else { 0 };
+    let probes = if p.mxcsr || p.enters_mmx || p.class == Class::X87 { PROBES } else { 0 };
     let fop = if p.class == Class::X87 { x87_opcode(form) } else { 0 };
     let align = u64::from(p.mem_align.trailing_zeros());
     p.op.to_bits() | flags | probes | align << ALIGN_AT | fop << FOP_AT

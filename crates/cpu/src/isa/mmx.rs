@@ -19,6 +19,10 @@ pub const STATE_ROWS: &[Row] =
 
 fn emms(c: &mut Core, _: &mut dyn Bus, _: &Op) -> Flow {
     Mmx::ready(c)?;
-    c.s.fp.ftw = 0;
+    let fp = &mut c.s.fp;
+    fp.ftw = 0;
+    // TOP becomes 0; `st` is in stack order, and the registers themselves stay.
+    fp.st.rotate_right(usize::from(fp.fsw >> 11 & 7));
+    fp.fsw &= !0x3800;
     Ok(())
 }

@@ -214,6 +214,10 @@ fn selector_operand<const KIND: u8>(form: &mut Form) -> Option<ExecFn> {
         }),
         Loc::Mem => Some(|c, bus, op| {
             c.need_protected()?;
+            // Privilege is checked before the operand is read.
+            if KIND <= LTR && c.s.cpl != 0 {
+                return c.raise(Fault::GP0);
+            }
             let selector = c.load_operand::<u16>(bus, op)? as u16;
             with_selector::<KIND>(c, bus, selector)
         }),
@@ -320,8 +324,11 @@ fn arpl_reg(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
 fn arpl_mem(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     c.need_protected()?;
     let rpl = c.reg::<u16>(op.src);
-    let lin = c.linear(op, 2, AccessKind::Write)?;
-    let changed = c.modify::<u16, bool>(bus, op, lin, |_, old| adjusted(old, rpl))?;
+    // Written only if it changes: a read-only operand whose RPL suffices is no fault.
+    let (new, changed) = adjusted(c.load_operand::<u16>(bus, op)?, rpl);
+    if changed {
+        c.store_operand::<u16>(bus, op, new)?;
+    }
     c.flags.set_zf(changed);
     Ok(())
 }

@@ -151,6 +151,10 @@ fn pusha<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     let new = c.gpr[reg::RSP].wrapping_sub(8 * W::BYTES) & c.stack_mask;
     // Sixteen- or thirty-two-byte frames that wrap round the segment's end fault in the limit check.
     let lin = c.linear_at(op, Seg::Ss, new, 8 * W::BYTES, AccessKind::Write)?;
+    // #PF comes from the first of the eight pushes that can't be done, and none is done then.
+    for slot in (0..8).rev() {
+        c.probe_write(op, lin.wrapping_add(slot * W::BYTES), W::BYTES)?;
+    }
     c.write_bytes(bus, op, lin, &data[..8 * n])?;
     c.set_stack_pointer(new);
     Ok(())

@@ -1,0 +1,102 @@
+//! Where processors differ from each other, so that the host's answer is one of several right ones.
+
+use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind};
+use umbra_arch::fault::vector;
+use umbra_hostexec::native::{Mode, NativeFault, NativeState};
+
+type End = Result<(), NativeFault>;
+
+/// Whether `i` does different things on Intel's and on AMD's processors.
+pub fn differ(i: &Instruction, mode: Mode, bytes: &[u8]) -> bool {
+    // Intel's ignore the operand-size prefix of near branches in 64-bit mode.
+    let near = |k| matches!(i.op_kind(k), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64);
+    let branch = i.flow_control() == FlowControl::UnconditionalBranch
+        || (0..i.op_count()).any(near)
+        || matches!(i.mnemonic(), Mnemonic::Call | Mnemonic::Ret | Mnemonic::Jmp);
+    let short_branch = branch && mode == Mode::Bits64 && bytes[..bytes.len().min(4)].contains(&0x66);
+    // AMD's read 32 bits, although the destination has 16.
+    let wide_move = i.code() == Code::Movsxd_r16_rm16 && i.op1_kind() == OpKind::Memory;
+    // AMD's don't enter the MMX state if the operand is in memory.
+    let half_mmx = i.code() == Code::Cvtpi2ps_xmm_mmm64 && i.op1_kind() == OpKind::Memory;
+    // LOCK MOV CR0 is MOV CR8 on AMD's.
+    let locked_cr = i.has_lock_prefix() && i.mnemonic() == Mnemonic::Mov;
+    // REPNE and REPE override the condition of LOOPcc on some.
+    let looped = matches!(i.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne) && bytes.iter().any(|b| b & 0xfe == 0xf2);
+    locked_cr || looped || short_branch || wide_move || half_mmx
+}
+
+/// The same for some operands only.
+pub fn differ_with(i: &Instruction, s: &NativeState) -> bool {
+    // With an unmasked exception, the MMX state may have been entered or not.
+    let converts = matches!(
+        i.mnemonic(),
+        Mnemonic::Cvtpi2ps | Mnemonic::Cvttps2pi | Mnemonic::Cvttpd2pi | Mnemonic::Cvtps2pi | Mnemonic::Cvtpd2pi
+    );
+    // With a count of 0, the port's permission is checked or not.
+    let port = matches!(
+        i.mnemonic(),
+        Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd | Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd
+    );
+    let mask = if port { s.gpr[1] & 0xffff } else { 1 };
+    mask == 0 || converts && s.fp.mxcsr & 0x1f80 != 0x1f80
+}
+
+/// Several exceptions at once whose order isn't defined, or whether one of them exists.
+pub fn free(i: &Instruction, ours: &End, theirs: &End) -> bool {
+    // A byte-masked store may fault for bytes that it doesn't store.
+    let masked = matches!(i.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu);
+    if masked && (ours.is_err() || theirs.is_err()) {
+        return true;
+    }
+    let Err(ours) = ours else { return false };
+    // A stack segment's limit and a vector operand's alignment.
+    if ours.vector == vector::SS && theirs.is_err_and(|t| t.vector == vector::GP) && crate::compare::uses_fp(i.code()) {
+        return true;
+    }
+    match i.mnemonic() {
+        // Either operand may be read first.
+        Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq => theirs.is_err(),
+        // The pushes that were possible may have been done.
+        Mnemonic::Pusha | Mnemonic::Pushad => theirs.is_err_and(|t| t == *ours),
+        // The lower bound may decide before the upper one is read.
+        Mnemonic::Bound => theirs.is_err_and(|t| t.vector == vector::BR),
+        // Ten bytes may be read as eight and two, the latter at an offset that wraps round.
+        Mnemonic::Fbld | Mnemonic::Fbstp | Mnemonic::Fld | Mnemonic::Fstp => {
+            matches!(ours.vector, vector::GP | vector::SS)
+        }
+        // AMD's have one bit more in MXCSR.
+        Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr => ours.vector == vector::GP && theirs.is_ok(),
+        // A target that isn't canonical, and a stack that can't be written.
+        Mnemonic::Call => ours.vector == vector::GP && theirs.is_err_and(|t| t.vector == vector::PF),
+        // AMD's don't ask for alignment.
+        Mnemonic::Sha1rnds4
+        | Mnemonic::Sha1nexte
+        | Mnemonic::Sha1msg1
+        | Mnemonic::Sha1msg2
+        | Mnemonic::Sha256rnds2
+        | Mnemonic::Sha256msg1
+        | Mnemonic::Sha256msg2 => ours.vector == vector::GP,
+        _ => false,
+    }
+}
+
+/// Removes what an exception leaves open: with an unmasked SIMD exception, the flags of masked ones.
+pub fn even_out(i: &Instruction, theirs: &End, ours: &mut NativeState, native: &mut NativeState) {
+    if theirs.is_err_and(|t| t.vector == vector::XM) {
+        // Overflow and underflow may or may not report that the result was inexact, too.
+        let inexact = if native.fp.mxcsr & 0x18 != 0 { 0x20 } else { 0 };
+        // Products and sums of a dot product are checked one after the other.
+        let dot = matches!(i.mnemonic(), Mnemonic::Dpps | Mnemonic::Dppd | Mnemonic::Vdpps | Mnemonic::Vdppd);
+        let masked = if dot { 0x3f } else { native.fp.mxcsr >> 7 & 0x3f | inexact };
+        ours.fp.mxcsr &= !masked;
+        native.fp.mxcsr &= !masked;
+    }
+}
+
+/// A 32-bit push of a selector writes 16 bits on Intel's, 32 on AMD's: bytes above RSP that aren't compared.
+pub fn pushes_selector(i: &Instruction) -> bool {
+    matches!(
+        i.code(),
+        Code::Pushd_ES | Code::Pushd_CS | Code::Pushd_SS | Code::Pushd_DS | Code::Pushd_FS | Code::Pushd_GS
+    )
+}

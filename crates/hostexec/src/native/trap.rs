@@ -1,0 +1,314 @@
+//! Entering native code by returning from a signal, and leaving it by the next one.
+
+use super::{Ended, Mode, NativeFault, NativeState, SELECTOR_G, Until};
+use libc::{c_int, c_void, siginfo_t, ucontext_t};
+use std::cell::UnsafeCell;
+use std::io;
+use std::mem::{MaybeUninit, offset_of};
+use std::sync::atomic::{AtomicI32, Ordering};
+use umbra_arch::fpu::FpState;
+use umbra_arch::rflags;
+
+/// Signals that exceptions become.
+const SIGNALS: [c_int; 5] = [libc::SIGILL, libc::SIGTRAP, libc::SIGBUS, libc::SIGFPE, libc::SIGSEGV];
+const STACK_BYTES: usize = 1 << 17;
+/// Room for the kernel's extended-state image.
+const IMAGE_BYTES: usize = 1 << 14;
+
+const DB: i64 = 1;
+const BP: i64 = 3;
+const PF: i64 = 14;
+
+/// Offsets in the frame's extended state ("XSAVE-Managed State": standard format).
+const LEGACY_BYTES: usize = offset_of!(FpState, tail);
+const SOFTWARE: usize = 464;
+const XSTATE_BV: usize = 512;
+const YMM_HIGH: usize = 576;
+const YMM_BYTES: usize = 256;
+const MAGIC: u32 = 0x4650_5853;
+
+/// gregs index of each general register in encoding order.
+const GPR: [c_int; 16] = [
+    libc::REG_RAX,
+    libc::REG_RCX,
+    libc::REG_RDX,
+    libc::REG_RBX,
+    libc::REG_RSP,
+    libc::REG_RBP,
+    libc::REG_RSI,
+    libc::REG_RDI,
+    libc::REG_R8,
+    libc::REG_R9,
+    libc::REG_R10,
+    libc::REG_R11,
+    libc::REG_R12,
+    libc::REG_R13,
+    libc::REG_R14,
+    libc::REG_R15,
+];
+
+/// What goes in and out of the handler.
+struct Exchange {
+    inside: bool,
+    until: Until,
+    selectors: i64,
+    with_fp: bool,
+    state: MaybeUninit<NativeState>,
+    vector: i64,
+    error: i64,
+    cr2: i64,
+    registers: [i64; 23],
+    image: [u8; IMAGE_BYTES],
+    image_len: usize,
+}
+
+struct Shared(UnsafeCell<Exchange>);
+// SAFETY: only the owner of `Signals` (one per process, see `NativeCpu`) and the handler that interrupts it touch
+// the contents, the latter only on the thread that `THREAD` names.
+unsafe impl Sync for Shared {}
+
+static EXCHANGE: Shared = Shared(UnsafeCell::new(Exchange {
+    inside: false,
+    until: Until::Step,
+    selectors: 0,
+    with_fp: false,
+    state: MaybeUninit::uninit(),
+    vector: 0,
+    error: 0,
+    cr2: 0,
+    registers: [0; 23],
+    image: [0; IMAGE_BYTES],
+    image_len: 0,
+}));
+/// Thread that is in or about to enter native code; 0: none.
+static THREAD: AtomicI32 = AtomicI32::new(0);
+
+fn thread() -> i32 {
+    // SAFETY: gettid has no arguments and always succeeds.
+    unsafe { libc::syscall(libc::SYS_gettid) as i32 }
+}
+
+extern "C" fn handler(signal: c_int, _: *mut siginfo_t, context: *mut c_void) {
+    // The system clears DF and TF for handlers, but not AC.
+    // SAFETY: pushes and pops eight bytes, and changes a flag that compiled code doesn't expect to be set.
+    unsafe { std::arch::asm!("pushfq", "and qword ptr [rsp], {keep}", "popfq", keep = const !0x4_0000i32) };
+    if THREAD.load(Ordering::Relaxed) != thread() {
+        // Somebody's real fault: it happens again and has its default effect.
+        // SAFETY: restoring the default action is allowed in a handler.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        return;
+    }
+    // SAFETY: SA_SIGINFO handlers get a ucontext_t, whose fpregs is the frame's extended state; the exchange is
+    // ours as `THREAD` says, and the code that set it up waits in `exchange`.
+    unsafe {
+        let context = &mut *context.cast::<ucontext_t>();
+        let x = &mut *EXCHANGE.0.get();
+        let frame = context.uc_mcontext.fpregs.cast::<u8>();
+        if x.inside { x.leave(context, frame) } else { x.enter(context, frame) }
+    }
+}
+
+impl Exchange {
+    /// # Safety
+    /// `frame` is the context's extended state.
+    unsafe fn enter(&mut self, context: &mut ucontext_t, frame: *mut u8) {
+        let g = &mut context.uc_mcontext.gregs;
+        self.registers = *g;
+        // SAFETY: frame_len bytes are there (`frame` is the kernel's), and `image` has room.
+        unsafe {
+            self.image_len = frame_len(frame).min(IMAGE_BYTES);
+            frame.copy_to_nonoverlapping(self.image.as_mut_ptr(), self.image_len);
+        }
+        // SAFETY: `exchange` wrote the state before it raised the signal.
+        let state = unsafe { self.state.assume_init_ref() };
+        for (r, index) in GPR.into_iter().enumerate() {
+            g[index as usize] = state.gpr[r] as i64;
+        }
+        g[libc::REG_RIP as usize] = state.rip as i64;
+        let trap = if self.until == Until::Step { rflags::TF } else { 0 };
+        g[libc::REG_EFL as usize] = (state.rflags | rflags::FIXED | rflags::IF | trap) as i64;
+        g[libc::REG_CSGSFS as usize] = self.selectors;
+        if self.with_fp {
+            // SAFETY: as above.
+            unsafe { store_fp(&state.fp, frame, self.image_len) }
+        }
+        self.inside = true;
+    }
+
+    /// # Safety
+    /// `frame` is the context's extended state.
+    unsafe fn leave(&mut self, context: &mut ucontext_t, frame: *mut u8) {
+        let g = &mut context.uc_mcontext.gregs;
+        // SAFETY: `enter` used it.
+        let state = unsafe { self.state.assume_init_mut() };
+        for (r, index) in GPR.into_iter().enumerate() {
+            state.gpr[r] = g[index as usize] as u64;
+        }
+        state.rip = g[libc::REG_RIP as usize] as u64;
+        state.rflags = g[libc::REG_EFL as usize] as u64 & !(rflags::TF | rflags::RF);
+        self.vector = g[libc::REG_TRAPNO as usize];
+        self.error = g[libc::REG_ERR as usize];
+        self.cr2 = g[libc::REG_CR2 as usize];
+        if self.with_fp {
+            // SAFETY: the kernel's frame has the same size each time.
+            unsafe { load_fp(&mut state.fp, frame, self.image_len) }
+        }
+        g.copy_from_slice(&self.registers);
+        // SAFETY: as in `enter`.
+        unsafe { frame.copy_from_nonoverlapping(self.image.as_ptr(), self.image_len) };
+        self.inside = false;
+    }
+}
+
+/// # Safety
+/// `frame` is a signal frame's extended state, at least FXSAVE's 512 bytes.
+unsafe fn frame_len(frame: *const u8) -> usize {
+    // SAFETY: struct _fpx_sw_bytes lies in FXSAVE's software bytes: magic1, extended_size, xfeatures, xstate_size.
+    unsafe {
+        let software = frame.add(SOFTWARE);
+        if software.cast::<u32>().read_unaligned() != MAGIC {
+            return 512;
+        }
+        software.add(16).cast::<u32>().read_unaligned() as usize
+    }
+}
+
+/// # Safety
+/// `frame` has `len` bytes.
+unsafe fn store_fp(fp: &FpState, frame: *mut u8, len: usize) {
+    let raw = std::ptr::from_ref(fp).cast::<u8>();
+    // SAFETY: FpState has FXSAVE's layout followed by the upper halves; `len` covers what is written.
+    unsafe {
+        // MXCSR_MASK stays the host's.
+        raw.copy_to_nonoverlapping(frame, 28);
+        raw.add(32).copy_to_nonoverlapping(frame.add(32), LEGACY_BYTES - 32);
+        if len >= YMM_HIGH + YMM_BYTES {
+            let present = frame.add(XSTATE_BV).cast::<u64>();
+            present.write_unaligned(present.read_unaligned() | 7);
+            raw.add(512).copy_to_nonoverlapping(frame.add(YMM_HIGH), YMM_BYTES);
+        }
+    }
+}
+
+/// # Safety
+/// `frame` has `len` bytes.
+unsafe fn load_fp(fp: &mut FpState, frame: *const u8, len: usize) {
+    // SAFETY: as in `store_fp`.
+    unsafe {
+        let present = if len >= YMM_HIGH + YMM_BYTES { frame.add(XSTATE_BV).cast::<u64>().read_unaligned() } else { 3 };
+        let mask = fp.mxcsr_mask;
+        let raw = std::ptr::from_mut(fp).cast::<u8>();
+        frame.copy_to_nonoverlapping(raw, LEGACY_BYTES);
+        frame
+            .add(YMM_HIGH)
+            .copy_to_nonoverlapping(raw.add(512), if len >= YMM_HIGH + YMM_BYTES { YMM_BYTES } else { 0 });
+        fp.mxcsr_mask = mask;
+        // A component in its initial state needn't have been stored.
+        if present & 1 == 0 {
+            (fp.fcw, fp.fsw, fp.ftw, fp.fop, fp.fip, fp.fdp, fp.st) = (0x37f, 0, 0, 0, 0, 0, [[0; 2]; 8]);
+        }
+        if present & 2 == 0 {
+            fp.xmm = [[0; 2]; 16];
+        }
+        if present & 4 == 0 {
+            fp.ymm_high = [[0; 2]; 16];
+        }
+    }
+}
+
+/// The process's fault signals, taken and given back.
+pub(super) struct Signals {
+    old: Vec<(c_int, libc::sigaction)>,
+    old_stack: libc::stack_t,
+    thread: i32,
+    _stack: Vec<u8>,
+}
+
+impl Signals {
+    pub(super) fn take() -> io::Result<Self> {
+        let mut stack = vec![0u8; STACK_BYTES];
+        let new_stack = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: STACK_BYTES };
+        // SAFETY: plain C structures for which all zeroes are valid; the stack lives as long as `self`.
+        unsafe {
+            let mut old_stack: libc::stack_t = std::mem::zeroed();
+            if libc::sigaltstack(&new_stack, &mut old_stack) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let mut signals = Self { old: Vec::new(), old_stack, thread: thread(), _stack: stack };
+            for signal in SIGNALS {
+                let mut action: libc::sigaction = std::mem::zeroed();
+                action.sa_sigaction = handler as extern "C" fn(c_int, *mut siginfo_t, *mut c_void) as usize;
+                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+                let mut old: libc::sigaction = std::mem::zeroed();
+                if libc::sigaction(signal, &action, &mut old) != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                signals.old.push((signal, old));
+            }
+            Ok(signals)
+        }
+    }
+
+    /// # Safety
+    /// The code at `state.rip` must stay in user mode and store only into the window.
+    pub(super) unsafe fn exchange(
+        &mut self,
+        mode: Mode,
+        until: Until,
+        state: &mut NativeState,
+        with_fp: bool,
+    ) -> Ended {
+        assert_eq!(self.thread, thread(), "the signal stack is another thread's");
+        let (code, data) = (mode.code().selector, mode.data().selector);
+        let x = EXCHANGE.0.get();
+        // SAFETY: the process has one `NativeCpu`; the handler runs only inside the INT3 below, through which
+        // the instruction is executed and all registers and flags come back as they were.
+        unsafe {
+            (*x).inside = false;
+            (*x).until = until;
+            (*x).selectors = i64::from(code) | i64::from(SELECTOR_G) << 16 | i64::from(data) << 48;
+            (*x).with_fp = with_fp;
+            (*x).state.write(state.clone());
+            THREAD.store(self.thread, Ordering::SeqCst);
+            std::arch::asm!(
+                // Handlers can't give ID, NT and AC back: whatever native code set goes here.
+                "push 0x202",
+                "popfq",
+                "mov ds, {data:x}",
+                "mov es, {data:x}",
+                "mov gs, {gs:x}",
+                "int3",
+                data = in(reg) data,
+                gs = in(reg) SELECTOR_G,
+            );
+            THREAD.store(0, Ordering::SeqCst);
+            *state = (*x).state.assume_init_read();
+            let (vector, code, cr2) = ((*x).vector, (*x).error as u32, (*x).cr2 as u64);
+            match (vector, until) {
+                (DB, Until::Step) => Ended::Done,
+                (BP, Until::Breakpoint) => {
+                    state.rip = state.rip.wrapping_sub(1);
+                    Ended::Done
+                }
+                _ => {
+                    let address = if vector == PF { cr2 } else { 0 };
+                    Ended::Fault(NativeFault { vector: vector as u8, code, address })
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        // SAFETY: puts back what `take` found.
+        unsafe {
+            for (signal, old) in &self.old {
+                libc::sigaction(*signal, old, std::ptr::null_mut());
+            }
+            if self.thread == thread() {
+                libc::sigaltstack(&self.old_stack, std::ptr::null_mut());
+            }
+        }
+    }
+}
