@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use umbra_arch::VirtualTime;
 use umbra_arch::cpuid::{CpuidProfile, Feature};
 use umbra_devices::{
-    AcpiPm, DebugConsole, DebugExit, Device, Hpet, I8042, IoApic, Lapic, LapicConfig, PciBus, PicPair, Pit, Port92,
-    PortDevice, PostPort, PowerRequest, ResetControl, Rtc, TestDevice, Uart, uart,
+    AcpiPm, DebugConsole, DebugExit, Device, FwCfg, Hpet, I8042, IoApic, Lapic, LapicConfig, PciBus, PicPair, Pit,
+    Port92, PortDevice, PostPort, PowerRequest, ResetControl, Rtc, TestDevice, Uart, fw_cfg, uart,
 };
 
 /// Something that ends or restarts the guest.
@@ -64,6 +64,7 @@ pub(crate) struct Devices {
     pub(crate) debug_console: DebugConsole,
     pub(crate) post: PostPort,
     pub(crate) test: TestDevice,
+    pub(crate) fw_cfg: FwCfg,
     pub(crate) ioapic: IoApic,
     pub(crate) lapics: Vec<Lapic>,
 }
@@ -127,6 +128,7 @@ impl Pc {
             debug_console: DebugConsole::default(),
             post: PostPort::default(),
             test: TestDevice::default(),
+            fw_cfg: firmware_configuration(config),
             ioapic: IoApic::new(crate::acpi::IOAPIC_ID),
             lapics,
         };
@@ -270,6 +272,18 @@ impl Pc {
             });
         }
     }
+}
+
+/// What the firmware-configuration device tells. Its DMA isn't offered: port access does all.
+fn firmware_configuration(config: &PcConfig<'_>) -> FwCfg {
+    const PORT_INTERFACE: u32 = 1;
+    let mut fw_cfg = FwCfg::new();
+    fw_cfg.set_item(fw_cfg::key::ID, PORT_INTERFACE.to_le_bytes().to_vec());
+    fw_cfg.set_item(fw_cfg::key::RAM_SIZE, (config.ram.0 + config.ram.1).to_le_bytes().to_vec());
+    for key in [fw_cfg::key::CPUS, fw_cfg::key::MAX_CPUS] {
+        fw_cfg.set_item(key, (config.vcpus as u16).to_le_bytes().to_vec());
+    }
+    fw_cfg
 }
 
 fn lapic(id: u32, profile: &CpuidProfile) -> Lapic {

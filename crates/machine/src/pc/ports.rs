@@ -25,6 +25,7 @@ pub(super) enum Owner {
     DebugExit,
     DebugConsole,
     Test,
+    FwCfg,
     Nobody,
 }
 
@@ -42,6 +43,7 @@ pub(super) const fn owner(port: u16, width: AccessWidth) -> Owner {
         0xe9 => Owner::DebugConsole,
         0xf4..=0xf7 => Owner::DebugExit,
         0x3f8..=0x3ff => Owner::Com1,
+        0x510 | 0x511 | 0x514..=0x51b => Owner::FwCfg,
         0xb2 | 0xb3 | 0x600..=0x63f => Owner::AcpiPm,
         0xcf9 if matches!(width, AccessWidth::Byte) => Owner::ResetControl,
         0xcf8..=0xcff => Owner::Pci,
@@ -66,6 +68,7 @@ impl Pc {
             Owner::DebugExit => &mut devices.debug_exit,
             Owner::DebugConsole => &mut devices.debug_console,
             Owner::Test => &mut devices.test,
+            Owner::FwCfg => &mut devices.fw_cfg,
             Owner::Nobody => return None,
         })
     }
@@ -126,7 +129,7 @@ impl Pc {
                 let bytes = self.devices.debug_console.take_output();
                 self.serial.push_debug(&bytes);
             }
-            Owner::Pci | Owner::Post | Owner::Test | Owner::Nobody => {}
+            Owner::Pci | Owner::Post | Owner::Test | Owner::FwCfg | Owner::Nobody => {}
         }
     }
 
@@ -147,7 +150,7 @@ mod tests {
     /// The table above agrees with the devices' own lists, and no port has two owners in them.
     #[test]
     fn dispatch_agrees_with_the_devices() {
-        let lists: [(Owner, &[u16]); 12] = [
+        let lists: [(Owner, &[u16]); 13] = [
             (Owner::Pic, PicPair::PORTS),
             (Owner::Pit, Pit::PORTS),
             (Owner::Keyboard, I8042::PORTS),
@@ -160,6 +163,7 @@ mod tests {
             (Owner::DebugExit, DebugExit::PORTS),
             (Owner::DebugConsole, DebugConsole::PORTS),
             (Owner::Test, TestDevice::PORTS),
+            (Owner::FwCfg, FwCfg::PORTS),
         ];
         for (expected, ports) in lists {
             for &port in ports {
