@@ -35,7 +35,8 @@ pub struct ConsoleHost {
     quiet: bool,
     /// The last bytes sent.
     sent: VecDeque<u8>,
-    _raw: Option<RawTerminal>,
+    /// Restores the terminal when it is dropped.
+    raw: Option<RawTerminal>,
 }
 
 impl ConsoleHost {
@@ -62,7 +63,7 @@ impl ConsoleHost {
             stop: None,
             quiet: args.json,
             sent: VecDeque::new(),
-            _raw: raw,
+            raw,
         })
     }
 
@@ -79,6 +80,15 @@ impl ConsoleHost {
                 std::thread::sleep(limit);
                 false
             }
+        }
+    }
+}
+
+impl Drop for ConsoleHost {
+    /// What we say next starts on a line of its own.
+    fn drop(&mut self) {
+        if self.raw.is_some() && self.sent.back().is_some_and(|&byte| byte != b'\n') {
+            eprint!("\r\n");
         }
     }
 }
