@@ -83,6 +83,18 @@ pub trait Bus {
     fn interrupt_acknowledge(&mut self, now: VirtualTime) -> Option<u8>;
     /// Takes a waiting NMI, if there is one.
     fn take_nmi(&mut self) -> bool;
+    /// The time that RDTSC shows at `now`: no earlier than any that another CPU has been shown.
+    fn shared_time(&mut self, now: VirtualTime) -> VirtualTime {
+        now
+    }
+    /// The guest moved its TSC: it is `offset` ahead of virtual time now (modulo 2^64).
+    fn tsc_moved(&mut self, _now: VirtualTime, _offset: u64) -> Reply<()> {
+        Reply::quiet(())
+    }
+    /// PAUSE: this CPU probably waits for another.
+    fn pause(&mut self, _now: VirtualTime) -> Reply<()> {
+        Reply::quiet(())
+    }
     /// Whether A20 is enabled; physical bit 20 is masked where it is not.
     fn a20(&self) -> bool {
         true

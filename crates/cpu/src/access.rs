@@ -199,7 +199,7 @@ impl Core {
         let first = self.mmu.translate(Gva::new(lin), access);
         let first = self.check(first)?;
         // The walk may have set A or D bits on a page that holds code.
-        self.break_block |= self.mem.journal_pending();
+        self.break_block |= self.mmu.watcher().is_pending();
         let room = PAGE_SIZE - (lin & (PAGE_SIZE - 1));
         if bytes <= room {
             return Ok(Place::One(first));
@@ -283,6 +283,10 @@ impl Core {
     fn stored(&mut self, off: RamOffset, t: Translation, len: u32) {
         self.mem.note_store(off, u64::from(len));
         let flags = self.mem.page_flags(off);
+        if !flags.intersects(PageFlags::REPORTED) {
+            return;
+        }
+        self.mmu.watcher().stored(t.gpa, off, len);
         if flags.contains(PageFlags::WATCHED) {
             self.mmu.table_written(t.gpa, len);
         }

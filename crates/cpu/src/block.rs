@@ -246,7 +246,7 @@ impl BlockCache {
         if empty {
             self.pages.remove(&page);
             c.code_lines.remove(&page);
-            c.mem.clear_flags(RamOffset::new(page << 12), PageFlags::CODE);
+            c.mmu.watcher().release(RamOffset::new(page << 12), PageFlags::CODE);
             return;
         }
         let mut lines = 0;
@@ -283,8 +283,7 @@ fn mark_code(c: &mut Core, offset: u64, len: u32) {
     }
     *c.code_lines.entry(offset >> 12).or_insert(0) |= line_mask(offset, len);
     let off = RamOffset::new(offset);
-    if !c.mem.page_flags(off).contains(PageFlags::CODE) {
-        c.mem.set_flags(off, PageFlags::CODE);
+    if c.mmu.watcher().claim(off, PageFlags::CODE) {
         c.mmu.code_page_changed(off);
     }
 }

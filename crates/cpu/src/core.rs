@@ -1,15 +1,15 @@
 //! [`Core`]: one virtual CPU's registers in the form the engine works on, with its MMU and memory.
 
 use crate::flags::Flags;
-use crate::op::Stop;
+use crate::op::{Op, Stop};
 use std::sync::Arc;
 use umbra_arch::control::{CodeContext, ControlLimits, ControlRegs, Effects};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::segment::Seg;
 use umbra_arch::state::{Activity, Shadow};
-use umbra_arch::{CpuState, Exit, Fault, VirtualTime, rflags};
+use umbra_arch::{Bus, CpuState, Exit, Fault, VirtualTime, rflags};
 use umbra_hostexec::HostExec;
-use umbra_memory::GuestMemory;
+use umbra_memory::{GuestMemory, MemoryError, Watcher};
 use umbra_mmu::{Mmu, MmuOptions};
 
 /// What makes an engine impossible to build on this host.
@@ -18,6 +18,9 @@ pub enum EngineError {
     /// The SIMD executor can't get executable memory.
     #[error(transparent)]
     HostExec(#[from] umbra_hostexec::HostExecError),
+    /// Too many engines on one memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
 }
 
 /// Choices of an engine that no guest can see.
@@ -109,7 +112,7 @@ impl Core {
     /// A CPU after reset.
     ///
     /// # Errors
-    /// When the host can't give executable memory for SIMD stubs.
+    /// When the host can't give executable memory for SIMD stubs, or the memory has too many engines.
     pub fn new(
         mem: Arc<GuestMemory>,
         profile: &CpuidProfile,
@@ -146,7 +149,7 @@ impl Core {
             apic_id,
             cpus: 1,
             random: 0x9e37_79b9_7f4a_7c15,
-            mmu: Mmu::new(mem.clone(), limits, options.mmu),
+            mmu: Mmu::watching(Watcher::register(mem.clone())?, limits, options.mmu),
             host: HostExec::new()?,
             mem,
             code_lines: hashbrown::HashMap::new(),
@@ -232,12 +235,19 @@ impl Core {
         now.0.wrapping_add(self.s.msr.tsc_offset)
     }
 
+    /// The TSC as operation `op` reads it: all CPUs see it grow.
+    #[inline]
+    pub fn read_tsc(&self, bus: &mut dyn Bus, op: &Op) -> u64 {
+        let now = self.now(op.prefix);
+        self.tsc(if self.cpus > 1 { bus.shared_time(now) } else { now })
+    }
+
     /// Takes the cost and the attention request of a Bus reply.
     #[inline]
     pub fn settle<T>(&mut self, reply: umbra_arch::Reply<T>) -> T {
         self.extra_cost += u64::from(reply.cost);
         // A device may have written to memory.
-        if reply.attention || reply.cost != 0 || self.mem.journal_pending() {
+        if reply.attention || reply.cost != 0 || self.mmu.watcher().is_pending() {
             self.attention |= reply.attention;
             self.break_block = true;
         }

@@ -10,8 +10,8 @@ use crate::op::Stop;
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::state::{Activity, Shadow};
-use umbra_arch::{Bus, CpuState, Exit, Slice, Stopped, Vcpu, VirtualTime, rflags};
-use umbra_memory::{Backing, GuestMemory, PageFlags};
+use umbra_arch::{Bus, CpuState, Exit, Gpa, Slice, Stopped, Vcpu, VirtualTime, rflags};
+use umbra_memory::{Backing, Change, GuestMemory, PageFlags};
 
 /// The reference engine.
 pub struct Interpreter {
@@ -47,6 +47,11 @@ impl Interpreter {
         &self.core
     }
 
+    /// Number of CPUs in the machine, for CPUID's topology and for clocks that have to agree.
+    pub fn set_cpus(&mut self, cpus: u32) {
+        self.core.cpus = cpus.max(1);
+    }
+
     /// Seeds the deterministic RDRAND/RDSEED generator.
     pub fn set_random_seed(&mut self, seed: u64) {
         self.core.random = seed;
@@ -54,8 +59,8 @@ impl Interpreter {
 
     fn run_until(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Exit {
         loop {
-            if self.core.mem.journal_pending() {
-                self.drain_journal();
+            if self.core.mmu.watcher().is_pending() {
+                self.memory_changed();
             }
             if self.core.check_events
                 && let Some(exit) = self.events(bus)
@@ -235,22 +240,29 @@ impl Interpreter {
         None
     }
 
-    /// Writes by devices, the host and the MMU's walker to code and table pages.
+    /// Drops what became stale by writes of devices, the host, other CPUs and the MMU's own walker.
     #[cold]
-    fn drain_journal(&mut self) {
-        for (gpa, len) in self.core.mem.take_journal() {
-            if len == 0 {
-                self.cache.clear(&mut self.core);
-                continue;
+    fn memory_changed(&mut self) {
+        for change in self.core.mmu.watcher().take_changes() {
+            match change {
+                Change::Written { gpa, bytes } => self.written(gpa, bytes),
+                Change::Flagged(_) => self.core.mmu.memory_changed(change),
+                Change::Everything => {
+                    self.cache.clear(&mut self.core);
+                    self.core.mmu.memory_changed(change);
+                }
             }
-            let Backing::Ram(offset) = self.core.mem.map(gpa.page()).at(gpa.offset()) else { continue };
-            let flags = self.core.mem.page_flags(offset);
-            if flags.contains(PageFlags::WATCHED) {
-                self.core.mmu.table_written(gpa, len);
-            }
-            if flags.contains(PageFlags::CODE) {
-                self.cache.invalidate(&mut self.core, offset.raw(), len);
-            }
+        }
+    }
+
+    fn written(&mut self, gpa: Gpa, bytes: u32) {
+        let Backing::Ram(offset) = self.core.mem.map(gpa.page()).at(gpa.offset()) else { return };
+        let flags = self.core.mem.page_flags(offset);
+        if flags.contains(PageFlags::WATCHED) {
+            self.core.mmu.table_written(gpa, bytes);
+        }
+        if flags.contains(PageFlags::CODE) {
+            self.cache.invalidate(&mut self.core, offset.raw(), bytes);
         }
     }
 }

@@ -21,7 +21,7 @@ impl Core {
         }
         let m = &self.s.msr;
         Ok(match number {
-            IA32_TSC => self.tsc(self.now(op.prefix)),
+            IA32_TSC => self.read_tsc(bus, op),
             IA32_TSC_ADJUST if self.profile.has(Feature::TscAdjust) => m.tsc_adjust,
             IA32_PLATFORM_ID | IA32_MCG_CAP | IA32_MCG_STATUS => 0,
             IA32_BIOS_SIGN_ID => m.bios_sign_id,
@@ -68,11 +68,11 @@ impl Core {
         }
         match number {
             IA32_TSC => {
-                let offset = value.wrapping_sub(self.now(op.prefix).0);
-                self.move_tsc(offset.wrapping_sub(self.s.msr.tsc_offset));
+                let by = value.wrapping_sub(self.read_tsc(bus, op));
+                self.move_tsc(bus, op, by);
             }
             IA32_TSC_ADJUST if self.profile.has(Feature::TscAdjust) => {
-                self.move_tsc(value.wrapping_sub(self.s.msr.tsc_adjust));
+                self.move_tsc(bus, op, value.wrapping_sub(self.s.msr.tsc_adjust));
             }
             IA32_EFER => {
                 let effects = self.control_regs().write_efer(value, &self.limits);
@@ -154,10 +154,13 @@ impl Core {
     }
 
     /// "IA32_TSC_ADJUST Register Support": a write to the TSC moves TSC_ADJUST and the reverse.
-    fn move_tsc(&mut self, by: u64) {
+    fn move_tsc(&mut self, bus: &mut dyn Bus, op: &Op, by: u64) {
         let m = &mut self.s.msr;
         m.tsc_offset = m.tsc_offset.wrapping_add(by);
         m.tsc_adjust = m.tsc_adjust.wrapping_add(by);
+        let offset = m.tsc_offset;
+        let reply = bus.tsc_moved(self.now(op.prefix), offset);
+        self.settle(reply);
     }
 
     /// AMD's first four performance counters and their selectors, which software clears without asking CPUID.

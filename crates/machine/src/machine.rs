@@ -8,12 +8,15 @@ use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
-use umbra_arch::state::reg;
-use umbra_arch::{Gpa, Vcpu, VirtualTime};
+use umbra_arch::state::{Activity, reg};
+use umbra_arch::{CpuState, Gpa, Vcpu, VirtualTime};
 use umbra_memory::{GuestMemory, MemoryError};
 
 /// Smallest RAM a PC can have here: conventional memory, the BIOS area and a first piece of extended memory.
 pub const MIN_RAM: u64 = 2 << 20;
+
+/// Most CPUs of a machine.
+pub const MAX_VCPUS: usize = 32;
 
 /// BIOS data area: segment of the extended area, and kibibytes of conventional memory.
 const BDA_EXTENDED_SEGMENT: Gpa = Gpa::new(0x40e);
@@ -26,7 +29,7 @@ pub enum MachineError {
     #[error("{0} bytes of guest RAM are too few: give at least 2M with -m")]
     TooLittleRam(u64),
     /// A number of CPUs we can't run.
-    #[error("{0} virtual CPUs are not supported: use 1")]
+    #[error("{0} virtual CPUs are not supported: use 1 to {MAX_VCPUS}")]
     VcpuCount(usize),
     /// The memory crate refused.
     #[error(transparent)]
@@ -98,14 +101,24 @@ pub fn map_of(memory: &GuestMemory) -> MemoryMap {
     MemoryMap::of_ram(&ram)
 }
 
+/// A CPU after power-on: all but the first wait for a start-up IPI.
+fn powered_on<V: Vcpu>(index: usize, mut engine: V) -> Cpu<V> {
+    let mut rest = Rest::Running;
+    if index > 0 {
+        rest = Rest::WaitForSipi;
+        engine.set_state(&CpuState { activity: Activity::WaitForSipi, ..engine.state() });
+    }
+    Cpu { engine, time: VirtualTime(0), rest, retired_offset: 0 }
+}
+
 impl<V: Vcpu> Machine<V> {
     /// A machine after power-on, with its tables in the BIOS area. `engines` are its CPUs in the order
     /// of their APIC ids, made for the same `memory` and profile.
     ///
     /// # Errors
-    /// [`MachineError::VcpuCount`] for anything but one CPU; several come with the SMP scheduler's tests.
+    /// [`MachineError::VcpuCount`] for no CPU or more than [`MAX_VCPUS`].
     pub fn new(memory: Arc<GuestMemory>, config: &MachineConfig, engines: Vec<V>) -> Result<Self, MachineError> {
-        if engines.len() != 1 {
+        if !(1..=MAX_VCPUS).contains(&engines.len()) {
             return Err(MachineError::VcpuCount(engines.len()));
         }
         let map = map_of(&memory);
@@ -118,12 +131,11 @@ impl<V: Vcpu> Machine<V> {
         memory.write(tables.rsdp, &tables.bytes);
         memory.write(BDA_EXTENDED_SEGMENT, &((CONVENTIONAL_END >> 4) as u16).to_le_bytes());
         memory.write(BDA_MEMORY_KIB, &((CONVENTIONAL_END >> 10) as u16).to_le_bytes());
-        let cpu = |engine| Cpu { engine, time: VirtualTime(0), rest: Rest::Running, retired_offset: 0 };
         Ok(Self {
             memory,
             map,
             pc: Pc::new(&pc_config),
-            cpus: engines.into_iter().map(cpu).collect(),
+            cpus: engines.into_iter().enumerate().map(|(index, engine)| powered_on(index, engine)).collect(),
             profile: config.profile.clone(),
             rsdp: tables.rsdp,
             now: VirtualTime(0),
@@ -180,6 +192,11 @@ impl<V: Vcpu> Machine<V> {
     /// The engine of one CPU, for its counters and its state.
     pub fn vcpu(&self, index: usize) -> Option<&V> {
         self.cpus.get(index).map(|cpu| &cpu.engine)
+    }
+
+    /// All CPUs' engines, in the order of their APIC ids.
+    pub fn vcpus(&self) -> impl Iterator<Item = &V> {
+        self.cpus.iter().map(|cpu| &cpu.engine)
     }
 
     /// The PC's devices and agenda.

@@ -39,7 +39,9 @@ pub trait Host {
 }
 
 impl<V: Vcpu> Machine<V> {
-    /// Runs until something ends it. `limit` is a virtual time, for tests and snapshots.
+    /// Runs until something ends it. `limit` is a virtual time, for tests and snapshots: one CPU stops
+    /// there exactly, several at the first change of turns at or after it, so that stopping and going
+    /// on changes nothing in what they see of each other.
     pub fn run(&mut self, host: &mut dyn Host, limit: Option<VirtualTime>) -> End {
         if host.has_input() {
             self.pc.schedule_host_input(Some(self.now.plus(INPUT_NS)));
@@ -111,7 +113,7 @@ impl<V: Vcpu> Machine<V> {
         let cpu = &mut self.cpus[index];
         if cpu.rest != Rest::Running {
             cpu.rest = Rest::Running;
-            cpu.time = cpu.time.max(self.now);
+            cpu.time = cpu.time.max(self.now).max(self.pc.latest);
         }
         let start = cpu.time;
         if limit.is_some_and(|limit| start >= limit) {
@@ -124,17 +126,32 @@ impl<V: Vcpu> Machine<V> {
         }
         self.now = self.now.max(start);
         let until = self.slice_end(index, start, limit);
+        let has_rivals = self.rivals(index).next().is_some();
+        self.pc.set_rivals(has_rivals);
         let stopped = self.cpus[index].engine.run(&mut self.pc.bus(index, until), Slice { now: start, until });
         let now = stopped.now.max(start);
-        self.cpus[index].time = now;
+        self.cpus[index].time = if self.pc.take_yield() { self.after_pause(index, now) } else { now };
         host.pace(now, false);
         self.after(index, stopped.exit)
     }
 
     fn slice_end(&self, index: usize, start: VirtualTime, limit: Option<VirtualTime>) -> VirtualTime {
-        let others = self.cpus.iter().enumerate().filter(|&(i, cpu)| i != index && cpu.rest == Rest::Running);
-        let turn = others.map(|(_, cpu)| cpu.time.max(start).plus(TURN_NS)).min();
+        let turn = self.rivals(index).map(|time| time.max(start).plus(TURN_NS)).min();
+        let limit = limit.filter(|_| self.cpus.len() == 1);
         [Some(start.plus(SLICE_NS)), self.pc.next_event(), limit, turn].into_iter().flatten().min().unwrap_or(start)
+    }
+
+    /// The times of the other CPUs that run.
+    fn rivals(&self, index: usize) -> impl Iterator<Item = VirtualTime> + '_ {
+        let running = move |&(i, cpu): &(usize, &Cpu<V>)| i != index && cpu.rest == Rest::Running;
+        self.cpus.iter().enumerate().filter(running).map(|(_, cpu)| cpu.time)
+    }
+
+    /// A CPU that paused at `now` waits for the earliest other one, but never past an event.
+    fn after_pause(&self, index: usize, now: VirtualTime) -> VirtualTime {
+        let other = self.rivals(index).min().unwrap_or(now);
+        let event = self.pc.next_event().unwrap_or(other);
+        now.max(other.min(event))
     }
 
     /// Lets the events up to `now` happen, the host's input among them.
@@ -217,11 +234,12 @@ impl<V: Vcpu> Machine<V> {
             match signal {
                 CpuSignal::Init => {
                     cpu.rest = if index == 0 { Rest::Running } else { Rest::WaitForSipi };
+                    cpu.time = cpu.time.max(self.pc.latest);
                     cpu.engine.set_state(&after_init(&old, signature, index == 0));
                 }
                 CpuSignal::StartUp(page) if cpu.rest == Rest::WaitForSipi => {
                     cpu.rest = Rest::Running;
-                    cpu.time = cpu.time.max(self.now);
+                    cpu.time = cpu.time.max(self.now).max(self.pc.latest);
                     cpu.engine.set_state(&after_startup(old, page));
                 }
                 CpuSignal::StartUp(_) => {}

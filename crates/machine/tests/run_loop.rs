@@ -265,11 +265,14 @@ fn typed_bytes_arrive_in_order_and_none_is_lost() {
 }
 
 #[test]
-fn one_cpu_for_now() {
+fn impossible_machines_are_refused() {
     let profile = CpuidProfile::named("umbra-v2").unwrap();
     let memory = guest_memory(4 << 20).unwrap();
     let config = MachineConfig { profile, rtc_start: 0 };
-    let error = Machine::<Script>::new(memory, &config, Vec::new()).unwrap_err();
-    assert!(error.to_string().contains("use 1"), "{error}");
+    for count in [0, 33] {
+        let engines = (0..count).map(|_| Script::new(&[])).collect();
+        let error = Machine::<Script>::new(Arc::clone(&memory), &config, engines).unwrap_err();
+        assert!(error.to_string().contains("use 1 to 32"), "{error}");
+    }
     assert!(guest_memory(1 << 20).unwrap_err().to_string().contains("-m"));
 }

@@ -32,4 +32,7 @@ pub enum MemoryError {
         /// Bytes left.
         left: u64,
     },
+    /// Engines watch the memory they run on.
+    #[error("more than {0} virtual CPUs on one memory: use fewer")]
+    TooManyWatchers(usize),
 }

@@ -33,6 +33,11 @@ impl PageFlags {
     pub const fn union(self, other: PageFlags) -> PageFlags {
         PageFlags(self.0 | other.0)
     }
+    /// The flags in both sets.
+    #[inline(always)]
+    pub const fn intersection(self, other: PageFlags) -> PageFlags {
+        PageFlags(self.0 & other.0)
+    }
     /// Stores to such a page must be reported to the engine and the MMU.
     pub const REPORTED: PageFlags = PageFlags::CODE.union(PageFlags::WATCHED);
 }

@@ -2,8 +2,8 @@
 
 use crate::flags::FlagTable;
 use crate::host::HostMapping;
-use crate::journal::Journal;
 use crate::layout::{Layout, PlainRam, Region};
+use crate::watcher::Watchers;
 use crate::{Backing, MemoryError, PageFlags, RamOffset, Scalar};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{PoisonError, RwLock};
@@ -24,7 +24,7 @@ pub struct GuestMemory {
     is_plain: AtomicBool,
     layout: RwLock<Layout>,
     flags: FlagTable,
-    journal: Journal,
+    pub(crate) watchers: Watchers,
     generation: AtomicU64,
     extra_used: AtomicU64,
 }
@@ -47,7 +47,7 @@ impl GuestMemory {
             plain,
             is_plain: AtomicBool::new(true),
             layout: RwLock::new(Layout::new(&plain)),
-            journal: Journal::default(),
+            watchers: Watchers::default(),
             generation: AtomicU64::new(0),
             extra_used: AtomicU64::new(0),
         })
@@ -133,10 +133,9 @@ impl GuestMemory {
         Ok(removed)
     }
 
-    /// An empty journal entry makes the engine look at the generation before it continues.
     fn map_changed(&self) {
         self.generation.fetch_add(1, Relaxed);
-        self.journal.push(Gpa::new(0), 0);
+        self.watchers.map_changed();
     }
 
     /// What lies behind a physical page; offsets are the page's first byte's.
@@ -192,7 +191,8 @@ impl GuestMemory {
         self.flags.get(off)
     }
 
-    /// Sets flags of the page that holds `off`.
+    /// Sets flags of the page that holds `off`. CODE and WATCHED are a [`Watcher`](crate::Watcher)'s to
+    /// claim, unless there is only one.
     pub fn set_flags(&self, off: RamOffset, flags: PageFlags) {
         self.flags.set(off, flags);
     }
@@ -220,34 +220,6 @@ impl GuestMemory {
         }
     }
 
-    /// Enters a store by somebody other than the running instruction into the journal, if the page
-    /// has a flag that asks for it.
-    pub fn report_store(&self, gpa: Gpa, off: RamOffset, bytes: u32) {
-        if self.flags.get(off).intersects(PageFlags::REPORTED) {
-            self.journal.push(gpa, bytes);
-        }
-    }
-
-    /// As [`report_store`](Self::report_store), for the MMU's own updates of accessed and dirty bits,
-    /// which only CODE pages need to know of.
-    pub fn report_code_store(&self, gpa: Gpa, off: RamOffset, bytes: u32) {
-        if self.flags.get(off).intersects(PageFlags::CODE) {
-            self.journal.push(gpa, bytes);
-        }
-    }
-
-    /// Whether [`take_journal`](Self::take_journal) would give anything.
-    #[inline(always)]
-    pub fn journal_pending(&self) -> bool {
-        self.journal.pending()
-    }
-
-    /// The writes by devices and the host to CODE and WATCHED pages since the last call, in order.
-    /// An entry of 0 bytes says that the map of regions changed.
-    pub fn take_journal(&self) -> Vec<(Gpa, u32)> {
-        self.journal.take()
-    }
-
     /// Reads by physical address, any length; absent memory reads as 0xff.
     pub fn read(&self, gpa: Gpa, into: &mut [u8]) {
         for (at, chunk) in pages_of(gpa, into.len()) {
@@ -259,15 +231,15 @@ impl GuestMemory {
         }
     }
 
-    /// Writes by physical address, any length: marks pages dirty and enters writes to CODE and WATCHED
-    /// pages into the journal. Writes to ROM and absent memory vanish.
+    /// Writes by physical address, any length: marks pages dirty and tells the watchers of CODE and WATCHED
+    /// pages. Writes to ROM and absent memory vanish.
     pub fn write(&self, gpa: Gpa, from: &[u8]) {
         for (at, chunk) in pages_of(gpa, from.len()) {
             let piece = &from[chunk];
             if let Backing::Ram(off) = self.map(at.page()).at(at.offset()) {
                 self.host.store_bytes(off, piece);
                 self.mark_dirty(off);
-                self.report_store(at, off, piece.len() as u32);
+                self.watchers.written(off, self.flags.get(off), at, piece.len() as u32);
             }
         }
     }

@@ -13,10 +13,13 @@ mod journal;
 mod layout;
 mod offset;
 mod scalar;
+mod watcher;
 
 pub use error::MemoryError;
 pub use flags::PageFlags;
 pub use guest::GuestMemory;
+pub use journal::Change;
 pub use layout::{HOLE_END, HOLE_START, LOW_RAM_END};
 pub use offset::{Backing, RamOffset};
 pub use scalar::Scalar;
+pub use watcher::Watcher;

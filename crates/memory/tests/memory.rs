@@ -1,8 +1,9 @@
 //! Guest memory: layout, flags, journal, regions, scalars against plain bytes.
 
 use proptest::prelude::*;
+use std::sync::Arc;
 use umbra_arch::{Gpa, GpaPage};
-use umbra_memory::{Backing, GuestMemory, MemoryError, PageFlags, RamOffset};
+use umbra_memory::{Backing, Change, GuestMemory, MemoryError, PageFlags, RamOffset, Watcher};
 
 const MIB: u64 = 1 << 20;
 
@@ -69,14 +70,14 @@ fn outside_the_mapping_nothing_happens() {
 
 #[test]
 fn rom_is_read_only_and_hides_ram() {
-    let mem = memory(16 * MIB);
+    let mem = Arc::new(memory(16 * MIB));
     let generation = mem.generation();
     let image: Vec<u8> = (0..5000u32).map(|i| i as u8).collect();
     mem.add_rom(Gpa::new(0xfffe_0000), &image).expect("room");
     mem.write(Gpa::new(0xf_0000), b"below");
     mem.add_rom(Gpa::new(0xf_0000), &image).expect("room");
     assert_ne!(mem.generation(), generation);
-    assert!(mem.journal_pending(), "the engine looks at the generation");
+    assert_eq!(Watcher::sole(Arc::clone(&mem)).take_changes(), [Change::Everything]);
     for base in [0xfffe_0000, 0xf_0000] {
         let mut bytes = vec![0; 5000];
         mem.write(Gpa::new(base), b"xyz");
@@ -112,15 +113,16 @@ fn regions_come_and_go() {
 
 #[test]
 fn journal_has_each_flagged_page_once_a_write() {
-    let mem = memory(4 * MIB);
+    let mem = Arc::new(memory(4 * MIB));
     for (page, flag) in [(0x101, PageFlags::CODE), (0x102, PageFlags::WATCHED), (0x104, PageFlags::DIRTY)] {
         mem.set_flags(RamOffset::new(page << 12), flag);
     }
     mem.write(Gpa::new(0x10_0ffc), &[1; 0x5000]);
-    assert!(mem.journal_pending());
-    let expected = [(Gpa::new(0x10_1000), 4096), (Gpa::new(0x10_2000), 4096)];
-    assert_eq!(mem.take_journal(), expected);
-    assert!(!mem.journal_pending() && mem.take_journal().is_empty());
+    let watcher = Watcher::sole(Arc::clone(&mem));
+    assert!(watcher.is_pending());
+    let written = |gpa| Change::Written { gpa: Gpa::new(gpa), bytes: 4096 };
+    assert_eq!(watcher.take_changes(), [written(0x10_1000), written(0x10_2000)]);
+    assert!(!watcher.is_pending() && watcher.take_changes().is_empty());
     let dirty: Vec<u64> = mem.pages_with(PageFlags::DIRTY).map(|off| off.raw() >> 12).collect();
     assert_eq!(dirty, [0x100, 0x101, 0x102, 0x103, 0x104, 0x105]);
     mem.clear_flags(RamOffset::new(0x10_1000), PageFlags::DIRTY);

@@ -47,7 +47,9 @@ impl Mmu {
     fn audit_page(&self, index: u32) -> Result<(), String> {
         let page = self.shadow.page(index);
         let name = || format!("shadow page of {:?} {:?}", page.table, page.role);
-        if !self.mem.page_flags(page.off).contains(PageFlags::WATCHED) {
+        if !self.mem.page_flags(page.off).contains(PageFlags::WATCHED)
+            || !self.watcher.has_claimed(page.off, PageFlags::WATCHED)
+        {
             return Err(format!("{} is not watched", name()));
         }
         if self.mem.map(page.table).readable() != Some(page.off) {
@@ -99,7 +101,7 @@ impl Mmu {
     ) -> Result<(), String> {
         let view = view_of(column);
         let access = Access::explicit(kind, if view.user { 3 } else { 0 });
-        let mut tables = MemoryTables { mem: &self.mem, reads: 0 };
+        let mut tables = MemoryTables { watcher: &self.watcher, reads: 0 };
         let walked = walk::look(&mut tables, &root.regime, Gva::new(page), access, &view)
             .map_err(|fault| format!("a walk gives {fault}"))?;
         let backing = self.mem.map(walked.gpa.page());

@@ -101,7 +101,7 @@ impl Mmu {
     fn translate_by_walk(&mut self, gva: Gva, access: Access) -> Result<Translation, Fault> {
         let Some(root) = self.roots.slots[self.current].as_ref() else { return Err(Fault::GP0) };
         let regime = root.regime;
-        let mut tables = MemoryTables { mem: &self.mem, reads: 0 };
+        let mut tables = MemoryTables { watcher: &self.watcher, reads: 0 };
         let walked = walk::walk(&mut tables, &regime, gva, access, &self.view);
         self.stats.entries_read += tables.reads;
         self.stats.walks += 1;
@@ -196,8 +196,9 @@ impl Mmu {
         }
         self.stats.pages_allocated += 1;
         let index = self.shadow.allocate(off, table, step.role);
-        self.mem.set_flags(off, PageFlags::WATCHED);
-        self.drop_write_tags(off);
+        if self.watcher.claim(off, PageFlags::WATCHED) {
+            self.drop_write_tags(off);
+        }
         Some(index)
     }
 

@@ -15,8 +15,7 @@ const IDLE_WRITES_WHEN_EMPTY: u32 = 16;
 const MAX_SINGLE_CLEARS: u64 = 4096;
 
 impl Mmu {
-    /// After a store of `bytes` bytes at `gpa` to a WATCHED page, and for each entry of memory's
-    /// journal: drops what was derived from entries that now say something else.
+    /// After a store of `bytes` bytes at `gpa` to a WATCHED page: drops what was derived from entries that now say something else.
     pub fn table_written(&mut self, gpa: Gpa, bytes: u32) {
         self.check_memory_map();
         self.maybe_drop();
@@ -174,7 +173,7 @@ impl Mmu {
         }
         self.stats.pages_freed += 1;
         if self.shadow.release(index) {
-            self.mem.clear_flags(off, PageFlags::WATCHED);
+            self.watcher.release(off, PageFlags::WATCHED);
         }
     }
 
@@ -194,7 +193,7 @@ impl Mmu {
 
     /// Clears DIRTY of the page that holds `off`; its next write sets it again.
     pub fn clean_page(&mut self, off: RamOffset) {
-        self.mem.clear_flags(off, PageFlags::DIRTY);
+        self.watcher.clean(off);
         self.drop_write_tags(off);
     }
 
@@ -227,7 +226,7 @@ impl Mmu {
         for index in all {
             let off = self.shadow.page(index).off;
             self.shadow.release(index);
-            self.mem.clear_flags(off, PageFlags::WATCHED);
+            self.watcher.release(off, PageFlags::WATCHED);
             self.stats.pages_freed += 1;
         }
     }

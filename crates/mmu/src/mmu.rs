@@ -14,7 +14,7 @@ use std::sync::Arc;
 use umbra_arch::control::{ControlLimits, ControlRegs, Effects, FlushScope};
 use umbra_arch::paging::{Access, PagingMode, entry};
 use umbra_arch::{Fault, Gpa, Gva};
-use umbra_memory::{Backing, GuestMemory, RamOffset};
+use umbra_memory::{Backing, Change, GuestMemory, RamOffset, Watcher};
 
 /// What a change of role or root does to the others.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -76,6 +76,7 @@ pub struct Mmu {
     pub(crate) writers: Writers,
     pub(crate) hints: Hints,
     pub(crate) mem: Arc<GuestMemory>,
+    pub(crate) watcher: Watcher,
     pub(crate) format: Format,
     pub(crate) view: View,
     /// Keys under any restriction, as `View::restricted_keys`.
@@ -101,8 +102,15 @@ pub struct Mmu {
 const NOWHERE: usize = usize::MAX / 2;
 
 impl Mmu {
-    /// An MMU over `mem`, with paging off at CPL 0.
+    /// The only MMU over `mem`, with paging off at CPL 0.
     pub fn new(mem: Arc<GuestMemory>, limits: ControlLimits, options: MmuOptions) -> Mmu {
+        Self::watching(Watcher::sole(mem), limits, options)
+    }
+
+    /// One of several MMUs over one memory. Its caller hands it what the watcher hears, by
+    /// [`memory_changed`](Self::memory_changed), before each time it runs.
+    pub fn watching(watcher: Watcher, limits: ControlLimits, options: MmuOptions) -> Mmu {
+        let mem = Arc::clone(watcher.memory());
         let frames = (mem.mapping_bytes() >> 12) as usize;
         let regs = ControlRegs::default();
         let role = CpuRole::of(&regs);
@@ -117,6 +125,7 @@ impl Mmu {
             hints: Hints::new(),
             mem_generation: mem.generation(),
             mem,
+            watcher,
             format: Format::intel(limits.maxphyaddr),
             view: View::of(&role, 0, false, 0, 0),
             restricted: 0,
@@ -397,7 +406,7 @@ impl Mmu {
     /// # Errors
     /// As [`translate`](Self::translate).
     pub fn peek(&self, gva: Gva, access: Access) -> Result<Translation, Fault> {
-        let mut tables = MemoryTables { mem: &self.mem, reads: 0 };
+        let mut tables = MemoryTables { watcher: &self.watcher, reads: 0 };
         let found = walk::look(&mut tables, &self.regime(), gva, access, &self.full_view())?;
         let backing = self.mem.map(found.gpa.page()).at(found.gpa.offset());
         Ok(Translation { gpa: found.gpa, backing })
@@ -415,6 +424,24 @@ impl Mmu {
             1 => self.stats.count_flush(FlushScope::PcidNonGlobal(pcid)),
             2 => self.stats.count_flush(FlushScope::All),
             _ => self.stats.count_flush(FlushScope::AllNonGlobal),
+        }
+    }
+
+    /// This MMU's ear at the memory.
+    #[inline(always)]
+    pub fn watcher(&self) -> &Watcher {
+        &self.watcher
+    }
+
+    /// Another processor, a device or the host did something to memory.
+    pub fn memory_changed(&mut self, change: Change) {
+        match change {
+            Change::Written { gpa, bytes } => self.table_written(gpa, bytes),
+            Change::Flagged(off) => self.drop_write_tags(off),
+            Change::Everything => {
+                self.mem_generation = self.mem.generation();
+                self.drop_everything();
+            }
         }
     }
 

@@ -17,6 +17,14 @@ macro_rules! counters {
         }
 
         impl MmuStats {
+            /// Adds another MMU's counts.
+            pub fn add(&mut self, other: &MmuStats) {
+                $(self.$name += other.$name;)*
+                for (sum, more) in self.root_hits_by_slot.iter_mut().zip(other.root_hits_by_slot) {
+                    *sum += more;
+                }
+            }
+
             /// Names and values in a fixed order.
             pub fn fields(&self) -> impl Iterator<Item = (String, u64)> + '_ {
                 let plain = [$((stringify!($name), self.$name)),*];

@@ -2,11 +2,11 @@
 
 use crate::walk::{Exchange, Tables};
 use umbra_arch::Gpa;
-use umbra_memory::{Backing, GuestMemory};
+use umbra_memory::{Backing, GuestMemory, Watcher};
 
 /// Entry reads and locked updates in guest memory, counted.
 pub(crate) struct MemoryTables<'a> {
-    pub mem: &'a GuestMemory,
+    pub watcher: &'a Watcher,
     pub reads: u64,
 }
 
@@ -23,23 +23,24 @@ pub(crate) fn read_entry(mem: &GuestMemory, gpa: Gpa, bytes: u64) -> u64 {
 impl Tables for MemoryTables<'_> {
     fn read(&mut self, gpa: Gpa, bytes: u64) -> u64 {
         self.reads += 1;
-        read_entry(self.mem, gpa, bytes)
+        read_entry(self.watcher.memory(), gpa, bytes)
     }
 
     fn exchange(&mut self, gpa: Gpa, bytes: u64, old: u64, new: u64) -> Exchange {
-        let Backing::Ram(off) = self.mem.map(gpa.page()).at(gpa.offset()) else {
+        let mem = self.watcher.memory();
+        let Backing::Ram(off) = mem.map(gpa.page()).at(gpa.offset()) else {
             return Exchange::Ignored;
         };
         let done = if bytes == 4 {
-            self.mem.compare_exchange(off, old as u32, new as u32).is_ok()
+            mem.compare_exchange(off, old as u32, new as u32).is_ok()
         } else {
-            self.mem.compare_exchange(off, old, new).is_ok()
+            mem.compare_exchange(off, old, new).is_ok()
         };
         if !done {
             return Exchange::Changed;
         }
-        self.mem.note_store(off, bytes);
-        self.mem.report_code_store(gpa, off, bytes as u32);
+        mem.note_store(off, bytes);
+        self.watcher.walk_stored(gpa, off, bytes as u32);
         Exchange::Done
     }
 }

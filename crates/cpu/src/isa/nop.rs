@@ -13,7 +13,7 @@ const PREFETCH: &str = "PREFETCHh-Prefetch Data Into Caches";
 /// The rows.
 pub const ROWS: &[Row] = &[
     Row::new(M::Nop, "NOP-No Operation", |_| Some(nop)),
-    Row::new(M::Pause, "PAUSE-Spin Loop Hint", |_| Some(nop)),
+    Row::new(M::Pause, "PAUSE-Spin Loop Hint", |_| Some(pause)),
     Row::new(M::Endbr64, "ENDBR64-Terminate an Indirect Branch in 64-bit Mode", |_| Some(nop)),
     Row::new(M::Endbr32, "ENDBR32-Terminate an Indirect Branch in 32-bit and Compatibility Mode", |_| Some(nop)),
     Row::new(M::Reservednop, "NOP-No Operation", |_| Some(nop)),
@@ -41,6 +41,13 @@ pub const ROWS: &[Row] = &[
 ];
 
 fn nop(_: &mut Core, _: &mut dyn Bus, _: &Op) -> Flow {
+    Ok(())
+}
+
+/// Other CPUs may go first.
+fn pause(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
+    let reply = bus.pause(c.now(op.prefix));
+    c.settle(reply);
     Ok(())
 }
 

@@ -53,11 +53,11 @@ fn split(c: &mut Core, value: u64) {
     c.gpr[reg::RDX] = value >> 32;
 }
 
-fn rdtsc(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
+fn rdtsc(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     if c.s.cr4.tsd() && c.s.cpl != 0 {
         return c.raise(Fault::GP0);
     }
-    let tsc = c.tsc(c.now(op.prefix));
+    let tsc = c.read_tsc(bus, op);
     split(c, tsc);
     Ok(())
 }

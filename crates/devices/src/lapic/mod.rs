@@ -247,6 +247,11 @@ impl Lapic {
         std::mem::take(&mut self.init_requested)
     }
 
+    /// Whether a start-up IPI waits.
+    pub fn startup_pending(&self) -> bool {
+        self.startup.is_some()
+    }
+
     /// Takes a start-up IPI's vector. One that comes while the CPU does not wait for it is to be
     /// taken and dropped.
     pub fn take_startup(&mut self) -> Option<u8> {

@@ -11,6 +11,8 @@ use umbra_devices::{InterruptMessage, MmioDevice, hpet, lapic, test_device};
 const LAPIC_NS: u32 = 20;
 /// Virtual time of an access to other memory-mapped registers, in nanoseconds.
 const MMIO_NS: u32 = 200;
+/// Virtual time of a PAUSE while other CPUs run, in nanoseconds.
+const PAUSE_NS: u32 = 50;
 /// Addresses to which PCI devices write interrupt messages.
 const MSI_WINDOW: std::ops::Range<u64> = 0xfee0_0000..0xfef0_0000;
 
@@ -182,6 +184,27 @@ impl Bus for PcBus<'_> {
 
     fn take_nmi(&mut self) -> bool {
         self.pc.devices.lapics.get_mut(self.vcpu).is_some_and(|lapic| lapic.take_nmi())
+    }
+
+    fn shared_time(&mut self, now: VirtualTime) -> VirtualTime {
+        self.time(now)
+    }
+
+    fn tsc_moved(&mut self, now: VirtualTime, offset: u64) -> Reply<()> {
+        let now = self.time(now);
+        if let Some(lapic) = self.pc.devices.lapics.get_mut(self.vcpu) {
+            lapic.set_tsc_offset(now, offset);
+        }
+        self.pc.settle(self.lapic_source());
+        self.reply((), 0)
+    }
+
+    fn pause(&mut self, _: VirtualTime) -> Reply<()> {
+        if !self.pc.has_rivals {
+            return Reply::quiet(());
+        }
+        self.pc.yielded = true;
+        Reply { value: (), cost: PAUSE_NS, attention: true }
     }
 
     fn a20(&self) -> bool {

@@ -166,7 +166,8 @@ impl Pc {
         for (lapic, pending) in devices.lapics.iter_mut().zip(&mut self.pending) {
             lapic.set_lint(LINT0, intr);
             let now_pending = lapic.interrupt_pending() || intr && lapic.accepts_extint();
-            self.attention |= now_pending && !*pending || lapic.nmi_pending() || lapic.init_pending();
+            self.attention |= now_pending && !*pending || lapic.nmi_pending();
+            self.attention |= lapic.init_pending() || lapic.startup_pending();
             *pending = now_pending;
         }
     }

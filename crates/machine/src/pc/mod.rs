@@ -100,6 +100,10 @@ pub struct Pc {
     slice_end: VirtualTime,
     /// The running engine must come back.
     attention: bool,
+    /// Other CPUs run besides the one whose slice it is.
+    has_rivals: bool,
+    /// The running CPU gave up the rest of its turn.
+    yielded: bool,
     a20: bool,
     request: Option<Request>,
     measurement_port: Option<u16>,
@@ -142,6 +146,8 @@ impl Pc {
             pending,
             slice_end: VirtualTime(0),
             attention: false,
+            has_rivals: false,
+            yielded: false,
             a20: false,
             request: None,
             measurement_port: None,
@@ -176,6 +182,17 @@ impl Pc {
         self.slice_end = until;
         self.attention = false;
         PcBus::new(self, vcpu)
+    }
+
+    /// Whether CPUs that pause shall make room for others, from the next slice on.
+    pub(crate) fn set_rivals(&mut self, has_rivals: bool) {
+        self.has_rivals = has_rivals;
+        self.yielded = false;
+    }
+
+    /// Whether the CPU whose slice has just ended paused.
+    pub(crate) fn take_yield(&mut self) -> bool {
+        std::mem::take(&mut self.yielded)
     }
 
     /// Reads every output anew and passes it on; after construction and restore.

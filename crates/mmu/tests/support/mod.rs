@@ -160,9 +160,9 @@ impl Rig {
         self.drain();
     }
     pub fn drain(&mut self) {
-        if self.mem.journal_pending() {
-            for (gpa, len) in self.mem.take_journal() {
-                self.mmu.table_written(gpa, len);
+        if self.mmu.watcher().is_pending() {
+            for change in self.mmu.watcher().take_changes() {
+                self.mmu.memory_changed(change);
             }
         }
     }
