@@ -221,7 +221,7 @@ impl Core {
         let old = (*self.s.segment(Seg::Ss), self.gpr[reg::RSP], self.rflags());
         let inner = new_cpl < old_cpl;
         let (mut frame, new_ss) = if long {
-            let frame = self.long_stack(bus, gate.ist, new_cpl, inner)?;
+            let frame = self.long_stack(bus, gate.ist, new_cpl, inner, ext)?;
             let null = Segment {
                 attr: umbra_arch::segment::Attr::UNUSABLE.with_dpl(new_cpl),
                 ..Segment::null(u16::from(new_cpl))
@@ -257,7 +257,12 @@ impl Core {
         if let Some(code) = event.code() {
             frame.push(self, bus, size, u64::from(code))?;
         }
-        if !long && gate.offset > u64::from(cs.limit) {
+        let reachable = if long {
+            umbra_arch::Gva::new(gate.offset).is_canonical(self.s.linear_bits())
+        } else {
+            gate.offset <= u64::from(cs.limit)
+        };
+        if !reachable {
             return self.raise(Fault::gp(ext));
         }
         self.enter_handler(gate, cs, new_cpl, new_ss, frame, v86);
@@ -311,21 +316,21 @@ impl Core {
     }
 
     /// "64-Bit Mode Stack Frame", "Interrupt Stack Table": the new RSP, aligned to 16 bytes.
-    fn long_stack(&mut self, bus: &mut dyn Bus, ist: u8, cpl: u8, inner: bool) -> Result<Frame, Stop> {
+    fn long_stack(&mut self, bus: &mut dyn Bus, ist: u8, cpl: u8, inner: bool, ext: u32) -> Result<Frame, Stop> {
         let rsp = if ist != 0 {
-            self.tss_pointer(bus, 0x24 + 8 * u64::from(ist - 1))?
+            self.tss_pointer(bus, 0x24 + 8 * u64::from(ist - 1), ext)?
         } else if inner {
-            self.tss_pointer(bus, 4 + 8 * u64::from(cpl))?
+            self.tss_pointer(bus, 4 + 8 * u64::from(cpl), ext)?
         } else {
             self.gpr[reg::RSP]
         };
         Ok(Frame { pointer: rsp & !15, base: 0, mask: u64::MAX, cpl, limit: None })
     }
 
-    fn tss_pointer(&mut self, bus: &mut dyn Bus, offset: u64) -> Result<u64, Stop> {
+    fn tss_pointer(&mut self, bus: &mut dyn Bus, offset: u64, ext: u32) -> Result<u64, Stop> {
         let tr = *self.s.segment(Seg::Tr);
         if offset + 7 > u64::from(tr.limit) {
-            return self.raise(Fault::ts(selector_code(tr.selector)));
+            return self.raise(Fault::ts(selector_code(tr.selector) | ext));
         }
         self.read_system::<u64>(bus, tr.base.wrapping_add(offset))
     }

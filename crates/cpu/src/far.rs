@@ -384,12 +384,12 @@ impl Core {
         } else {
             self.stack_segment(bus, ss, cpl, Fault::gp)?
         };
-        let old_cpl = self.s.cpl;
+        let (old_cpl, from64) = (self.s.cpl, self.s.is_64bit_code());
         self.s.seg[Seg::Cs as usize] = cs;
         self.s.seg[Seg::Ss as usize] = stack;
         self.s.cpl = cpl;
         if cpl > old_cpl {
-            self.drop_inner_segments();
+            self.drop_inner_segments(from64);
         }
         self.segments_changed();
         self.view_changed();
@@ -399,13 +399,15 @@ impl Core {
         Ok(())
     }
 
-    /// Data segments that the new level may not use become null ("RET-Return From Procedure").
-    fn drop_inner_segments(&mut self) {
+    /// Data segments that the new level may not use become null ("RET-Return From Procedure"). From 64-bit mode,
+    /// which doesn't look at them, only the selectors do: a kernel that goes on to legacy mode without
+    /// reloading DS finds its flat segment there, as it does under other emulators.
+    fn drop_inner_segments(&mut self, from64: bool) {
         for seg in [Seg::Es, Seg::Ds, Seg::Fs, Seg::Gs] {
             let s = &mut self.s.seg[seg as usize];
             let private = s.attr.is_code_or_data() && !s.attr.is_conforming() && s.attr.dpl() < self.s.cpl;
             if private && !s.attr.is_unusable() {
-                *s = Segment { base: s.base, ..Segment::null(0) };
+                *s = if from64 { Segment { selector: 0, ..*s } } else { Segment { base: s.base, ..Segment::null(0) } };
             }
         }
     }

@@ -208,7 +208,7 @@ impl Interpreter {
             Activity::Running | Activity::Halted => {}
         }
         let mut event = None;
-        if c.s.shadow != Shadow::MovSs && !c.s.nmi_blocked && bus.take_nmi() {
+        if c.s.shadow == Shadow::None && !c.s.nmi_blocked && bus.take_nmi() {
             c.s.nmi_blocked = true;
             event = Some(Event::External(umbra_arch::fault::vector::NMI));
         } else if c.s.rflags & rflags::IF != 0 && c.s.shadow == Shadow::None && bus.interrupt_pending() {

@@ -189,3 +189,24 @@ fn sti_holds_interrupts_for_one_instruction() {
     assert_eq!(g.run_a(&[0xfb, 0x90, 0x90]), Some(0x40));
     assert_eq!(u64::from(g.u32(protected::STACK_A - 12)), protected::CODE_A + 2);
 }
+
+#[test]
+fn sti_holds_nmis_too() {
+    // The instruction before the first NOP was STI.
+    let mut g = protected::Guest::new();
+    g.s.shadow = umbra_arch::state::Shadow::Sti;
+    g.s.rflags |= rflags::IF;
+    g.bus.nmi = true;
+    assert_eq!(g.run_a(&[0x90, 0x90]), Some(vector::NMI));
+    assert_eq!(u64::from(g.u32(protected::STACK_A - 12)), protected::CODE_A + 1);
+}
+
+#[test]
+fn a_gate_to_a_non_canonical_address_is_refused_at_the_gate() {
+    let mut g = Guest::new();
+    // Vector 3's gate: offset bits 63:32.
+    g.write(0x4000 + 16 * 3 + 8, &0x8000_0000u32.to_le_bytes());
+    assert_eq!(g.run_bytes(&[0xcc]), Some(vector::GP));
+    let at = g.s.gpr[4];
+    assert_eq!(u64::from_le_bytes(g.read(at + 8)), CODE, "a fault of INT3");
+}

@@ -25,10 +25,11 @@ pub const TASK_A: u16 = 0x18;
 pub const TASK_B: u16 = 0x20;
 pub const GATE_B: u16 = 0x28;
 
-/// One external interrupt, if `vector` is set; no devices.
+/// One external interrupt, if `vector` is set, and one NMI, if `nmi` is; no devices.
 #[derive(Default)]
 pub struct OneInterrupt {
     pub vector: Option<u8>,
+    pub nmi: bool,
 }
 
 impl Bus for OneInterrupt {
@@ -63,7 +64,7 @@ impl Bus for OneInterrupt {
         self.vector.take()
     }
     fn take_nmi(&mut self) -> bool {
-        false
+        std::mem::take(&mut self.nmi)
     }
 }
 
