@@ -4,8 +4,8 @@ use crate::form::{self, Wish};
 use crate::guest::{self, Guest};
 use crate::place::{self, CODE};
 use crate::random::Random;
-use crate::{excluded, processors, undefined};
-use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic};
+use crate::{excluded, processors, selectors, undefined};
+use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic, OpKind, Register};
 use std::collections::{BTreeMap, BTreeSet};
 use umbra_arch::Fault;
 use umbra_arch::fpu::FpState;
@@ -57,6 +57,11 @@ impl Comparison {
     /// `cases` instructions of every code of this mode that a row covers.
     pub fn all(&mut self, cases: usize, wanted: impl Fn(Code) -> bool) {
         for code in Code::values().filter(|&code| wanted(code)) {
+            // From 16-bit code, a far call to 64-bit code would push at an address of the system's own.
+            let far_call = code.mnemonic() == Mnemonic::Call && selectors::loads(code);
+            if far_call && self.mode == Mode::Bits16 {
+                continue;
+            }
             if isa::row_of(code).is_none() || !form::exists(code, self.mode) || excluded::reason(code).is_some() {
                 continue;
             }
@@ -130,10 +135,26 @@ impl Comparison {
                 _ => {}
             }
         }
+        if selectors::uses(i.code()) {
+            // A selector alone, or behind an offset that is in most segments.
+            let size = i.memory_size().size();
+            data[..8].copy_from_slice(&(self.r.operand() >> self.r.below(60)).to_le_bytes());
+            let at = size.saturating_sub(2).min(16);
+            data[at..at + 2].copy_from_slice(&selectors::random(&mut self.r).to_le_bytes());
+        }
         self.write(around(target), &data);
         let mut stack = [0; 64];
         for chunk in stack.chunks_exact_mut(8) {
             chunk.copy_from_slice(&self.r.operand().to_le_bytes());
+        }
+        if selectors::loads(i.code()) {
+            let offset = self.r.below(0x1800);
+            let at = match i.mnemonic() {
+                Mnemonic::Retf => far_return_bytes(i.code()),
+                _ => 0,
+            };
+            stack[..8].copy_from_slice(&offset.to_le_bytes());
+            stack[at..at + 2].copy_from_slice(&selectors::random(&mut self.r).to_le_bytes());
         }
         let rsp = state.gpr[4].wrapping_add(self.mode.base());
         let narrow = if self.mode == Mode::Bits16 { WINDOW + (state.gpr[4] & 0xffff) } else { rsp };
@@ -146,7 +167,10 @@ impl Comparison {
         let repeated = i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix());
         let shows_flags = matches!(i.mnemonic(), Mnemonic::Pushf | Mnemonic::Pushfd | Mnemonic::Pushfq);
         // A gather may take the trap flag's exception between two elements.
-        let until = if repeated || shows_flags || i.is_vsib() { Until::Breakpoint } else { Until::Step };
+        // Loading SS holds the trap flag's exception back.
+        let stack_segment = before_shadow(i);
+        let until =
+            if stack_segment || repeated || shows_flags || i.is_vsib() { Until::Breakpoint } else { Until::Step };
         let (mut ours, mut theirs) = (before.clone(), before.clone());
         let ended = match self.native.run(i, self.mode, until, &mut theirs, with_fp) {
             Ended::Done => Ok(()),
@@ -154,7 +178,7 @@ impl Comparison {
             Ended::Refused(_) => return None,
         };
         let flow = self.guest.run(bytes, &mut ours, with_fp).map_err(as_native);
-        if processors::free(i, &flow, &ended) {
+        if processors::free(i, &flow, &ended) || processors::changes_width(self.mode, &theirs) {
             self.memory_difference();
             return None;
         }
@@ -229,6 +253,21 @@ fn always_faults(code: Code) -> bool {
     code.is_privileged() || port
 }
 
+/// Bytes of the offset, and with it of the selector, that RETF pops.
+fn far_return_bytes(code: Code) -> usize {
+    match code {
+        Code::Retfw | Code::Retfw_imm16 => 2,
+        Code::Retfd | Code::Retfd_imm16 => 4,
+        _ => 8,
+    }
+}
+
+/// Whether `i` loads SS.
+fn before_shadow(i: &Instruction) -> bool {
+    let first = i.op_count() > 0 && i.op_kind(0) == OpKind::Register && i.op0_register() == Register::SS;
+    i.mnemonic() == Mnemonic::Lss || first && i.mnemonic() != Mnemonic::Push
+}
+
 fn as_native(fault: Fault) -> NativeFault {
     NativeFault { vector: fault.vector, code: fault.code.unwrap_or(0), address: fault.address }
 }
@@ -242,6 +281,8 @@ fn normal(state: &NativeState, undefined: u64, mode: Mode) -> NativeState {
         s.gpr[8..].fill(0);
     }
     s.rip &= mode.mask();
+    // Returning from the system clears the RPL of null selectors.
+    s.selectors.iter_mut().filter(|selector| **selector < 4).for_each(|selector| *selector = 0);
     s.fp = FpState { fop: 0, fip: 0, fdp: 0, tail: [0; 12], reserved: 0, mxcsr_mask: 0, ..s.fp };
     s.fp.st.iter_mut().for_each(|st| st[1] &= 0xffff);
     s
@@ -253,6 +294,9 @@ fn differences(ours: &NativeState, theirs: &NativeState) -> String {
         if a != b {
             text += &format!("register {r}: {a:x} here, {b:x} there; ");
         }
+    }
+    if ours.selectors != theirs.selectors {
+        text += &format!("selectors: {:x?} here, {:x?} there; ", ours.selectors, theirs.selectors);
     }
     if ours.rip != theirs.rip {
         text += &format!("rip: {:x} here, {:x} there; ", ours.rip, theirs.rip);

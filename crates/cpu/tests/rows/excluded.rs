@@ -5,10 +5,7 @@ use iced_x86::{Code, Mnemonic};
 /// Why a code can't be compared with the host; `None` if it is.
 pub fn reason(code: Code) -> Option<&'static str> {
     use Mnemonic::*;
-    let segment = code.op_code().op_kinds().iter().any(|k| {
-        use iced_x86::OpCodeOperandKind as K;
-        matches!(k, K::seg_reg | K::es | K::ss | K::ds | K::fs | K::gs)
-    });
+    let fs = code.op_code().op_kinds().contains(&iced_x86::OpCodeOperandKind::fs);
     if matches!(
         code,
         Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D
@@ -16,11 +13,12 @@ pub fn reason(code: Code) -> Option<&'static str> {
         return Some("a no-op on Intel's processors, undefined on AMD's");
     }
     Some(match code.mnemonic() {
-        Mov | Pop if segment && loads(code) => "loads a segment register: its descriptor table is the host's",
-        Push if code.op_code().op_kind(0) == iced_x86::OpCodeOperandKind::fs => "FS is the process's",
-        Lds | Les | Lfs | Lgs | Lss => "loads a segment register: its descriptor table is the host's",
-        Jmp | Call if umbra_cpu::isa::branch::is_far(code) => "far transfer: descriptor tables are the host's",
-        Retf | Iret | Iretd | Iretq => "far transfer: descriptor tables are the host's",
+        Push | Pop if fs => "FS is the process's",
+        Lfs => "FS is the process's",
+        Iret | Iretd | Iretq => "would go on without the trap flag",
+        _ if matches!(code, Code::Jmp_m1664 | Code::Call_m1664 | Code::Lss_r64_m1664 | Code::Lgs_r64_m1664) => {
+            "AMD's processors have no 64-bit far pointers"
+        }
         Int | Int1 | Int3 | Into | Syscall | Sysenter | Sysret | Sysretq | Sysexit | Sysexitq => {
             "enters or leaves a kernel"
         }
@@ -35,9 +33,4 @@ pub fn reason(code: Code) -> Option<&'static str> {
         }
         _ => return None,
     })
-}
-
-fn loads(code: Code) -> bool {
-    use iced_x86::OpCodeOperandKind as K;
-    matches!(code.op_code().op_kind(0), K::seg_reg | K::es | K::ss | K::ds | K::fs | K::gs)
 }

@@ -1,6 +1,7 @@
 //! Instructions for a code: every operand kind with random registers and memory operands.
 
 use crate::random::Random;
+use crate::selectors;
 use iced_x86::{Code, Encoder, Instruction, OpCodeOperandKind as Kind, OpKind, Register};
 use umbra_hostexec::native::{Mode, SEGMENT_G};
 
@@ -218,6 +219,15 @@ fn segment(i: &mut Instruction, wish: &Wish, r: &mut Random) {
 }
 
 fn branch(i: &mut Instruction, k: u32, kind: Kind, wish: &Wish, r: &mut Random) -> bool {
+    if matches!(kind, Kind::farbr2_2 | Kind::farbr4_2) {
+        i.set_op_kind(k, if kind == Kind::farbr2_2 { OpKind::FarBranch16 } else { OpKind::FarBranch32 });
+        i.set_far_branch_selector(selectors::random(r));
+        i.set_far_branch16(near_offset(r) as u16);
+        if kind == Kind::farbr4_2 {
+            i.set_far_branch32(near_offset(r) as u32);
+        }
+        return true;
+    }
     let near = wish.rip.wrapping_add(r.below(200)).wrapping_sub(90);
     let far = wish.rip.wrapping_add(r.next() as i32 as u64 >> 1);
     match kind {
@@ -236,6 +246,11 @@ fn branch(i: &mut Instruction, k: u32, kind: Kind, wish: &Wish, r: &mut Random) 
         _ => return false,
     }
     true
+}
+
+/// A far target: within a small segment or not.
+fn near_offset(r: &mut Random) -> u64 {
+    if r.one_in(3) { r.operand() } else { r.below(0x1800) }
 }
 
 fn memory(i: &mut Instruction, k: u32, wish: &Wish, r: &mut Random) {

@@ -1,10 +1,11 @@
 //! The interpreted side: a core whose window of memory has the native one's addresses, protections and segments.
 
+use crate::selectors;
 use iced_x86::Instruction;
 use std::sync::Arc;
 use umbra_arch::control::{Cr0, Cr3, Cr4, Efer};
 use umbra_arch::cpuid::{CpuidProfile, HostOffer};
-use umbra_arch::segment::Seg;
+use umbra_arch::segment::{Attr, Seg, Segment, TableRegister};
 use umbra_arch::{AccessWidth, Bus, CpuState, Fault, Gpa, Reply, VirtualTime};
 use umbra_cpu::core::CodeSize;
 use umbra_cpu::op::Stop;
@@ -52,6 +53,8 @@ impl Bus for NoBus {
 
 /// Guest-physical address of the window.
 const PHYSICAL: u64 = 0x10_0000;
+/// Linear address of the descriptor tables, which user code can't reach.
+const TABLES: u64 = WINDOW + 0x10_0000;
 
 pub struct Guest {
     pub core: Core,
@@ -82,6 +85,11 @@ impl Guest {
             };
             quad(0x4000 + 8 * page, (PHYSICAL + (page << 12)) | bits);
         }
+        quad(0x4000 + 8 * (TABLES - WINDOW >> 12), 0x5063);
+        for (selector, segment) in selectors::descriptors() {
+            let table = if selector & 4 != 0 { 0x5800 } else { 0x5000 };
+            quad(table + u64::from(selector & !7), selectors::encode(&segment));
+        }
         let core = Core::new(mem, profile, 0, &EngineOptions::default()).unwrap();
         let mut guest = Self { core, mode };
         guest.core.set_state(&initial(mode));
@@ -103,6 +111,7 @@ impl Guest {
             Mode::Bits32 => CodeSize::Bits32,
             Mode::Bits64 => CodeSize::Bits64,
         };
+        state.selectors = std::array::from_fn(|n| self.core.s.seg[n].selector);
         let Ok(i) = decode::decode(bytes, state.rip, size) else { return Err(Fault::UNDEFINED) };
         let op = decode::resolve(&i, size, &self.core.profile, &mut self.core.host).op;
         let c = &mut self.core;
@@ -123,14 +132,19 @@ impl Guest {
         if with_fp {
             state.fp = c.s.fp;
         }
-        match flow {
+        state.selectors = std::array::from_fn(|n| c.s.seg[n].selector);
+        let end = match flow {
             Ok(()) => {
                 state.rip = c.next_rip;
                 Ok(())
             }
             Err(Stop::Fault) => Err(c.fault),
             Err(stop) => panic!("{i:?}: {stop:?}"),
+        };
+        if selectors::loads(i.code()) {
+            c.set_state(&initial(self.mode));
         }
+        end
     }
 }
 
@@ -150,10 +164,12 @@ fn initial(mode: Mode) -> CpuState {
         s.seg[seg as usize] = mode.data();
     }
     s.seg[Seg::Gs as usize] = SEGMENT_G;
-    s.seg[Seg::Fs as usize] = umbra_arch::segment::Segment::null(0);
+    s.seg[Seg::Fs as usize] = Segment::null(0);
     // No I/O permission bitmap.
     s.seg[Seg::Tr as usize].limit = 0x66;
     s.cpl = 3;
+    s.gdtr = TableRegister { base: TABLES, limit: 0x7f };
+    s.seg[Seg::Ldtr as usize] = Segment { base: TABLES + 0x800, limit: 7 * 8 - 1, attr: Attr(0x82), selector: 0x50 };
     s
 }
 

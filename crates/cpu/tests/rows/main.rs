@@ -6,11 +6,13 @@
 
 mod compare;
 mod excluded;
+mod fallback;
 mod form;
 mod guest;
 mod place;
 mod processors;
 mod random;
+mod selectors;
 mod undefined;
 
 use compare::Comparison;

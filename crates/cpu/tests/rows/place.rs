@@ -2,6 +2,7 @@
 
 use crate::form::base_of;
 use crate::random::Random;
+use crate::selectors;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use umbra_arch::fpu::FpState;
 use umbra_arch::rflags;
@@ -53,6 +54,7 @@ pub fn state(i: &Instruction, mode: Mode, target: u64, with_fp: bool, r: &mut Ra
         gpr: std::array::from_fn(|_| r.operand()),
         rip: CODE + WINDOW - mode.base(),
         rflags: flags | direction | rflags::FIXED | rflags::IF,
+        selectors: [0; 6],
         fp: FpState::default(),
     };
     if with_fp {
@@ -122,13 +124,12 @@ fn special(i: &Instruction, mode: Mode, s: &mut NativeState, r: &mut Random) -> 
             }
             s.gpr[source.number()] = (r.below(1024) as i64 - 512) as u64;
         }
-        // Null selectors are the same everywhere.
-        Lar | Lsl | Verr | Verw => {
+        _ if selectors::uses(i.code()) && i.op_count() > 0 => {
             let k = i.op_count() - 1;
-            if i.op_kind(k) != OpKind::Register {
-                return None;
+            if i.op_kind(k) == OpKind::Register && i.op_register(k).is_gpr() {
+                let value = &mut s.gpr[i.op_register(k).full_register().number()];
+                *value = *value & !0xffff | u64::from(selectors::random(r));
             }
-            s.gpr[i.op_register(k).full_register().number()] = r.below(4);
         }
         _ => {}
     }

@@ -19,7 +19,9 @@ pub fn differ(i: &Instruction, mode: Mode, bytes: &[u8]) -> bool {
     // AMD's don't enter the MMX state if the operand is in memory.
     let half_mmx = i.code() == Code::Cvtpi2ps_xmm_mmm64 && i.op1_kind() == OpKind::Memory;
     // LOCK MOV CR0 is MOV CR8 on AMD's.
-    let locked_cr = i.has_lock_prefix() && i.mnemonic() == Mnemonic::Mov;
+    // Some ignore LOCK before VERW.
+    let locked = i.has_lock_prefix() && i.mnemonic() == Mnemonic::Verw;
+    let locked_cr = locked || i.has_lock_prefix() && i.mnemonic() == Mnemonic::Mov;
     // REPNE and REPE override the condition of LOOPcc on some.
     let looped = matches!(i.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne) && bytes.iter().any(|b| b & 0xfe == 0xf2);
     locked_cr || looped || short_branch || wide_move || half_mmx
@@ -64,10 +66,21 @@ pub fn free(i: &Instruction, ours: &End, theirs: &End) -> bool {
         Mnemonic::Fbld | Mnemonic::Fbstp | Mnemonic::Fld | Mnemonic::Fstp => {
             matches!(ours.vector, vector::GP | vector::SS)
         }
+        // A far pointer likewise.
+        Mnemonic::Jmp | Mnemonic::Lds | Mnemonic::Les | Mnemonic::Lgs | Mnemonic::Lss
+            if i.op_kind(i.op_count() - 1) == OpKind::Memory =>
+        {
+            matches!(ours.vector, vector::GP | vector::SS) && ours.code == 0
+        }
+        // The stack pointer's new place may be touched first.
+        Mnemonic::Retf => ours.vector == vector::GP && theirs.is_err_and(|t| t.vector == vector::PF),
         // AMD's have one bit more in MXCSR.
         Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr => ours.vector == vector::GP && theirs.is_ok(),
-        // A target that isn't canonical, and a stack that can't be written.
-        Mnemonic::Call => ours.vector == vector::GP && theirs.is_err_and(|t| t.vector == vector::PF),
+        // A bad target, and a stack that can't be written, or is before the target is looked at.
+        Mnemonic::Call => {
+            let far = umbra_cpu::isa::branch::is_far(i.code());
+            ours.vector == vector::GP && theirs.is_err_and(|t| t.vector == vector::PF || far && t == *ours)
+        }
         // AMD's don't ask for alignment.
         Mnemonic::Sha1rnds4
         | Mnemonic::Sha1nexte
@@ -80,8 +93,13 @@ pub fn free(i: &Instruction, ours: &End, theirs: &End) -> bool {
     }
 }
 
-/// Removes what an exception leaves open: with an unmasked SIMD exception, the flags of masked ones.
+/// Removes what an instruction leaves undefined (LAR: bits 19:16) or an exception leaves open: with an unmasked SIMD exception, the flags of masked ones.
 pub fn even_out(i: &Instruction, theirs: &End, ours: &mut NativeState, native: &mut NativeState) {
+    if i.mnemonic() == Mnemonic::Lar {
+        let n = i.op0_register().full_register().number();
+        ours.gpr[n] &= !0xf_0000;
+        native.gpr[n] &= !0xf_0000;
+    }
     if theirs.is_err_and(|t| t.vector == vector::XM) {
         // Overflow and underflow may or may not report that the result was inexact, too.
         let inexact = if native.fp.mxcsr & 0x18 != 0 { 0x20 } else { 0 };
@@ -91,6 +109,11 @@ pub fn even_out(i: &Instruction, theirs: &End, ours: &mut NativeState, native: &
         ours.fp.mxcsr &= !masked;
         native.fp.mxcsr &= !masked;
     }
+}
+
+/// A far transfer from 16- to 64-bit code: which width the stack pointer moves in isn't defined.
+pub fn changes_width(mode: Mode, native: &NativeState) -> bool {
+    mode == Mode::Bits16 && native.selectors[1] == Mode::Bits64.code().selector
 }
 
 /// A 32-bit push of a selector writes 16 bits on Intel's, 32 on AMD's: bytes above RSP that aren't compared.

@@ -1,7 +1,7 @@
 //! What the oracle refuses to run: whatever could change this process outside the window.
 
 use super::{Mode, NativeState, PAGES, SEGMENT_G, WINDOW};
-use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpCodeOperandKind, OpKind, Register};
+use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 use std::ops::Range;
 
 /// Addresses that hold the window or nothing at all, with room for an operand at either end.
@@ -17,8 +17,8 @@ pub(super) fn refuse(i: &Instruction, mode: Mode, state: &NativeState) -> Option
     if enters_kernel(i.mnemonic()) {
         return Some("enters the kernel, or changes what the process needs");
     }
-    if loads_segment(i) {
-        return Some("loads a segment register");
+    if loads_fs(i) {
+        return Some("loads FS, which belongs to the process");
     }
     let mask = counter_mask(i, mode);
     if (i.has_rep_prefix() || i.has_repne_prefix()) && i.is_string_instruction() && state.gpr[1] & mask > MAX_COUNT {
@@ -35,16 +35,9 @@ fn enters_kernel(m: Mnemonic) -> bool {
     )
 }
 
-fn loads_segment(i: &Instruction) -> bool {
-    let far = matches!(i.mnemonic(), Mnemonic::Lfs | Mnemonic::Lgs | Mnemonic::Lss | Mnemonic::Lds | Mnemonic::Les);
-    let info = i.op_code();
-    let first = info.op_count() > 0 && i.op_kind(0) == OpKind::Register && i.op0_register().is_segment_register();
-    let transfers = (0..info.op_count())
-        .any(|k| matches!(info.op_kind(k), OpCodeOperandKind::farbr2_2 | OpCodeOperandKind::farbr4_2))
-        || i.is_jmp_far_indirect()
-        || i.is_call_far_indirect()
-        || i.mnemonic() == Mnemonic::Retf;
-    far || first && i.mnemonic() != Mnemonic::Push || transfers
+fn loads_fs(i: &Instruction) -> bool {
+    let first = i.op_count() > 0 && i.op_kind(0) == OpKind::Register && i.op0_register() == Register::FS;
+    i.mnemonic() == Mnemonic::Lfs || first && i.mnemonic() != Mnemonic::Push
 }
 
 fn counter_mask(i: &Instruction, mode: Mode) -> u64 {

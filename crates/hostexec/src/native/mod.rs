@@ -14,7 +14,7 @@ mod guard;
 mod segments;
 mod trap;
 
-pub use segments::{Mode, SEGMENT_G, SELECTOR_G};
+pub use segments::{GLOBAL, LOCAL, Mode, SEGMENT_G, SELECTOR_G};
 
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 use std::io;
@@ -58,6 +58,8 @@ pub struct NativeState {
     pub rip: u64,
     /// RFLAGS; the trap flag is never seen.
     pub rflags: u64,
+    /// Selectors of ES, CS, SS, DS, FS and GS; only an output, the mode gives the input.
+    pub selectors: [u16; 6],
     /// Vector and x87 registers; FOP, FIP and FDP go in and out as the host treats them.
     pub fp: FpState,
 }

@@ -24,6 +24,19 @@ const USER_DS: u16 = 0x2b;
 const USER_CS64: u16 = 0x33;
 /// Selector of GS in every mode.
 pub const SELECTOR_G: u16 = local(2);
+/// Other local descriptors, for instructions that load or examine selectors: read-only data, not-present data,
+/// expand-down data, execute-only code; all with GS's base and limit.
+pub const LOCAL: [(u16, Attr); 4] =
+    [(local(3), Attr(0x40f1)), (local(4), Attr(0x4073)), (local(5), Attr(0x40f7)), (local(6), Attr(0x40f9))];
+/// Selectors of the operating system that 64-bit Linux fixes: kernel code and data, user 32-bit code, data,
+/// 64-bit code.
+pub const GLOBAL: [(u16, Attr); 5] = [
+    (0x10, Attr(0xa09b)),
+    (0x18, Attr(0xc093)),
+    (USER_CS32, Attr(0xc0fb)),
+    (USER_DS, Attr(0xc0f3)),
+    (USER_CS64, Attr(0xa0fb)),
+];
 /// GS in every mode: a base of its own and a limit that a 16-bit offset can exceed.
 pub const SEGMENT_G: Segment =
     Segment { base: WINDOW + 0x2000, limit: 0x1fff, attr: Attr(0x40f3), selector: SELECTOR_G };
@@ -77,14 +90,24 @@ struct Descriptor {
 /// Bits of [`Descriptor::flags`].
 const BIG: u32 = 1;
 const CODE: u32 = 2 << 1;
-const USEABLE: u32 = 1 << 6;
+const EXPAND_DOWN: u32 = 1 << 1;
+const READ_ONLY: u32 = 1 << 3;
+const NOT_PRESENT: u32 = 1 << 5;
+
+fn other(entry: u32, flags: u32) -> Descriptor {
+    Descriptor { entry, base: SEGMENT_G.base as u32, limit: SEGMENT_G.limit, flags }
+}
 
 pub(super) fn install() -> io::Result<()> {
     let window = WINDOW as u32;
     let table = [
-        Descriptor { entry: 0, base: window, limit: 0xffff, flags: CODE | USEABLE },
-        Descriptor { entry: 1, base: window, limit: 0xffff, flags: USEABLE },
-        Descriptor { entry: 2, base: SEGMENT_G.base as u32, limit: SEGMENT_G.limit, flags: BIG | USEABLE },
+        Descriptor { entry: 0, base: window, limit: 0xffff, flags: CODE },
+        Descriptor { entry: 1, base: window, limit: 0xffff, flags: 0 },
+        Descriptor { entry: 2, base: SEGMENT_G.base as u32, limit: SEGMENT_G.limit, flags: BIG },
+        other(3, BIG | READ_ONLY),
+        other(4, BIG | NOT_PRESENT),
+        other(5, BIG | EXPAND_DOWN),
+        other(6, BIG | CODE | READ_ONLY),
     ];
     for descriptor in &table {
         // SAFETY: modify_ldt with function 1 reads one struct user_desc of this size.

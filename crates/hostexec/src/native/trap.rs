@@ -146,6 +146,13 @@ impl Exchange {
         }
         state.rip = g[libc::REG_RIP as usize] as u64;
         state.rflags = g[libc::REG_EFL as usize] as u64 & !(rflags::TF | rflags::RF);
+        let packed = g[libc::REG_CSGSFS as usize] as u64;
+        let (es, ds, gs): (u16, u16, u16);
+        // SAFETY: reads selectors; handlers run with those of the interrupted code.
+        unsafe {
+            std::arch::asm!("mov {0:x}, es", "mov {1:x}, ds", "mov {2:x}, gs", out(reg) es, out(reg) ds, out(reg) gs);
+        }
+        state.selectors = [es, packed as u16, (packed >> 48) as u16, ds, (packed >> 32) as u16, gs];
         self.vector = g[libc::REG_TRAPNO as usize];
         self.error = g[libc::REG_ERR as usize];
         self.cr2 = g[libc::REG_CR2 as usize];
