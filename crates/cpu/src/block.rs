@@ -134,6 +134,7 @@ impl BlockCache {
     #[inline(never)]
     fn link(&mut self, c: &mut Core, from: u32) -> Result<u32, Stop> {
         let generation = self.blocks[from as usize].generation;
+        c.recent.push(c.block_rip, c.next_rip);
         let found = self.find(c)?;
         let link =
             Link { stamp: c.mmu.fetch_stamp(), block: found, generation: self.blocks[found as usize].generation };

@@ -104,6 +104,10 @@ pub struct Core {
     pub mmu: Mmu,
     /// Executor of SIMD and x87 instructions.
     pub host: HostExec,
+    /// Recent branches, as far as they were noticed at no cost.
+    pub recent: crate::trace::Recent,
+    /// What is traced, if anything.
+    pub trace: Option<Box<crate::trace::Trace>>,
     /// Code bytes lines: which 64-byte lines of a RAM page hold decoded code.
     pub code_lines: hashbrown::HashMap<u64, u64>,
 }
@@ -152,6 +156,8 @@ impl Core {
             mmu: Mmu::watching(Watcher::register(mem.clone())?, limits, options.mmu),
             host: HostExec::new()?,
             mem,
+            recent: crate::trace::Recent::default(),
+            trace: None,
             code_lines: hashbrown::HashMap::new(),
             s,
         };
@@ -273,6 +279,9 @@ impl Core {
         let s = &mut self.s;
         (s.cr0, s.cr3, s.cr4, s.efer, s.pdpte) = (r.cr0, r.cr3, r.cr4, r.efer, r.pdpte);
         self.mmu.apply(effects);
+        if self.trace.is_some() {
+            self.trace_commit(effects);
+        }
         self.segments_changed();
         self.view_changed();
         if effects.regs.cr4.de() != de {

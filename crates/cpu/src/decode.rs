@@ -83,8 +83,17 @@ pub fn decode(bytes: &[u8], rip: u64, size: CodeSize) -> Result<Instruction, Dec
     match decoder.last_error() {
         DecoderError::NoMoreBytes if bytes.len() < 15 => Err(DecodeError::More),
         DecoderError::NoMoreBytes => Err(DecodeError::TooLong),
-        _ if i.len() >= 15 && bytes.len() > 15 => Err(DecodeError::Invalid),
+        _ if is_too_long(bytes, rip, size) => Err(DecodeError::TooLong),
         _ => Err(DecodeError::Invalid),
+    }
+}
+
+/// Whether `bytes` would be an instruction but for a legacy prefix that makes it longer than 15 bytes.
+fn is_too_long(bytes: &[u8], rip: u64, size: CodeSize) -> bool {
+    let [0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf2 | 0xf3, rest @ ..] = bytes else { return false };
+    match decode(rest, rip.wrapping_add(1), size) {
+        Ok(i) => i.len() == 15,
+        Err(error) => error == DecodeError::TooLong,
     }
 }
 

@@ -72,6 +72,9 @@ impl Core {
             if let Some(fault) = now.filter(|f| f.vector == vector::PF) {
                 self.s.cr2 = fault.address;
             }
+            if self.trace.is_some() {
+                self.trace_event(event, rip);
+            }
             match self.deliver_once(bus, event, rip) {
                 Ok(()) => return Ok(()),
                 Err(Stop::Fault) => rip = self.resume_at.take().unwrap_or(rip),
@@ -102,6 +105,9 @@ impl Core {
     /// INT n and its kin: the gate is entered with return address `back`. A fault on the way is the
     /// instruction's own and is raised like any other.
     pub fn software_interrupt(&mut self, bus: &mut dyn Bus, event: Event, back: u64) -> Flow {
+        if self.trace.is_some() {
+            self.trace_event(event, back);
+        }
         self.deliver_once(bus, event, back)?;
         // TF was cleared on the way; no trap before the handler's first instruction.
         self.watch.no_step = true;

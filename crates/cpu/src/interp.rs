@@ -52,6 +52,12 @@ impl Interpreter {
         self.core.cpus = cpus.max(1);
     }
 
+    /// Traces from now on; `None` stops it.
+    pub fn set_trace(&mut self, trace: Option<crate::trace::Trace>) {
+        self.core.trace = trace.map(Box::new);
+        self.core.check_events = true;
+    }
+
     /// Seeds the deterministic RDRAND/RDSEED generator.
     pub fn set_random_seed(&mut self, seed: u64) {
         self.core.random = seed;
@@ -70,6 +76,7 @@ impl Interpreter {
             if self.core.clock >= until {
                 return Exit::BudgetSpent;
             }
+            self.core.recent.enter(self.core.next_rip);
             let found = self.cache.find(&mut self.core);
             if let Some(exit) = self.chain(bus, found, until) {
                 return exit;
@@ -120,6 +127,9 @@ impl Interpreter {
     fn part(&mut self, bus: &mut dyn Bus, number: u32, until: VirtualTime) -> Option<Exit> {
         let block = self.cache.block(number);
         let c = &mut self.core;
+        if self.single && c.trace.is_some() {
+            c.trace_instruction(block.rip);
+        }
         let budget = until.since(c.clock);
         let fits = block.ops.iter().take_while(|op| u64::from(op.prefix) < budget).count();
         let most = if self.single { 1 } else { fits.max(1) };
@@ -234,7 +244,7 @@ impl Interpreter {
             return Some(exit);
         }
         let c = &mut self.core;
-        self.single = c.must_step();
+        self.single = c.must_step() || c.traces_instructions();
         c.trap_pending = c.s.rflags & rflags::TF != 0;
         c.check_events = self.single;
         None
@@ -271,7 +281,10 @@ impl Vcpu for Interpreter {
     fn run(&mut self, bus: &mut dyn Bus, slice: Slice) -> Stopped {
         self.core.clock = slice.now;
         self.core.check_events = true;
-        let exit = self.run_until(bus, slice.until);
+        let exit = match self.core.io_trace() {
+            None => self.run_until(bus, slice.until),
+            Some(mut traced) => self.run_until(&mut traced.over(bus), slice.until),
+        };
         Stopped { exit, now: self.core.clock }
     }
 

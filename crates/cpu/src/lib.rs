@@ -24,6 +24,7 @@ pub mod op;
 pub mod operand;
 pub mod segments;
 pub mod taskswitch;
+pub mod trace;
 pub mod word;
 
 pub use crate::core::{Core, EngineError, EngineOptions};
