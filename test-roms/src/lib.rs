@@ -7,10 +7,15 @@
 #![forbid(unsafe_code)]
 
 mod embedded;
+mod exceptions;
 mod link;
 mod measure;
+mod pages;
 mod pc;
 mod report;
+mod segments;
+mod stages;
+mod strings;
 
 pub use link::RomError;
 pub use measure::{MEASUREMENT_PORT, Phase};
@@ -50,7 +55,7 @@ impl Rom {
 }
 
 /// Every ROM; the embedded guest is the first.
-pub const ROMS: &[Rom] = &[embedded::ROM];
+pub const ROMS: &[Rom] = &[embedded::ROM, exceptions::ROM, pages::ROM, segments::ROM, strings::ROM];
 
 /// The guest that runs when no other is named.
 pub fn embedded_guest() -> &'static Rom {

@@ -21,6 +21,14 @@ pub enum CliError {
         /// The host's reason.
         source: std::io::Error,
     },
+    /// The trace's file can't be made.
+    #[error("--trace-file {}: {source}: check the path", path.display())]
+    Trace {
+        /// The file.
+        path: PathBuf,
+        /// The host's reason.
+        source: std::io::Error,
+    },
     /// A directory or the like.
     #[error("{flag} {}: not a file: give the path of an image", path.display())]
     NotAFile {

@@ -34,6 +34,31 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(seconds * unit).map_err(|_| wrong())
 }
 
+/// Reads an address: hexadecimal with `0x`, else decimal.
+///
+/// # Errors
+/// Says what an address looks like.
+pub fn parse_address(text: &str) -> Result<u64, String> {
+    let plain = text.replace('_', "");
+    let number = match plain.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => plain.parse(),
+    };
+    number.map_err(|_| format!("{text:?} is not an address: write for example 0x7c00"))
+}
+
+/// Reads `START..END`, either of which may be left out.
+///
+/// # Errors
+/// Says what a range looks like.
+pub fn parse_range(text: &str) -> Result<std::ops::Range<u64>, String> {
+    let wrong = || format!("{text:?} is not a range: write for example 0x7c00..0x7e00");
+    let (start, end) = text.split_once("..").ok_or_else(wrong)?;
+    let start = if start.is_empty() { 0 } else { parse_address(start)? };
+    let end = if end.is_empty() { u64::MAX } else { parse_address(end)? };
+    if start < end { Ok(start..end) } else { Err(wrong()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,6 +77,16 @@ mod tests {
         }
         for text in ["", "M", "12X", "-1", "1.5G", "99999999999999T", "1Gx"] {
             assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn ranges() {
+        assert_eq!(parse_range("0x7c00..0x7e00"), Ok(0x7c00..0x7e00));
+        assert_eq!(parse_range("4096.."), Ok(4096..u64::MAX));
+        assert_eq!(parse_range("..0xffff_0000"), Ok(0..0xffff_0000));
+        for text in ["", "5", "2..1", "1..1", "a..b", "0x..0xg"] {
+            assert!(parse_range(text).is_err(), "{text}");
         }
     }
 

@@ -4,6 +4,7 @@
 pub mod acpi;
 pub mod boot;
 pub mod events;
+pub mod explain;
 pub mod machine;
 pub mod memory_map;
 pub mod outcome;

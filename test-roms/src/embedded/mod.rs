@@ -4,10 +4,10 @@
 //! long mode, measures there what a shadow MMU should make cheap, and walks back to real mode.
 
 mod long;
-mod protected;
-mod real;
+pub(crate) mod protected;
+pub(crate) mod real;
 mod switches;
-mod tables;
+pub(crate) mod tables;
 
 use crate::link::{Linker, RomError, link};
 use crate::{Rom, report};

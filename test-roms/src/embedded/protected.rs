@@ -80,21 +80,24 @@ pub fn exceptions(c: &mut Code<'_>) -> Done {
     check_memory(c, variable::FAULT_CODE, 0x1230)
 }
 
-fn change_cr0(c: &mut Code<'_>, clear: u64, set: u64) -> Done {
+/// Clears and sets bits of CR0. Clobbers EAX.
+pub fn change_cr0(c: &mut Code<'_>, clear: u64, set: u64) -> Done {
     c.mov(eax, cr0)?;
     c.and(eax, !(clear as u32))?;
     c.or(eax, set as u32)?;
     Ok(c.mov(cr0, eax)?)
 }
 
-fn change_cr4(c: &mut Code<'_>, clear: u64, set: u64) -> Done {
+/// Clears and sets bits of CR4. Clobbers EAX.
+pub fn change_cr4(c: &mut Code<'_>, clear: u64, set: u64) -> Done {
     c.mov(eax, cr4)?;
     c.and(eax, !(clear as u32))?;
     c.or(eax, set as u32)?;
     Ok(c.mov(cr4, eax)?)
 }
 
-fn change_efer(c: &mut Code<'_>, clear: u64, set: u64) -> Done {
+/// Clears and sets bits of EFER. Clobbers EAX, ECX, EDX.
+pub fn change_efer(c: &mut Code<'_>, clear: u64, set: u64) -> Done {
     c.mov(ecx, IA32_EFER)?;
     c.rdmsr()?;
     c.and(eax, !(clear as u32))?;
@@ -183,7 +186,8 @@ fn dirty_accessed(c: &mut Code<'_>, leaves: Leaves, expected: u32) -> Done {
     check(c, eax, expected)
 }
 
-fn enter_long_mode(c: &mut Code<'_>) -> Done {
+/// From protected mode without paging to `long mode`.
+pub fn enter_long_mode(c: &mut Code<'_>) -> Done {
     enter_four_level(c)?;
     let long = c.address("long mode");
     Ok(c.jmp_far(selector::CODE64, long)?)
@@ -210,4 +214,14 @@ pub fn back(c: &mut Code<'_>) -> Done {
     load_data_segments(c, selector::DATA16)?;
     let door = c.linear("back to real mode") - crate::LOAD.raw() as u32;
     Ok(c.jmp_far(selector::CODE16, door)?)
+}
+
+/// Sets bits of CR0 in either width. Clobbers EAX.
+pub fn set_cr0(c: &mut Code<'_>, set: u64) -> Done {
+    if c.bits() == 64 {
+        c.mov(rax, cr0)?;
+        c.or(eax, set as u32)?;
+        return Ok(c.mov(cr0, rax)?);
+    }
+    change_cr0(c, 0, set)
 }

@@ -1,5 +1,8 @@
 //! The subcommands.
 
+mod doctor;
+mod explain;
+mod rom;
 mod run;
 
 use clap::Subcommand;
@@ -9,11 +12,20 @@ use clap::Subcommand;
 pub enum Command {
     /// Run a guest; without --kernel the embedded one
     Run(Box<crate::run::Args>),
+    /// Run a guest to its end and explain the state it left
+    Explain(Box<explain::Args>),
+    /// Say what this host offers and what Umbra will use
+    Doctor(doctor::Args),
+    /// List or run the test ROMs
+    Rom(rom::Args),
 }
 
 /// Executes a subcommand; gives the exit code.
 pub fn execute(command: Command) -> u8 {
     match command {
         Command::Run(args) => run::execute(&args),
+        Command::Explain(args) => explain::execute(&args),
+        Command::Doctor(args) => doctor::execute(&args),
+        Command::Rom(args) => rom::execute(&args),
     }
 }

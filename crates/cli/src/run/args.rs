@@ -1,7 +1,7 @@
 //! The arguments of `umbra run`.
 
 use crate::exit_code;
-use crate::size::{parse_duration, parse_size};
+use crate::size::{parse_duration, parse_range, parse_size};
 use clap::{Args as ClapArgs, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,6 +9,7 @@ use std::time::Duration;
 /// Run a guest. Its first serial port is on stdout; everything else goes to stderr. When stdin is a
 /// terminal it becomes the guest's keyboard on that port: Ctrl-A x leaves, Ctrl-A Ctrl-A sends Ctrl-A.
 #[derive(ClapArgs, Debug, Clone)]
+#[group(id = "run")]
 #[command(after_help = exit_code::TABLE)]
 pub struct Args {
     /// Kernel: bzImage, ELF with PVH entry, Multiboot 1 or boot sector, told apart by content [default: the embedded guest]
@@ -47,6 +48,8 @@ pub struct Args {
     /// What the MMU's caches do when control registers change; results are always the same
     #[arg(long, value_enum, value_name = "MODE", default_value_t = MmuChoice::NoUnload)]
     pub mmu: MmuChoice,
+    #[command(flatten)]
+    pub tracing: TraceArgs,
     /// Feed stdin to the serial port although it is no terminal
     #[arg(long)]
     pub serial_stdin: bool,
@@ -59,6 +62,34 @@ pub enum ClockChoice {
     Virtual,
     /// The same, but the guest never runs ahead of the host's clock
     Real,
+}
+
+/// `--trace` and what belongs to it.
+#[derive(ClapArgs, Debug, Clone)]
+#[group(id = "tracing")]
+pub struct TraceArgs {
+    /// Trace to stderr, comma-separated; insn is slow, and none of them changes a result
+    #[arg(long, value_enum, value_name = "WHAT", value_delimiter = ',')]
+    pub trace: Vec<TraceChoice>,
+    /// Trace only instructions and exceptions at these linear addresses, for example 0x1000..0x2000
+    #[arg(long, value_name = "START..END", value_parser = parse_range)]
+    pub trace_range: Option<std::ops::Range<u64>>,
+    /// Write the trace to a file instead
+    #[arg(long, value_name = "FILE")]
+    pub trace_file: Option<PathBuf>,
+}
+
+/// `--trace`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum TraceChoice {
+    /// Every instruction, disassembled; says why one is undefined
+    Insn,
+    /// Exceptions and interrupts as they are delivered
+    Exc,
+    /// Port and device-memory accesses
+    Io,
+    /// Changes of control registers and the roots they select
+    Mmu,
 }
 
 /// `--mmu`.

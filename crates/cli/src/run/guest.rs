@@ -1,6 +1,6 @@
 //! Builds the machine that the arguments describe, with its image loaded.
 
-use super::args::{Args, MmuChoice};
+use super::args::{Args, MmuChoice, TraceArgs};
 use super::image;
 use crate::error::CliError;
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use umbra_machine::boot::{self, BootRequest, Concern, ImageKind};
 use umbra_machine::{Machine, MachineConfig, guest_memory};
 use umbra_memory::GuestMemory;
 use umbra_mmu::{MmuMode, MmuOptions};
+use umbra_test_roms::Rom;
 
 /// 1 January 2026, 00:00 UTC: what the clock shows at the start of every run.
 const RTC_START: i64 = 1_767_225_600;
@@ -32,11 +33,7 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
     if args.expect.as_deref() == Some("") {
         return Err(CliError::EmptyExpect);
     }
-    let host = HostOffer::from_cpuid(|leaf, subleaf| {
-        let answer = std::arch::x86_64::__cpuid_count(leaf, subleaf);
-        [answer.eax, answer.ebx, answer.ecx, answer.edx]
-    });
-    let profile = CpuidProfile::parse(&args.cpu, &host)?;
+    let profile = profile(&args.cpu)?;
     let memory = guest_memory(args.memory)?;
     let engine = engine(args, &memory, &profile)?;
     let config = MachineConfig { profile, rtc_start: RTC_START };
@@ -53,6 +50,29 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
     Ok(Guest { machine, kind, is_embedded, verdict })
 }
 
+/// The CPU model of that name, as far as this host can execute it.
+fn profile(name: &str) -> Result<CpuidProfile, CliError> {
+    let host = HostOffer::from_cpuid(|leaf, subleaf| {
+        let answer = std::arch::x86_64::__cpuid_count(leaf, subleaf);
+        [answer.eax, answer.ebx, answer.ecx, answer.edx]
+    });
+    Ok(CpuidProfile::parse(name, &host)?)
+}
+
+/// A machine that starts a test ROM.
+///
+/// # Errors
+/// [`CliError`] when the CPU model or memory can't be had.
+pub fn rom_machine(rom: &Rom, cpu: &str, memory: u64, tracing: &TraceArgs) -> Result<Machine<Interpreter>, CliError> {
+    let profile = profile(cpu)?;
+    let memory = guest_memory(memory)?;
+    let mut engine = Interpreter::new(Arc::clone(&memory), &profile, 0, &EngineOptions::default())?;
+    engine.set_trace(super::trace::of(tracing)?);
+    let mut machine = Machine::new(memory, &MachineConfig { profile, rtc_start: RTC_START }, vec![engine])?;
+    load_rom(rom, &mut machine)?;
+    Ok(machine)
+}
+
 fn engine(args: &Args, memory: &Arc<GuestMemory>, profile: &CpuidProfile) -> Result<Interpreter, CliError> {
     let mode = match args.mmu {
         MmuChoice::NoUnload => MmuMode::NoUnload,
@@ -62,6 +82,7 @@ fn engine(args: &Args, memory: &Arc<GuestMemory>, profile: &CpuidProfile) -> Res
     let options = EngineOptions { mmu: MmuOptions { mode, ..MmuOptions::default() } };
     let mut engine = Interpreter::new(Arc::clone(memory), profile, 0, &options)?;
     engine.set_random_seed(args.seed);
+    engine.set_trace(super::trace::of(&args.tracing)?);
     Ok(engine)
 }
 
@@ -102,7 +123,10 @@ fn load_embedded(args: &Args, machine: &mut Machine<Interpreter>) -> Result<(), 
             return Err(CliError::NeedsKernel { flag });
         }
     }
-    let rom = umbra_test_roms::embedded_guest();
+    load_rom(umbra_test_roms::embedded_guest(), machine)
+}
+
+fn load_rom(rom: &Rom, machine: &mut Machine<Interpreter>) -> Result<(), CliError> {
     machine.add_reset_rom(&umbra_firmware::reset_image()?)?;
     machine.memory().write(rom.load(), &rom.image()?);
     machine.pc_mut().set_measurement_port(umbra_test_roms::MEASUREMENT_PORT);

@@ -3,15 +3,19 @@
 mod args;
 mod clock;
 mod escape;
+pub mod explain;
 mod guest;
 mod host;
 mod image;
 mod measure;
 pub mod report;
+pub mod rom;
 mod stdin;
 mod terminal;
+mod trace;
 
-pub use args::Args;
+pub use args::{Args, TraceArgs};
+pub use guest::Guest;
 
 use crate::error::CliError;
 use crate::exit_code;
@@ -26,6 +30,14 @@ use umbra_machine::End;
 /// # Errors
 /// [`CliError`] when nothing could be run.
 pub fn run(args: &Args) -> Result<Report, CliError> {
+    finish(args).map(|(report, _)| report)
+}
+
+/// As [`run`], with the guest as it is at the end.
+///
+/// # Errors
+/// [`CliError`] when nothing could be run.
+pub fn finish(args: &Args) -> Result<(Report, Guest), CliError> {
     let start = Instant::now();
     let mut guest = guest::build(args)?;
     if let Some(text) = &args.expect {
@@ -46,8 +58,10 @@ pub fn run(args: &Args) -> Result<Report, CliError> {
     if verdict_missing && exit_code == exit_code::CLEAN {
         exit_code = exit_code::NOT_SEEN;
     }
-    Ok(Report {
+    let explanation = explain::end(&guest, &end);
+    let report = Report {
         end,
+        explanation,
         exit_code,
         verdict_missing,
         kind: guest.kind,
@@ -58,5 +72,6 @@ pub fn run(args: &Args) -> Result<Report, CliError> {
         mmu: guest.machine.vcpu(0).map(|engine| engine.mmu_stats().clone()),
         phases: measurements.finish(),
         stats: args.stats || guest.is_embedded,
-    })
+    };
+    Ok((report, guest))
 }

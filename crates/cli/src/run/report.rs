@@ -10,6 +10,7 @@ use umbra_arch::CpuState;
 use umbra_arch::exit::TripleFault;
 use umbra_arch::segment::Seg;
 use umbra_machine::boot::ImageKind;
+use umbra_machine::explain::Explanation;
 use umbra_machine::{End, Stop};
 use umbra_mmu::MmuStats;
 
@@ -21,6 +22,8 @@ pub struct Report {
     pub verdict_missing: bool,
     pub kind: Option<ImageKind>,
     pub state: Option<CpuState>,
+    /// Why, where that can be said.
+    pub explanation: Option<Explanation>,
     /// Virtual time at the end, in nanoseconds.
     pub guest_ns: u64,
     /// Instructions retired.
@@ -62,7 +65,9 @@ impl Report {
         if self.exit_code == exit_code::NOT_SEEN && !self.verdict_missing {
             let _ = writeln!(out, "umbra: the string of --expect did not appear");
         }
-        if let Some(state) = self.state.as_ref().filter(|_| self.shows_registers()) {
+        if let Some(explanation) = &self.explanation {
+            out.push_str(&explanation.text);
+        } else if let Some(state) = self.state.as_ref().filter(|_| self.shows_registers()) {
             out.push_str(&registers(state));
         }
         if self.stats {
@@ -110,6 +115,10 @@ impl Report {
         object.insert("guest_ns".into(), self.guest_ns.into());
         object.insert("retired".into(), self.retired.into());
         object.insert("host_seconds".into(), self.host.as_secs_f64().into());
+        if let Some(explanation) = &self.explanation {
+            object.insert("causes".into(), explanation.causes.clone().into());
+            object.insert("explanation".into(), explanation.text.clone().into());
+        }
         if self.verdict_missing {
             object.insert("verdict".into(), "missing".into());
         }
@@ -145,7 +154,8 @@ fn name(end: &End) -> &'static str {
     }
 }
 
-fn sentence(end: &End) -> String {
+/// How a run ended, in words.
+pub fn sentence(end: &End) -> String {
     match end {
         End::PowerOff => "the guest powered off".into(),
         End::Reset => "the guest asked for a reboot".into(),

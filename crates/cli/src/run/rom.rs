@@ -1,0 +1,104 @@
+//! Runs a test ROM and reads its report.
+
+use super::guest;
+use super::{TraceArgs, report};
+use crate::error::CliError;
+use std::collections::VecDeque;
+use umbra_arch::VirtualTime;
+use umbra_machine::{End, Host, Stop};
+use umbra_test_roms::Rom;
+
+/// Virtual time after which a ROM hangs: all of them together take less.
+const LIMIT: VirtualTime = VirtualTime(120_000_000_000);
+/// Guest RAM.
+const MEMORY: u64 = 16 << 20;
+
+/// How a ROM ended.
+pub struct Outcome {
+    pub passed: bool,
+    /// The serial output, without carriage returns.
+    pub report: String,
+    /// In words.
+    pub end: String,
+    pub retired: u64,
+}
+
+/// One line of a report.
+pub struct Section<'a> {
+    pub name: &'a str,
+    pub checks: u64,
+    pub passed: bool,
+    pub failed: u64,
+}
+
+/// Collects what the ROM says.
+#[derive(Default)]
+struct Listener {
+    heard: Vec<u8>,
+}
+
+impl Host for Listener {
+    fn serial(&mut self, bytes: &[u8]) {
+        self.heard.extend(bytes.iter().filter(|&&byte| byte != b'\r'));
+    }
+    fn debug(&mut self, _: &[u8]) {}
+    fn input(&mut self, _: &mut VecDeque<u8>) {}
+    fn has_input(&self) -> bool {
+        false
+    }
+    fn stop(&mut self) -> Option<Stop> {
+        None
+    }
+    fn pace(&mut self, now: VirtualTime, _: bool) -> VirtualTime {
+        now
+    }
+}
+
+/// Runs `rom` on a CPU model.
+///
+/// # Errors
+/// [`CliError`] when it can't be run at all.
+pub fn run(rom: &Rom, cpu: &str, tracing: &TraceArgs) -> Result<Outcome, CliError> {
+    let mut machine = guest::rom_machine(rom, cpu, MEMORY, tracing)?;
+    let mut listener = Listener::default();
+    let end = loop {
+        match machine.run(&mut listener, Some(LIMIT)) {
+            End::Mark(_) => {}
+            end => break end,
+        }
+    };
+    let report = String::from_utf8_lossy(&listener.heard).into_owned();
+    let passed = end == End::PowerOff && report.lines().any(|line| line.starts_with(rom.expect));
+    Ok(Outcome { passed, report, end: report::sentence(&end), retired: machine.retired() })
+}
+
+impl Outcome {
+    /// The report's sections: lines like `title   12 checked  PASS`.
+    pub fn sections(&self) -> impl Iterator<Item = Section<'_>> {
+        self.report.lines().filter_map(section)
+    }
+}
+
+fn section(line: &str) -> Option<Section<'_>> {
+    let (before, verdict) = line.split_once(" checked  ")?;
+    let (name, checks) = before.rsplit_once(' ')?;
+    let failed = match verdict.split_once(' ') {
+        None => 0,
+        Some((_, number)) => number.parse().ok()?,
+    };
+    Some(Section { name: name.trim_end(), checks: checks.parse().ok()?, passed: verdict == "PASS", failed })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sections_are_read() {
+        let good = section("real mode, strings          17 checked  PASS").unwrap();
+        assert_eq!((good.name, good.checks, good.passed, good.failed), ("real mode, strings", 17, true, 0));
+        let bad = section("long mode   3 checked  FAIL 2").unwrap();
+        assert_eq!((bad.name, bad.checks, bad.passed, bad.failed), ("long mode", 3, false, 2));
+        assert!(section("Result: PASS, all of 3 sections").is_none());
+    }
+}
