@@ -24,6 +24,9 @@ pub struct Args {
     /// Guest RAM, for example 512M or 1G; a bare number is MiB
     #[arg(short = 'm', long = "memory", value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     pub memory: u64,
+    /// Number of virtual CPUs, 1 to 32; they take turns, deterministically
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=32))]
+    pub smp: u32,
     /// CPU model, with changes as in umbra-v3,-avx2: umbra-v3, umbra-v2 or max
     #[arg(long, value_name = "NAME", default_value = umbra_arch::cpuid::PROFILE_NAMES[0])]
     pub cpu: String,
@@ -64,6 +67,17 @@ pub enum ClockChoice {
     Real,
 }
 
+/// `--mmu`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum MmuChoice {
+    /// Keep every root and shadow page
+    NoUnload,
+    /// Drop all roots at each change, as KVM does
+    UnloadAlways,
+    /// Drop caches at random moments, drawn from --seed
+    DropAtRandom,
+}
+
 /// `--trace` and what belongs to it.
 #[derive(ClapArgs, Debug, Clone)]
 #[group(id = "tracing")]
@@ -90,15 +104,4 @@ pub enum TraceChoice {
     Io,
     /// Changes of control registers and the roots they select
     Mmu,
-}
-
-/// `--mmu`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum MmuChoice {
-    /// Keep every root and shadow page
-    NoUnload,
-    /// Drop all roots at each change, as KVM does
-    UnloadAlways,
-    /// Drop caches at random moments, drawn from --seed
-    DropAtRandom,
 }

@@ -9,7 +9,7 @@ use umbra_cpu::{EngineOptions, Interpreter};
 use umbra_machine::boot::{self, BootRequest, Concern, ImageKind};
 use umbra_machine::{Machine, MachineConfig, guest_memory};
 use umbra_memory::GuestMemory;
-use umbra_mmu::{MmuMode, MmuOptions};
+use umbra_mmu::{MmuMode, MmuOptions, MmuStats};
 use umbra_test_roms::Rom;
 
 /// 1 January 2026, 00:00 UTC: what the clock shows at the start of every run.
@@ -25,6 +25,15 @@ pub struct Guest {
     pub verdict: Option<&'static str>,
 }
 
+impl Guest {
+    /// The counters of all CPUs' MMUs, summed.
+    pub fn mmu_stats(&self) -> MmuStats {
+        let mut sum = MmuStats::default();
+        self.machine.vcpus().for_each(|engine| sum.add(engine.mmu_stats()));
+        sum
+    }
+}
+
 /// Builds and loads.
 ///
 /// # Errors
@@ -35,9 +44,9 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
     }
     let profile = profile(&args.cpu)?;
     let memory = guest_memory(args.memory)?;
-    let engine = engine(args, &memory, &profile)?;
+    let engines: Result<Vec<_>, _> = (0..args.smp).map(|id| engine(args, &memory, &profile, id)).collect();
     let config = MachineConfig { profile, rtc_start: RTC_START };
-    let mut machine = Machine::new(memory, &config, vec![engine])?;
+    let mut machine = Machine::new(memory, &config, engines?)?;
     let kind = match &args.kernel {
         Some(_) => load_kernel(args, &mut machine)?,
         None => {
@@ -63,7 +72,12 @@ fn profile(name: &str) -> Result<CpuidProfile, CliError> {
 ///
 /// # Errors
 /// [`CliError`] when the CPU model or memory can't be had.
-pub fn rom_machine(rom: &Rom, cpu: &str, memory: u64, tracing: &TraceArgs) -> Result<Machine<Interpreter>, CliError> {
+pub fn rom_machine(
+    rom: &Rom,
+    cpu: &str,
+    memory: u64,
+    tracing: &TraceArgs,
+) -> Result<Machine<Interpreter>, CliError> {
     let profile = profile(cpu)?;
     let memory = guest_memory(memory)?;
     let mut engine = Interpreter::new(Arc::clone(&memory), &profile, 0, &EngineOptions::default())?;
@@ -73,17 +87,26 @@ pub fn rom_machine(rom: &Rom, cpu: &str, memory: u64, tracing: &TraceArgs) -> Re
     Ok(machine)
 }
 
-fn engine(args: &Args, memory: &Arc<GuestMemory>, profile: &CpuidProfile) -> Result<Interpreter, CliError> {
+/// Virtual CPU `id`. Only the first is traced.
+fn engine(args: &Args, memory: &Arc<GuestMemory>, profile: &CpuidProfile, id: u32) -> Result<Interpreter, CliError> {
     let mode = match args.mmu {
         MmuChoice::NoUnload => MmuMode::NoUnload,
         MmuChoice::UnloadAlways => MmuMode::UnloadAlways,
-        MmuChoice::DropAtRandom => MmuMode::DropAtRandom(args.seed),
+        MmuChoice::DropAtRandom => MmuMode::DropAtRandom(seed_of(args, id)),
     };
     let options = EngineOptions { mmu: MmuOptions { mode, ..MmuOptions::default() } };
-    let mut engine = Interpreter::new(Arc::clone(memory), profile, 0, &options)?;
-    engine.set_random_seed(args.seed);
-    engine.set_trace(super::trace::of(&args.tracing)?);
+    let mut engine = Interpreter::new(Arc::clone(memory), profile, id, &options)?;
+    engine.set_cpus(args.smp);
+    engine.set_random_seed(seed_of(args, id));
+    if id == 0 {
+        engine.set_trace(super::trace::of(&args.tracing)?);
+    }
     Ok(engine)
+}
+
+/// Each CPU draws from a sequence of its own.
+fn seed_of(args: &Args, id: u32) -> u64 {
+    args.seed ^ u64::from(id).rotate_right(16)
 }
 
 fn load_kernel(args: &Args, machine: &mut Machine<Interpreter>) -> Result<Option<ImageKind>, CliError> {

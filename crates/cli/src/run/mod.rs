@@ -47,9 +47,9 @@ pub fn finish(args: &Args) -> Result<(Report, Guest), CliError> {
     let mut measurements = Measurements::default();
     let end = loop {
         let end = guest.machine.run(&mut host, None);
-        match (&end, guest.machine.vcpu(0)) {
-            (End::Mark(id), Some(engine)) => measurements.mark(*id, engine.mmu_stats()),
-            _ => break end,
+        match end {
+            End::Mark(id) => measurements.mark(id, &guest.mmu_stats()),
+            end => break end,
         }
     };
     let verdict_missing = guest.verdict.is_some_and(|text| !host.has_sent(text.as_bytes()));
@@ -69,7 +69,7 @@ pub fn finish(args: &Args) -> Result<(Report, Guest), CliError> {
         guest_ns: guest.machine.now().0,
         retired: guest.machine.retired(),
         host: start.elapsed(),
-        mmu: guest.machine.vcpu(0).map(|engine| engine.mmu_stats().clone()),
+        mmu: Some(guest.mmu_stats()),
         phases: measurements.finish(),
         stats: args.stats || guest.is_embedded,
     };
