@@ -16,6 +16,7 @@ mod report;
 mod segments;
 mod stages;
 mod strings;
+mod syscalls;
 
 pub use link::RomError;
 pub use measure::{MEASUREMENT_PORT, Phase};
@@ -55,7 +56,7 @@ impl Rom {
 }
 
 /// Every ROM; the embedded guest is the first.
-pub const ROMS: &[Rom] = &[embedded::ROM, exceptions::ROM, pages::ROM, segments::ROM, strings::ROM];
+pub const ROMS: &[Rom] = &[embedded::ROM, exceptions::ROM, pages::ROM, segments::ROM, strings::ROM, syscalls::ROM];
 
 /// The guest that runs when no other is named.
 pub fn embedded_guest() -> &'static Rom {
