@@ -2,6 +2,7 @@
 
 mod doctor;
 mod explain;
+mod isa;
 mod rom;
 mod run;
 
@@ -16,6 +17,8 @@ pub enum Command {
     Explain(Box<explain::Args>),
     /// Say what this host offers and what Umbra will use
     Doctor(doctor::Args),
+    /// List the instructions and which of them are verified
+    Isa(isa::Args),
     /// List or run the test ROMs
     Rom(rom::Args),
 }
@@ -26,6 +29,7 @@ pub fn execute(command: Command) -> u8 {
         Command::Run(args) => run::execute(&args),
         Command::Explain(args) => explain::execute(&args),
         Command::Doctor(args) => doctor::execute(&args),
+        Command::Isa(args) => isa::execute(&args),
         Command::Rom(args) => rom::execute(&args),
     }
 }

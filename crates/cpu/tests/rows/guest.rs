@@ -85,7 +85,7 @@ impl Guest {
             };
             quad(0x4000 + 8 * page, (PHYSICAL + (page << 12)) | bits);
         }
-        quad(0x4000 + 8 * (TABLES - WINDOW >> 12), 0x5063);
+        quad(0x4000 + 8 * ((TABLES - WINDOW) >> 12), 0x5063);
         for (selector, segment) in selectors::descriptors() {
             let table = if selector & 4 != 0 { 0x5800 } else { 0x5000 };
             quad(table + u64::from(selector & !7), selectors::encode(&segment));
