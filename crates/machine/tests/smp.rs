@@ -291,8 +291,7 @@ fn interruptions_change_nothing() {
                 end => panic!("{end:?}"),
             }
         }
-        let seen = (world.borrow().clone(), machine.now(), machine.retired());
-        seen
+        (world.borrow().clone(), machine.now(), machine.retired())
     };
     let whole = observe(0, 2_000_000);
     assert!(whole.0.log.len() > 500 && whole.0.flags[7] > 50, "{}", whole.0.flags[7]);

@@ -72,12 +72,7 @@ fn profile(name: &str) -> Result<CpuidProfile, CliError> {
 ///
 /// # Errors
 /// [`CliError`] when the CPU model or memory can't be had.
-pub fn rom_machine(
-    rom: &Rom,
-    cpu: &str,
-    memory: u64,
-    tracing: &TraceArgs,
-) -> Result<Machine<Interpreter>, CliError> {
+pub fn rom_machine(rom: &Rom, cpu: &str, memory: u64, tracing: &TraceArgs) -> Result<Machine<Interpreter>, CliError> {
     let profile = profile(cpu)?;
     let memory = guest_memory(memory)?;
     let mut engine = Interpreter::new(Arc::clone(&memory), &profile, 0, &EngineOptions::default())?;
