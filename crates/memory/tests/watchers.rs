@@ -135,7 +135,7 @@ fn queues_are_bounded() {
     let (busy, asleep) = (Watcher::register(mem.clone()).unwrap(), Watcher::register(mem.clone()).unwrap());
     (0..4096).for_each(|page| assert!(asleep.claim(off(page), PageFlags::CODE)));
     for n in 0..100_000u64 {
-        let at = BASE + (n % 16 << 12) + (n * 24 & 0xff8);
+        let at = BASE + ((n % 16) << 12) + ((n * 24) & 0xff8);
         busy.stored(Gpa::new(at), RamOffset::new(at), 8);
     }
     let changes = asleep.take_changes();
@@ -146,7 +146,7 @@ fn queues_are_bounded() {
         assert!(changes.iter().any(covers), "page {page}");
     }
     for n in 0..100_000u64 {
-        let at = BASE + (n % 4096 << 12);
+        let at = BASE + ((n % 4096) << 12);
         busy.stored(Gpa::new(at), RamOffset::new(at), 8);
     }
     assert_eq!(asleep.take_changes(), [Change::Everything]);
