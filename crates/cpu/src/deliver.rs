@@ -13,6 +13,9 @@ use umbra_arch::segment::{Seg, Segment};
 use umbra_arch::state::{Activity, reg};
 use umbra_arch::{Bus, Exit, Fault, rflags};
 
+/// Ticks that delivering an exception or interrupt takes. Not 0: a handler that faults at once would stop time.
+const DELIVERY_COST: u64 = 1;
+
 /// What is being delivered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Event {
@@ -76,7 +79,10 @@ impl Core {
                 self.trace_event(event, rip);
             }
             match self.deliver_once(bus, event, rip) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.clock = self.clock.plus(DELIVERY_COST);
+                    return Ok(());
+                }
                 Err(Stop::Fault) => rip = self.resume_at.take().unwrap_or(rip),
                 Err(stop) => return Err(stop),
             }
