@@ -101,10 +101,10 @@ fn kernels_that_are_damaged() {
         let path = scratch.file(name, &bytes);
         refused(&["run", "--kernel", &path], &["--kernel", &path, part]);
     }
-    let mut only_32_bit = whole;
-    only_32_bit[0x236] = 0;
-    let path = scratch.file("only-32-bit", &only_32_bit);
-    refused(&["run", "--kernel", &path], &[&path, "64-bit entry"]);
+    let mut old = whole;
+    old[0x206..0x208].copy_from_slice(&0x209u16.to_le_bytes());
+    let path = scratch.file("old", &old);
+    refused(&["run", "--kernel", &path], &[&path, "boot protocol 2.09", "2.10 is needed"]);
 }
 
 #[test]
