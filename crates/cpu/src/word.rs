@@ -54,19 +54,7 @@ macro_rules! by_width {
                 type $W = u8;
                 Some($e)
             }
-            2 => {
-                type $W = u16;
-                Some($e)
-            }
-            4 => {
-                type $W = u32;
-                Some($e)
-            }
-            8 => {
-                type $W = u64;
-                Some($e)
-            }
-            _ => None,
+            wide => $crate::by_wide!(wide, $W => $e),
         }
     };
 }

@@ -1,5 +1,6 @@
 //! Breakpoints, single steps, shadows and alignment checks, against the manual's rules written out.
 
+mod bus;
 mod long_mode;
 mod protected;
 

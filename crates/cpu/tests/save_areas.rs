@@ -1,5 +1,6 @@
 //! FXSAVE, XSAVE's family and the x87 environment: formats, round trips, refusals.
 
+mod bus;
 mod long_mode;
 
 use iced_x86::code_asm::*;

@@ -1,5 +1,6 @@
 //! What may be loaded into bases and targets, and TF across SYSCALL and SYSRET.
 
+mod bus;
 mod long_mode;
 
 use iced_x86::code_asm::*;

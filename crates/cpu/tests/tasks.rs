@@ -1,5 +1,6 @@
 //! Hardware task switches: who is busy, what is saved, and in whose name a switch fails.
 
+mod bus;
 mod protected;
 
 use protected::*;

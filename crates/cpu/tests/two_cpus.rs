@@ -1,9 +1,10 @@
 //! Several CPUs on one memory: code that one patches and another runs, tables that one edits and another
 //! walks, against plain arrays.
 
+mod bus;
 mod long_mode;
 
-use long_mode::{Guest, NoBus};
+use long_mode::{Guest, OneInterrupt};
 use proptest::prelude::*;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::state::Activity;
@@ -91,7 +92,7 @@ impl Rig {
         (s.rip, s.gpr[7], s.gpr[6], s.activity) = (routine, rdi, rsi, Activity::Running);
         let cpu = &mut self.cpus[cpu];
         cpu.set_state(&s);
-        let stopped = cpu.run(&mut NoBus, Slice { now: VirtualTime(0), until: VirtualTime(1000) });
+        let stopped = cpu.run(&mut OneInterrupt::default(), Slice { now: VirtualTime(0), until: VirtualTime(1000) });
         assert_eq!(stopped.exit, Exit::Halted);
         cpu.core().mmu.audit().expect("nothing stale after a run");
         let s = cpu.state();

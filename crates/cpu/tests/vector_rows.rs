@@ -1,6 +1,7 @@
 //! MMX, SSE, AVX and x87 rows in a running guest: every instruction form against the host directly, then what
 //! surrounds the host's execution: faults, alignment, availability, element-wise moves.
 
+mod bus;
 mod long_mode;
 
 use iced_x86::code_asm::*;

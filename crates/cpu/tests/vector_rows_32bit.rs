@@ -1,5 +1,6 @@
 //! SIMD and x87 rows in 32-bit code: eight registers, segments, narrow pointers.
 
+mod bus;
 mod long_mode;
 
 use iced_x86::code_asm::*;

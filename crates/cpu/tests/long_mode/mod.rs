@@ -1,12 +1,13 @@
 //! A small guest in 64-bit mode: identity-mapped memory, handlers that halt, no devices.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub use crate::bus::OneInterrupt;
 use iced_x86::code_asm::CodeAssembler;
 use std::sync::Arc;
 use umbra_arch::control::{Cr0, Cr3, Cr4, Efer};
 use umbra_arch::cpuid::{CpuidProfile, Feature};
 use umbra_arch::segment::{Seg, Segment, TableRegister};
-use umbra_arch::{AccessWidth, Bus, CpuState, Exit, Fault, Gpa, Reply, Slice, Vcpu, VirtualTime};
+use umbra_arch::{CpuState, Exit, Gpa, Slice, Vcpu, VirtualTime};
 use umbra_cpu::{EngineOptions, Interpreter};
 use umbra_memory::GuestMemory;
 
@@ -20,45 +21,6 @@ const IDT: u64 = 0x4000;
 const GDT: u64 = 0x5000;
 const HANDLERS: u64 = 0x6000;
 const STACK: u64 = 0x30_0000;
-
-/// No devices.
-pub struct NoBus;
-
-impl Bus for NoBus {
-    fn mmio_read(&mut self, _: VirtualTime, _: Gpa, width: AccessWidth) -> Reply<u64> {
-        Reply::quiet(width.mask())
-    }
-    fn mmio_write(&mut self, _: VirtualTime, _: Gpa, _: AccessWidth, _: u64) -> Reply<()> {
-        Reply::quiet(())
-    }
-    fn port_read(&mut self, _: VirtualTime, _: u16, _: AccessWidth) -> Reply<u32> {
-        Reply::quiet(u32::MAX)
-    }
-    fn port_write(&mut self, _: VirtualTime, _: u16, _: AccessWidth, _: u32) -> Reply<()> {
-        Reply::quiet(())
-    }
-    fn apic_msr_read(&mut self, _: VirtualTime, _: u32) -> Result<Reply<u64>, Fault> {
-        Err(Fault::GP0)
-    }
-    fn apic_msr_write(&mut self, _: VirtualTime, _: u32, _: u64) -> Result<Reply<()>, Fault> {
-        Err(Fault::GP0)
-    }
-    fn read_cr8(&mut self) -> u8 {
-        0
-    }
-    fn write_cr8(&mut self, _: VirtualTime, _: u8) -> Reply<()> {
-        Reply::quiet(())
-    }
-    fn interrupt_pending(&mut self) -> bool {
-        false
-    }
-    fn interrupt_acknowledge(&mut self, _: VirtualTime) -> Option<u8> {
-        None
-    }
-    fn take_nmi(&mut self) -> bool {
-        false
-    }
-}
 
 /// The guest; `s` is the state before and after each run.
 pub struct Guest {
@@ -105,7 +67,7 @@ impl Guest {
         self.s.activity = umbra_arch::state::Activity::Running;
         self.cpu.set_state(&self.s);
         let slice = Slice { now: VirtualTime(0), until: VirtualTime(1_000_000_000) };
-        let stopped = self.cpu.run(&mut NoBus, slice);
+        let stopped = self.cpu.run(&mut OneInterrupt::default(), slice);
         assert_eq!(stopped.exit, Exit::Halted, "{:x?}", code);
         self.s = self.cpu.state();
         let handler = self.s.rip.wrapping_sub(HANDLERS + 1);

@@ -1,55 +1,18 @@
 //! The interpreted side: a core whose window of memory has the native one's addresses, protections and segments.
 
+use crate::bus::OneInterrupt;
 use crate::selectors;
 use iced_x86::Instruction;
 use std::sync::Arc;
 use umbra_arch::control::{Cr0, Cr3, Cr4, Efer};
 use umbra_arch::cpuid::{CpuidProfile, HostOffer};
 use umbra_arch::segment::{Attr, Seg, Segment, TableRegister};
-use umbra_arch::{AccessWidth, Bus, CpuState, Fault, Gpa, Reply, VirtualTime};
+use umbra_arch::{CpuState, Fault, Gpa};
 use umbra_cpu::core::CodeSize;
 use umbra_cpu::op::Stop;
 use umbra_cpu::{Core, EngineOptions, decode};
 use umbra_hostexec::native::{Mode, NativeState, PAGES, PROTECTION, Protection, SEGMENT_G, WINDOW};
 use umbra_memory::GuestMemory;
-
-/// No devices.
-struct NoBus;
-impl Bus for NoBus {
-    fn mmio_read(&mut self, _: VirtualTime, _: Gpa, _: AccessWidth) -> Reply<u64> {
-        Reply::quiet(u64::MAX)
-    }
-    fn mmio_write(&mut self, _: VirtualTime, _: Gpa, _: AccessWidth, _: u64) -> Reply<()> {
-        Reply::quiet(())
-    }
-    fn port_read(&mut self, _: VirtualTime, _: u16, _: AccessWidth) -> Reply<u32> {
-        Reply::quiet(u32::MAX)
-    }
-    fn port_write(&mut self, _: VirtualTime, _: u16, _: AccessWidth, _: u32) -> Reply<()> {
-        Reply::quiet(())
-    }
-    fn apic_msr_read(&mut self, _: VirtualTime, _: u32) -> Result<Reply<u64>, Fault> {
-        Err(Fault::GP0)
-    }
-    fn apic_msr_write(&mut self, _: VirtualTime, _: u32, _: u64) -> Result<Reply<()>, Fault> {
-        Err(Fault::GP0)
-    }
-    fn read_cr8(&mut self) -> u8 {
-        0
-    }
-    fn write_cr8(&mut self, _: VirtualTime, _: u8) -> Reply<()> {
-        Reply::quiet(())
-    }
-    fn interrupt_pending(&mut self) -> bool {
-        false
-    }
-    fn interrupt_acknowledge(&mut self, _: VirtualTime) -> Option<u8> {
-        None
-    }
-    fn take_nmi(&mut self) -> bool {
-        false
-    }
-}
 
 /// Guest-physical address of the window.
 const PHYSICAL: u64 = 0x10_0000;
@@ -122,7 +85,7 @@ impl Guest {
         }
         (c.block_rip, c.next_rip) = (state.rip, next_rip(&i, self.mode));
         let flow = loop {
-            match (op.exec)(c, &mut NoBus, &op) {
+            match (op.exec)(c, &mut OneInterrupt::default(), &op) {
                 Err(Stop::Again) => {}
                 flow => break flow,
             }

@@ -4,6 +4,8 @@
 //! `UMBRA_ROWS_CASES` multiplies the number of cases, `UMBRA_ROWS_ONLY` names one mnemonic.
 #![cfg(target_os = "linux")]
 
+#[path = "../bus/mod.rs"]
+mod bus;
 mod compare;
 mod excluded;
 mod fallback;

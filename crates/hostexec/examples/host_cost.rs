@@ -1,5 +1,6 @@
-//! Prints what one execution costs; run with `--ignored --nocapture` in release mode.
+//! Prints what one execution costs: `cargo run --release -p umbra-hostexec --example host_cost`.
 
+#[path = "../tests/rig/mod.rs"]
 mod rig;
 
 use iced_x86::code_asm::*;
@@ -7,9 +8,7 @@ use rig::{Machine, Random, assembled};
 use std::time::Instant;
 use umbra_hostexec::HostExec;
 
-#[test]
-#[ignore = "a measurement"]
-fn cost() {
+fn main() {
     let mut host = HostExec::new().unwrap();
     let mut m = Machine::random(&mut Random(1));
     m.fp.xmm = [[1.5f64.to_bits(); 2]; 16];
