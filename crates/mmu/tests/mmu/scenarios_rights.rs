@@ -1,8 +1,6 @@
 //! Scenarios 1 to 23: WP, SMEP, SMAP, NX and keys.
 
-mod support;
-
-use support::*;
+use crate::support::*;
 use umbra_arch::control::{Cr0, Cr4};
 
 const VA: u64 = 0x40_0000;

@@ -1,8 +1,6 @@
 //! Scenarios 64 to 78 and 82: the shadow structure.
 
-mod support;
-
-use support::*;
+use crate::support::*;
 use umbra_arch::control::{ControlLimits, Cr0};
 use umbra_arch::{Gpa, Gva};
 use umbra_memory::PageFlags;

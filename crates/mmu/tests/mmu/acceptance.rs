@@ -1,8 +1,6 @@
 //! What the project promises: role changes throw nothing away and cost lookups only.
 
-mod support;
-
-use support::*;
+use crate::support::*;
 use umbra_arch::Gva;
 use umbra_arch::control::{Cr0, Cr4, Efer};
 use umbra_mmu::{MmuMode, MmuOptions, MmuStats};

@@ -1,11 +1,9 @@
 //! Random sequences of control-register writes, table edits and accesses: every answer, error code,
 //! accessed and dirty bit equals that of the pure walk on a copy of memory, in all modes.
 
-mod support;
-
+use crate::support::*;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
-use support::*;
 use umbra_arch::control::{Cr0, Cr4, Efer};
 use umbra_arch::paging::{Access, AccessKind, PagingMode};
 use umbra_arch::{Fault, Gpa, Gva};

@@ -1,8 +1,6 @@
 //! Scenarios 28 to 48: CR0.PG, modes and PDPTEs. (24 to 27, 41, 43 and 45 are legality alone: `arch`.)
 
-mod support;
-
-use support::*;
+use crate::support::*;
 use umbra_arch::Gva;
 use umbra_arch::control::{ControlRegs, Cr0, Cr3, Cr4, Efer};
 use umbra_arch::paging::{Access, AccessKind};

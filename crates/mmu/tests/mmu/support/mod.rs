@@ -1,6 +1,5 @@
 //! A processor's share of the MMU's work: control registers, accesses with their fast path first,
 //! stores with their reports.
-#![allow(dead_code, reason = "each test binary uses its part")]
 
 use std::sync::Arc;
 use umbra_arch::control::{CodeContext, ControlLimits, ControlRegs, Cr0, Cr4, Efer, Effects};

@@ -1,9 +1,7 @@
 //! Each counter has something that moves it, and the pools behind the contexts keep their promises.
 
-mod support;
-
+use crate::support::*;
 use std::collections::BTreeMap;
-use support::*;
 use umbra_arch::control::{Cr0, Cr4, Efer};
 use umbra_arch::{Gpa, Gva};
 use umbra_memory::PageFlags;

@@ -1,9 +1,7 @@
 //! Scenarios 49 to 63: CR3, PCIDs, global pages, invalidation. Where hardware may be stale, the fresh
 //! value is demanded.
 
-mod support;
-
-use support::*;
+use crate::support::*;
 use umbra_arch::Gva;
 use umbra_arch::control::{Cr3, Cr4};
 use umbra_arch::paging::{Access, AccessKind};

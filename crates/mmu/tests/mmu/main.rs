@@ -1,0 +1,12 @@
+//! The MMU's tests, in one binary.
+
+mod acceptance;
+mod counters;
+mod random;
+mod rights;
+mod scenarios_cr3;
+mod scenarios_modes;
+mod scenarios_rights;
+mod scenarios_shadow;
+mod support;
+mod walk;
