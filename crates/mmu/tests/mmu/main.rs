@@ -1,7 +1,10 @@
 //! The MMU's tests, in one binary.
 
 mod acceptance;
+mod checked;
 mod counters;
+mod enumerate;
+mod manual;
 mod random;
 mod rights;
 mod scenarios_cr3;

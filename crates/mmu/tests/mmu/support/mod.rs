@@ -6,7 +6,7 @@ use umbra_arch::control::{CodeContext, ControlLimits, ControlRegs, Cr0, Cr4, Efe
 use umbra_arch::paging::{Access, AccessKind, entry};
 use umbra_arch::{Fault, Gpa, Gva};
 use umbra_memory::{Backing, GuestMemory, PageFlags};
-use umbra_mmu::{Mmu, MmuMode, MmuOptions};
+use umbra_mmu::{Mmu, MmuOptions};
 
 pub const P: u64 = entry::P;
 pub const W: u64 = entry::W;
@@ -54,10 +54,6 @@ impl Rig {
     /// Paging off, 4 MiB of RAM.
     pub fn new() -> Rig {
         Rig::with(MmuOptions::default())
-    }
-
-    pub fn with_mode(mode: MmuMode) -> Rig {
-        Rig::with(MmuOptions { mode, ..MmuOptions::default() })
     }
 
     pub fn with(options: MmuOptions) -> Rig {
