@@ -327,10 +327,12 @@ pub fn access<M: Memory>(m: &Machine, memory: &M, linear: u64, attempt: Attempt)
     v
 }
 
-/// "Accessed and Dirty Flags": A (5) in every entry used, D (6) in the last for a write.
+/// "Accessed and Dirty Flags": A (5) in every entry used, D (6) in the last for a write. One entry may serve at two
+/// levels.
 fn mark(v: &mut Verdict, write: bool) {
-    for at in 0..v.count {
-        let dirty = u64::from(write && at + 1 == v.count) << 6;
-        v.entries[at].value |= 1 << 5 | dirty;
+    let Some(last) = v.used().last().copied() else { return };
+    for used in &mut v.entries[..v.count] {
+        let dirty = u64::from(write && used.gpa == last.gpa) << 6;
+        used.value |= 1 << 5 | dirty;
     }
 }

@@ -2,10 +2,10 @@
 //! stores with their reports.
 
 use std::sync::Arc;
-use umbra_arch::control::{CodeContext, ControlLimits, ControlRegs, Cr0, Cr4, Efer, Effects};
+use umbra_arch::control::{CodeContext, ControlLimits, ControlRegs, Cr0, Cr3, Cr4, Efer, Effects};
 use umbra_arch::paging::{Access, AccessKind, entry};
 use umbra_arch::{Fault, Gpa, Gva};
-use umbra_memory::{Backing, GuestMemory, PageFlags};
+use umbra_memory::{Backing, GuestMemory, PageFlags, Watcher};
 use umbra_mmu::{Mmu, MmuOptions};
 
 pub const P: u64 = entry::P;
@@ -57,8 +57,13 @@ impl Rig {
     }
 
     pub fn with(options: MmuOptions) -> Rig {
-        let mem = Arc::new(GuestMemory::new(8 << 20).expect("8 MiB"));
-        let mut mmu = Mmu::new(mem.clone(), LIMITS, options);
+        Rig::watching(Watcher::sole(Arc::new(GuestMemory::new(8 << 20).expect("8 MiB"))), options)
+    }
+
+    /// One of several over one memory.
+    pub fn watching(watcher: Watcher, options: MmuOptions) -> Rig {
+        let mem = watcher.memory().clone();
+        let mut mmu = Mmu::watching(watcher, LIMITS, options);
         let regs = ControlRegs { cr0: Cr0::new(Cr0::PE | Cr0::ET | Cr0::NE), ..ControlRegs::default() };
         mmu.reset_to(&regs);
         Rig { mem, mmu, regs, limits: LIMITS, cs_long: false, cpl: 0, ac: false, next_table: 0x10_0000 }
@@ -125,6 +130,24 @@ impl Rig {
     pub fn efer(&mut self, value: u64) -> Result<(), Fault> {
         let effects = self.regs.write_efer(value, &self.limits);
         self.commit(effects)
+    }
+    /// A host-initiated write of EFER.
+    pub fn host_efer(&mut self, value: u64) {
+        let effects = self.regs.host_write_efer(value);
+        self.commit(Ok(effects)).expect("never refused");
+    }
+    /// A host-initiated replacement of them all; false if they contradict each other.
+    pub fn host_registers(&mut self, cr0: u64, cr3: u64, cr4: u64, efer: u64, pdpte: [u64; 4]) -> bool {
+        let new =
+            ControlRegs { cr0: Cr0::new(cr0), cr3: Cr3::new(cr3), cr4: Cr4::new(cr4), efer: Efer::new(efer), pdpte };
+        let Ok(effects) = self.regs.host_replace(new, self.cs_long, &self.limits) else { return false };
+        self.regs = effects.regs;
+        self.mmu.reset_to(&effects.regs);
+        true
+    }
+    pub fn init(&mut self) {
+        let effects = self.regs.init();
+        self.commit(Ok(effects)).expect("never refused");
     }
     pub fn set_cr0(&mut self, bit: u64, on: bool) {
         let old = self.regs.cr0.raw();
@@ -236,6 +259,7 @@ impl Rig {
         if let Backing::Ram(off) = done.backing {
             self.mem.store(off, value);
             self.mem.note_store(off, 8);
+            self.mmu.watcher().stored(done.gpa, off, 8);
             if self.mem.page_flags(off).contains(PageFlags::WATCHED) {
                 self.mmu.table_written(done.gpa, 8);
             }
