@@ -12,7 +12,7 @@ pub const NOT_SEEN: u8 = 123;
 pub const TIMEOUT: u8 = 124;
 /// Usage or host error.
 pub const HOST: u8 = 125;
-/// The guest needs something that isn't implemented.
+/// The guest needs something that isn't implemented, or that the accelerator refuses.
 pub const UNSUPPORTED: u8 = 126;
 /// Triple fault.
 pub const TRIPLE_FAULT: u8 = 127;
@@ -28,7 +28,7 @@ Exit codes:
   123  the guest ended without the string of --expect, or the embedded guest's report says so
   124  timeout (--timeout)
   125  wrong usage, or the host lacks something
-  126  the guest needs something that Umbra doesn't implement
+  126  the guest needs something that Umbra, or the accelerator, can't do
   127  triple fault
   130  the user left with Ctrl-A x
   128+S  signal S ended the run
@@ -43,8 +43,8 @@ pub fn of(end: &End, expecting: bool) -> u8 {
         // As isa-debug-exit does; an exit status has 8 bits.
         End::DebugExit(value) => (value << 1 | 1) as u8,
         End::HaltedForever(_) => HALTED,
-        End::TripleFault(_) => TRIPLE_FAULT,
-        End::Unsupported(_) => UNSUPPORTED,
+        End::TripleFault(_) | End::ShutdownUnseen(_) => TRIPLE_FAULT,
+        End::Unsupported(_) | End::Refused(_) => UNSUPPORTED,
         End::Stopped(Stop::Timeout) => TIMEOUT,
         End::Stopped(Stop::User) => USER,
         End::Stopped(Stop::Signal(signal)) => 128u8.wrapping_add(*signal as u8),

@@ -1,7 +1,7 @@
 //! How a run ended.
 
 use serde::Serialize;
-use umbra_arch::exit::{TripleFault, Unsupported};
+use umbra_arch::exit::{Refusal, TripleFault, Unsupported};
 
 /// Why a run ended. All but [`End::Stopped`] depend on the guest alone.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -20,8 +20,12 @@ pub enum End {
     HaltedForever(Halted),
     /// A CPU shut down.
     TripleFault(TripleFault),
+    /// A CPU shut down under an accelerator, at this RIP.
+    ShutdownUnseen(u64),
     /// The guest needs something that isn't implemented.
     Unsupported(Unsupported),
+    /// An accelerator can't execute the next instruction.
+    Refused(Refusal),
     /// The virtual time limit was reached.
     Limit,
     /// The host ended the run.

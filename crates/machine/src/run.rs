@@ -183,7 +183,9 @@ impl<V: Vcpu> Machine<V> {
                 None
             }
             Exit::Shutdown(fault) => Some(End::TripleFault(fault)),
+            Exit::ShutdownUnseen { rip } => Some(End::ShutdownUnseen(rip)),
             Exit::Unsupported(what) => Some(End::Unsupported(what)),
+            Exit::Refused(refusal) => Some(End::Refused(refusal)),
         }
     }
 

@@ -12,6 +12,19 @@ use umbra_arch::{Gpa, GpaPage, PAGE_SIZE};
 /// Room behind RAM for ROM images and added regions; untouched pages cost nothing.
 const EXTRA_BYTES: u64 = 64 << 20;
 
+/// A run of guest pages and where the host has them, for accelerators that map them into a guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HostRegion {
+    /// Guest-physical address of the first byte.
+    pub gpa: Gpa,
+    /// Length, whole pages.
+    pub bytes: u64,
+    /// Host address of the first byte, valid as long as the [`GuestMemory`] lives.
+    pub host: u64,
+    /// Guest writes must not reach it.
+    pub rom: bool,
+}
+
 /// The guest's physical memory: RAM, ROM and holes, with flags for every page.
 ///
 /// Shared as `Arc<GuestMemory>`. RAM lies at `[0, 0xA0000)`, from `0xC0000` up to at most
@@ -66,6 +79,19 @@ impl GuestMemory {
     /// RAM as sorted `(start, bytes)` ranges, for the firmware's memory map.
     pub fn ram_ranges(&self) -> Vec<(Gpa, u64)> {
         self.layout.read().unwrap_or_else(PoisonError::into_inner).ram_ranges()
+    }
+
+    /// The map of regions as the host sees it: sorted, without overlaps, until
+    /// [`generation`](Self::generation) changes.
+    pub fn host_regions(&self) -> Vec<HostRegion> {
+        let layout = self.layout.read().unwrap_or_else(PoisonError::into_inner);
+        let region = |r: Region| HostRegion {
+            gpa: GpaPage::new(r.start).base(),
+            bytes: r.pages << 12,
+            host: self.host.address() + r.offset,
+            rom: r.rom,
+        };
+        layout.flat().into_iter().map(region).collect()
     }
 
     /// Changes whenever the map of regions changes.
@@ -238,10 +264,22 @@ impl GuestMemory {
             let piece = &from[chunk];
             if let Backing::Ram(off) = self.map(at.page()).at(at.offset()) {
                 self.host.store_bytes(off, piece);
-                self.mark_dirty(off);
-                self.watchers.written(off, self.flags.get(off), at, piece.len() as u32);
+                self.written(off, at, piece.len() as u32);
             }
         }
+    }
+
+    /// An accelerator's guest has written to this page of RAM by way of [`host_regions`](Self::host_regions):
+    /// marks it dirty and tells the watchers.
+    pub fn page_written_outside(&self, page: GpaPage) {
+        if let Backing::Ram(off) = self.map(page) {
+            self.written(off, page.base(), PAGE_SIZE as u32);
+        }
+    }
+
+    fn written(&self, off: RamOffset, gpa: Gpa, bytes: u32) {
+        self.mark_dirty(off);
+        self.watchers.written(off, self.flags.get(off), gpa, bytes);
     }
 
     /// The offsets of the pages in the mapping that have any of `flags`, in order.

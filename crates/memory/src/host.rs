@@ -46,6 +46,11 @@ impl HostMapping {
         self.bytes
     }
 
+    /// Host address of the first byte.
+    pub(crate) fn address(&self) -> u64 {
+        self.base as u64
+    }
+
     #[inline(always)]
     fn pointer(&self, off: RamOffset) -> Option<*mut u8> {
         if off.raw() < self.bytes {

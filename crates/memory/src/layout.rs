@@ -109,16 +109,21 @@ impl Layout {
         self.regions.iter().any(|r| !r.rom && r.cut(start, end).is_some())
     }
 
+    /// The regions without overlaps, sorted by address: later ones hide earlier ones.
+    pub(crate) fn flat(&self) -> Vec<Region> {
+        let mut flat: Vec<Region> = Vec::new();
+        for region in &self.regions {
+            flat =
+                flat.iter().flat_map(|r| [r.cut(0, region.start), r.cut(region.end(), u64::MAX)]).flatten().collect();
+            flat.push(*region);
+        }
+        flat.sort_by_key(|r| r.start);
+        flat
+    }
+
     /// RAM as sorted ranges, without the parts that ROM hides.
     pub(crate) fn ram_ranges(&self) -> Vec<(Gpa, u64)> {
-        let mut ram: Vec<Region> = Vec::new();
-        for region in &self.regions {
-            ram = ram.iter().flat_map(|r| [r.cut(0, region.start), r.cut(region.end(), u64::MAX)]).flatten().collect();
-            if !region.rom {
-                ram.push(*region);
-            }
-        }
-        ram.sort_by_key(|r| r.start);
-        ram.iter().map(|r| (GpaPage::new(r.start).base(), r.pages << 12)).collect()
+        let ram = self.flat().into_iter().filter(|r| !r.rom);
+        ram.map(|r| (GpaPage::new(r.start).base(), r.pages << 12)).collect()
     }
 }

@@ -17,7 +17,7 @@ mod watcher;
 
 pub use error::MemoryError;
 pub use flags::PageFlags;
-pub use guest::GuestMemory;
+pub use guest::{GuestMemory, HostRegion};
 pub use journal::Change;
 pub use layout::{HOLE_END, HOLE_START, LOW_RAM_END};
 pub use offset::{Backing, RamOffset};

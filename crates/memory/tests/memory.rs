@@ -205,3 +205,40 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn host_regions_cover_what_map_says_and_hold_its_bytes() {
+    let mem = GuestMemory::new(4 << 20).unwrap();
+    mem.add_rom(Gpa::new(0xf_0000), &[7; 0x2000]).unwrap();
+    mem.add_ram(Gpa::new(1 << 40), 0x3000).unwrap();
+    let regions = mem.host_regions();
+    let first = regions[0].host;
+    for pair in regions.windows(2) {
+        assert!(pair[0].gpa.raw() + pair[0].bytes <= pair[1].gpa.raw(), "sorted, without overlaps");
+    }
+    for page in (0..0x500).chain([1 << 28, (1 << 28) + 2, (1 << 28) + 3]) {
+        let at = page << 12;
+        let region = regions.iter().find(|r| (r.gpa.raw()..r.gpa.raw() + r.bytes).contains(&at));
+        let expected = region.map(|r| (r.host + (at - r.gpa.raw()) - first, r.rom));
+        let found = match mem.map(GpaPage::new(page)) {
+            Backing::Ram(off) => Some((off.raw(), false)),
+            Backing::Rom(off) => Some((off.raw(), true)),
+            Backing::Mmio => None,
+        };
+        assert_eq!(expected, found, "{at:#x}");
+    }
+}
+
+#[test]
+fn pages_written_outside_are_dirty_and_reported_as_writes_are() {
+    let mem = Arc::new(GuestMemory::new(4 << 20).unwrap());
+    let watcher = Watcher::register(mem.clone()).unwrap();
+    watcher.claim(RamOffset::new(0x5000), PageFlags::CODE);
+    watcher.take_changes();
+    mem.page_written_outside(GpaPage::new(5));
+    mem.page_written_outside(GpaPage::new(6));
+    mem.page_written_outside(GpaPage::new(0xa0));
+    assert_eq!(watcher.take_changes(), [Change::Written { gpa: Gpa::new(0x5000), bytes: 4096 }]);
+    let dirty: Vec<u64> = mem.pages_with(PageFlags::DIRTY).map(|off| off.raw()).collect();
+    assert_eq!(dirty, [0x5000, 0x6000]);
+}

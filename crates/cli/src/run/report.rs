@@ -80,6 +80,7 @@ impl Report {
     fn shows_registers(&self) -> bool {
         match self.end {
             End::TripleFault(_) | End::HaltedForever(_) | End::Unsupported(_) => true,
+            End::ShutdownUnseen(_) | End::Refused(_) => true,
             End::Stopped(Stop::Timeout) => self.stats,
             _ => false,
         }
@@ -144,7 +145,9 @@ fn name(end: &End) -> &'static str {
         End::Expected => "expected",
         End::HaltedForever(_) => "halted",
         End::TripleFault(_) => "triple-fault",
+        End::ShutdownUnseen(_) => "shutdown",
         End::Unsupported(_) => "unsupported",
+        End::Refused(_) => "refused",
         End::Limit => "limit",
         End::Mark(_) => "mark",
         End::Stopped(Stop::Timeout) => "timeout",
@@ -167,6 +170,8 @@ pub fn sentence(end: &End) -> String {
         End::HaltedForever(halted) => format!("halted for ever: HLT with interrupts off before {:#x}", halted.rip),
         End::TripleFault(fault) => triple_fault(fault),
         End::Unsupported(what) => format!("not implemented: {} at {:#x}", what.what, what.rip),
+        End::ShutdownUnseen(rip) => format!("triple fault under the accelerator, which doesn't say why, at {rip:#x}"),
+        End::Refused(refusal) => format!("the accelerator can't go on: {refusal}"),
         End::Limit => "the virtual time limit was reached".into(),
         End::Mark(id) => format!("measurement mark {id}"),
         End::Stopped(Stop::Timeout) => "timeout".into(),
@@ -201,6 +206,14 @@ fn detail(end: &End, object: &mut Map<String, Value>) {
         End::Unsupported(what) => {
             object.insert("rip".into(), what.rip.into());
             object.insert("unsupported".into(), what.what.clone().into());
+        }
+        End::ShutdownUnseen(rip) => {
+            object.insert("rip".into(), (*rip).into());
+        }
+        End::Refused(refusal) => {
+            object.insert("rip".into(), refusal.rip.into());
+            object.insert("refused".into(), format!("{}: {}", refusal.kind.name(), refusal.detail).into());
+            object.insert("bytes".into(), refusal.bytes.clone().into());
         }
         End::Stopped(Stop::Signal(signal)) => {
             object.insert("signal".into(), (*signal).into());

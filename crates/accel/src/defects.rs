@@ -1,0 +1,1 @@
+//! Known defects of backends: answers that are there but wrong. Each was reproduced.

@@ -1,0 +1,94 @@
+//! CPUID: what of a profile KVM can hold, and its leaves.
+
+use super::error::{KvmError, failed};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::Kvm;
+use umbra_arch::control::Cr4;
+use umbra_arch::cpuid::{CpuidDynamic, CpuidProfile, Feature, HostOffer, xsave};
+use umbra_arch::fpu::xcr0;
+
+/// Features that need KVM's own local APIC, or a TSC of our frequency: never offered.
+const NOT_WITHOUT_IRQCHIP: [Feature; 3] = [Feature::X2apic, Feature::TscDeadline, Feature::InvariantTsc];
+/// Features that are ours alone to give, whatever KVM lists.
+const OURS: [Feature; 3] = [Feature::Apic, Feature::Arat, Feature::Hypervisor];
+/// Leaves that describe the TSC's frequency, which is the host's.
+const TSC_LEAVES: [u32; 2] = [0x15, 0x16];
+/// Last leaves of the three ranges.
+const RANGES: [(u32, u32); 3] = [(0, 0x16), (0x4000_0000, 0x4000_0000), (0x8000_0000, 0x8000_0008)];
+
+/// A profile as far as KVM can hold it.
+#[derive(Clone, Debug)]
+pub struct Fitted {
+    /// What the guest is offered.
+    pub profile: CpuidProfile,
+    /// What had to go.
+    pub dropped: Vec<Feature>,
+}
+
+/// Takes out of `profile` what KVM on this host doesn't have.
+///
+/// # Errors
+/// [`KvmError`] when there is no usable KVM.
+pub fn fit(profile: &CpuidProfile) -> Result<Fitted, KvmError> {
+    let kvm = Kvm::new().map_err(|error| KvmError::Open(error.into()))?;
+    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+    Ok(fit_to(profile, &answers(supported.as_slice())))
+}
+
+type Answer = ((u32, u32), [u32; 4]);
+
+fn answers(entries: &[kvm_cpuid_entry2]) -> Vec<Answer> {
+    entries.iter().map(|e| ((e.function, e.index), [e.eax, e.ebx, e.ecx, e.edx])).collect()
+}
+
+fn fit_to(profile: &CpuidProfile, supported: &[Answer]) -> Fitted {
+    let answer = |leaf, subleaf| {
+        supported.iter().find(|(at, _)| *at == (leaf, subleaf)).map_or([0; 4], |(_, registers)| *registers)
+    };
+    let offer = HostOffer::from_cpuid(answer);
+    // With XSAVE the guest sees the processor's own layout of the area.
+    let same_layout = xsave::component(9).is_none_or(|pkru| answer(0xd, 9)[1] == pkru.offset);
+    let lacks = |feature: Feature| {
+        NOT_WITHOUT_IRQCHIP.contains(&feature)
+            || !OURS.contains(&feature) && !offer.features.has(feature)
+            || feature == Feature::Pku && !same_layout
+    };
+    let mut fitted = profile.clone();
+    profile.features.iter().filter(|feature| lacks(*feature)).for_each(|feature| fitted.features.remove(feature));
+    let dropped = profile.features.iter().filter(|feature| !fitted.has(*feature)).collect();
+    Fitted { profile: fitted, dropped }
+}
+
+/// The leaves of a profile, for KVM_SET_CPUID2. KVM itself keeps the bits that mirror control registers.
+pub(super) fn entries(profile: &CpuidProfile, apic_id: u32) -> Result<CpuId, KvmError> {
+    let dynamic = CpuidDynamic { cr4: Cr4::new(0), xcr0: xcr0::X87, xss: 0, apic_id, apic_enabled: true, cpus: 1 };
+    let mut entries = Vec::new();
+    for (first, last) in RANGES {
+        for leaf in (first..=last).filter(|leaf| !TSC_LEAVES.contains(leaf)) {
+            for subleaf in subleaves(leaf) {
+                let [eax, ebx, ecx, edx] = profile.cpuid(leaf, *subleaf, dynamic);
+                let flags = if subleaves(leaf).len() > 1 { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
+                entries.push(kvm_cpuid_entry2 {
+                    function: leaf,
+                    index: *subleaf,
+                    flags,
+                    eax,
+                    ebx,
+                    ecx,
+                    edx,
+                    ..Default::default()
+                });
+            }
+        }
+    }
+    CpuId::from_entries(&entries).map_err(|_| KvmError::Missing("room for the CPUID profile's leaves"))
+}
+
+fn subleaves(leaf: u32) -> &'static [u32] {
+    match leaf {
+        0x4 => &[0, 1, 2, 3, 4],
+        0x7 | 0xb => &[0, 1],
+        0xd => &[0, 1, 2, 9],
+        _ => &[0],
+    }
+}

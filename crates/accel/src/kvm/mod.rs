@@ -1,0 +1,19 @@
+//! KVM. [`KvmVcpu`] is an engine for a machine; [`CaseRunner`] runs single test cases.
+
+mod case;
+mod convert;
+mod cpuid;
+mod error;
+mod exits;
+mod ioctls;
+mod kick;
+mod msrs;
+mod registers;
+mod vcpu;
+mod vm;
+
+pub use case::{CaseEnd, CaseLimit, CaseOutcome, CaseRunner};
+pub use cpuid::{Fitted, fit};
+pub use error::KvmError;
+pub use vcpu::KvmVcpu;
+pub use vm::Vm;
