@@ -168,6 +168,7 @@ impl Cr3 {
         Gpa::new(match mode {
             PagingMode::Off => 0,
             PagingMode::TwoLevel => self.0 & 0xffff_f000,
+            PagingMode::Pae if cfg!(umbra_mutant = "pdptes-at-a-page") => self.0 & 0xffff_f000,
             PagingMode::Pae => self.0 & 0xffff_ffe0,
             PagingMode::FourLevel | PagingMode::FiveLevel => self.0 & 0x000f_ffff_ffff_f000,
         })
@@ -255,7 +256,8 @@ pub struct Effects {
 pub type ReadPdptes<'a> = &'a mut dyn FnMut(Gpa) -> [u64; 4];
 
 const CR0_PDPTE_BITS: u64 = Cr0::CD | Cr0::NW | Cr0::PG;
-const CR4_PDPTE_BITS: u64 = Cr4::PAE | Cr4::PGE | Cr4::PSE | Cr4::SMEP;
+const CR4_PDPTE_BITS: u64 =
+    Cr4::PAE | Cr4::PSE | Cr4::SMEP | if cfg!(umbra_mutant = "pge-change-keeps-pdptes") { 0 } else { Cr4::PGE };
 
 impl ControlRegs {
     /// The paging mode in force.

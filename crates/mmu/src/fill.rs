@@ -34,7 +34,7 @@ impl Mmu {
         self.maybe_drop();
         if let Some(found) = self.look_in_shadow(gva.raw()) {
             rights::check(found.rights, access, &self.view).map_err(|code| Fault::page(gva.raw(), code))?;
-            if access.kind != AccessKind::Write || found.dirty {
+            if access.kind != AccessKind::Write || is_written(&found) {
                 return Ok(self.finish(gva, access, &found));
             }
         }
@@ -76,7 +76,8 @@ impl Mmu {
                 return None;
             }
             if entry.is_leaf() {
-                return Some((link.index, above));
+                let own = if cfg!(umbra_mutant = "leaf-rights-on-the-way") { entry.0 } else { !0 };
+                return Some((link.index, above & own));
             }
             above &= entry.0;
             link = entry.child();
@@ -106,7 +107,7 @@ impl Mmu {
         self.stats.entries_read += tables.reads;
         self.stats.walks += 1;
         let walked = walked?;
-        if walked.updated {
+        if walked.updated && !cfg!(umbra_mutant = "aliases-of-a-table-not-refreshed") {
             self.refresh_aliases(&walked);
         }
         Ok(match self.install(gva, &walked).and_then(|()| self.look_in_shadow(gva.raw())) {
@@ -215,7 +216,7 @@ impl Mmu {
     fn finish(&mut self, gva: Gva, access: Access, found: &Found) -> Translation {
         let translation = self.answer(found.gpa, access);
         match translation.backing {
-            Backing::Ram(off) => self.fill(gva, found, off, found.dirty && is_quiet(self.mem.page_flags(off))),
+            Backing::Ram(off) => self.fill(gva, found, off, is_written(found) && is_quiet(self.mem.page_flags(off))),
             Backing::Rom(off) => self.fill(gva, found, off, false),
             Backing::Mmio => {}
         }
@@ -271,6 +272,12 @@ impl Mmu {
             Some(Full::All) => self.drop_all_contexts(),
         }
     }
+}
+
+/// D is set: a write needs no walk.
+#[inline]
+fn is_written(found: &Found) -> bool {
+    found.dirty || cfg!(umbra_mutant = "clean-pages-written-without-a-walk")
 }
 
 #[inline]

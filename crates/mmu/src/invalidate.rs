@@ -33,7 +33,7 @@ impl Mmu {
 
     fn frame_written(&mut self, off: RamOffset, first_byte: u64, bytes: u64) {
         let pages = self.shadow.of_frame(off);
-        if pages.is_empty() {
+        if pages.is_empty() || cfg!(umbra_mutant = "byte-stores-drop-nothing") && bytes == 1 {
             return;
         }
         self.stats.table_writes += 1;
@@ -80,13 +80,18 @@ impl Mmu {
         let page = self.shadow.page(index);
         let entry = page.entries[at];
         let (roots, anywhere, bases) = (page.roots, page.anywhere, page.bases.clone());
-        let shift = page.role.format.shift(page.role.level);
+        let format = if cfg!(umbra_mutant = "format-from-the-mode-in-force") {
+            self.cpu_role().root_page_role(false).format
+        } else {
+            page.role.format
+        };
+        let shift = format.shift(page.role.level);
         self.shadow.set(index, at, ShadowEntry::default());
         if !entry.is_leaf() && self.shadow.get(entry.child()).is_none() {
             // What was below went when the child was freed.
             return;
         }
-        if !entry.is_leaf() {
+        if !entry.is_leaf() && !cfg!(umbra_mutant = "hints-outlive-links") {
             self.hints.forget();
         }
         if entry.is_executable() {

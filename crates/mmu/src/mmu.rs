@@ -155,7 +155,9 @@ impl Mmu {
     /// CPUID facts beyond [`ControlLimits`] changed: everything cached goes.
     pub fn set_format(&mut self, format: Format) {
         self.format = format;
-        self.drop_everything();
+        if !cfg!(umbra_mutant = "cpuid-change-keeps-pages") {
+            self.drop_everything();
+        }
     }
 
     /// After every commit of control registers: counts the architectural flush, which drops nothing,
@@ -309,7 +311,8 @@ impl Mmu {
         let restricted = self.restricted;
         let Some(root) = &self.roots.slots[self.current] else { return };
         let chosen = &root.columns[column];
-        if !chosen.exists() || chosen.keys & restricted != 0 {
+        let forbidden = chosen.keys & restricted != 0 && !cfg!(umbra_mutant = "keys-not-looked-at-on-a-change");
+        if !chosen.exists() || forbidden {
             self.prepare_column(column);
         }
         self.sync_active();

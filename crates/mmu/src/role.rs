@@ -43,7 +43,7 @@ impl CpuRole {
         let two_level = matches!(mode, PagingMode::TwoLevel);
         Self {
             mode,
-            nxe: paging && !two_level && regs.efer.nxe(),
+            nxe: paging && (!two_level || cfg!(umbra_mutant = "nxe-in-2-level-paging")) && regs.efer.nxe(),
             pse: two_level && regs.cr4.pse(),
             wp: paging && regs.cr0.wp(),
             smep: paging && regs.cr4.smep(),
@@ -209,6 +209,7 @@ impl View {
 
     /// Supervisor data accesses to user pages are denied.
     pub const fn smap_enforced(&self, implicit: bool) -> bool {
+        let implicit = implicit && !cfg!(umbra_mutant = "implicit-accesses-obey-ac");
         self.smap && (implicit || !self.ac)
     }
 

@@ -34,10 +34,22 @@ impl Root {
 /// Set in fingerprints that only narrow the search.
 const INEXACT: u64 = 1 << 41;
 
+/// The bits of a role's word that tell roots apart: all.
+const KEYED: u32 = if cfg!(umbra_mutant = "root-key-without-nx") {
+    !(1 << 8)
+} else if cfg!(umbra_mutant = "root-key-without-pse") {
+    !(1 << 9)
+} else if cfg!(umbra_mutant = "root-key-without-smm") {
+    !(1 << 10)
+} else {
+    !0
+};
+
 /// A root's key in one word: exact, but for four PDPTEs. CPUID facts are left out, since no root
 /// survives their change.
 fn fingerprint(regime: &Regime) -> u64 {
     let top = match regime.top {
+        Top::Pdptes(p) if cfg!(umbra_mutant = "pae-root-keyed-by-one-pdpte") => p[0],
         Top::Direct => 1 << 40,
         Top::Table(table) => table.page().raw(),
         Top::Pdptes(p) => {
@@ -45,7 +57,7 @@ fn fingerprint(regime: &Regime) -> u64 {
             ((mixed ^ mixed >> 40) & 0xff_ffff_ffff) | INEXACT
         }
     };
-    top | u64::from(regime.role.word()) << 48
+    top | u64::from(regime.role.word() & KEYED) << 48
 }
 
 /// Roots in slots, and their order of use.

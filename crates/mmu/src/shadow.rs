@@ -242,7 +242,7 @@ impl ShadowPages {
         let mut at = self.heads.get((off.raw() >> 12) as usize).copied().unwrap_or(0);
         while at != 0 {
             let page = &self.pages[at as usize - 1];
-            if page.role == role && page.table == table {
+            if (page.role == role || cfg!(umbra_mutant = "page-found-without-its-role")) && page.table == table {
                 return Some(at - 1);
             }
             at = page.next;
@@ -354,7 +354,8 @@ impl ShadowPages {
                 accessed
                     && !entry.is_leaf()
                     && entry.0 & ShadowEntry::RIGHTS == ShadowEntry::rights_bits(rights)
-                    && self.get(entry.child()).is_none_or(|c| c.table == table.page() && c.role == role.child())
+                    && (cfg!(umbra_mutant = "linked-child-not-compared")
+                        || self.get(entry.child()).is_none_or(|c| c.table == table.page() && c.role == role.child()))
             }
         }
     }

@@ -123,6 +123,9 @@ pub fn walk<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access
     for _ in 0..RETRIES {
         let mut found = look(tables, regime, gva, access, view)?;
         if set_accessed_dirty(tables, &mut found, access) {
+            if cfg!(umbra_mutant = "flags-set-before-rights-are-checked") {
+                rights::check(found.rights, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
+            }
             return Ok(found);
         }
     }
@@ -167,7 +170,9 @@ pub fn look<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access
             }
             Decoded::Leaf { base, rights, dirty, .. } => {
                 combined = combined.and(rights);
-                rights::check(combined, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
+                if !cfg!(umbra_mutant = "flags-set-before-rights-are-checked") {
+                    rights::check(combined, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
+                }
                 let within = gva.raw() & ((1 << role.format.shift(role.level)) - 1);
                 return Ok(Walk { steps, count, gpa: base.add(within), rights: combined, dirty, updated: false });
             }

@@ -1,9 +1,10 @@
-//! Repository chores: `cargo xtask deps | lengths | unsafe | check | kut DIR`.
+//! Repository chores: `cargo xtask deps | lengths | unsafe | check | kut DIR | mutants`.
 #![forbid(unsafe_code)]
 
 mod deps;
 mod kut;
 mod lengths;
+mod mutants;
 mod sources;
 mod unsafe_code;
 
@@ -16,7 +17,8 @@ const USAGE: &str = concat!(
     "  lengths  warn of source files over 500 lines, fail over 800 (tables, *.table.rs, are exempt)\n",
     "  unsafe   fail on unsafe code outside the crates that may have it\n",
     "  check    all of these\n",
-    "  kut DIR  run a built directory of kvm-unit-tests with the release binary; verdicts as JSON",
+    "  kut DIR  run a built directory of kvm-unit-tests with the release binary; verdicts as JSON\n",
+    "  mutants  break the MMU's rules one at a time (or only NAME...) and say by which tests each is caught",
 );
 
 /// Why a chore could not be done, as opposed to what it found.
@@ -28,6 +30,12 @@ enum XtaskError {
     Write(PathBuf, std::io::Error),
     #[error("cannot run {0}: {1} (cargo build --release makes it)")]
     Run(PathBuf, std::io::Error),
+    #[error("cannot run {0}: {1}")]
+    Start(&'static str, std::io::Error),
+    #[error("{0} does not build: cargo test -p umbra-mmu says\n{1}")]
+    Build(String, String),
+    #[error("the code has no mutant {0:?}; it has: {1}")]
+    UnknownMutant(String, String),
     #[error("cannot run cargo metadata: {0}")]
     Metadata(std::io::Error),
     #[error("cargo metadata failed: {0}")]
@@ -67,6 +75,9 @@ fn main() -> ExitCode {
 fn run(command: Option<&str>) -> Result<bool, XtaskError> {
     if command == Some("kut") {
         return kut::run(std::env::args().skip(2));
+    }
+    if command == Some("mutants") {
+        return mutants::run(std::env::args().skip(2));
     }
     let chosen: Vec<_> =
         CHECKS.into_iter().filter(|(name, _)| command == Some("check") || command == Some(name)).collect();

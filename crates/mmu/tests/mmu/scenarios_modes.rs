@@ -1,4 +1,4 @@
-//! Scenarios 28 to 48: CR0.PG, modes and PDPTEs. (24 to 27, 41, 43 and 45 are legality alone: `arch`.)
+//! Scenarios 28 to 48: CR0.PG, modes and PDPTEs. (41 and 45 are with the writes that are refused.)
 
 use crate::support::*;
 use umbra_arch::Gva;
