@@ -40,6 +40,14 @@ pub struct Watch {
     pub no_step: bool,
 }
 
+impl Watch {
+    /// Whether the running instruction's accesses have hit a breakpoint.
+    #[inline]
+    pub fn has_hit(&self) -> bool {
+        self.hits != 0
+    }
+}
+
 /// One breakpoint of DR7.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Breakpoint {

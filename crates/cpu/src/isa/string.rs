@@ -1,8 +1,11 @@
 //! String instructions.
 //!
 //! A repeated instruction works in chunks: a chunk ends where any operand reaches the end of its page
-//! (or after one element that crosses it). Each chunk retires once and costs one tick; between chunks
-//! interrupts are taken. So the retired count follows from guest state alone, in every engine.
+//! (or after one element that crosses it), where a compare decides, at a data breakpoint, and where a
+//! device took time or asked for attention. Each chunk retires once; between chunks interrupts are taken.
+//! MOVS and STOS take one tick for each eight bytes that a chunk moved, the others one for each element, at
+//! least one tick. So time and the retired count follow from guest state alone, in every engine, and a
+//! tick is a bounded amount of work.
 
 use super::Row;
 use crate::by_width;
@@ -14,7 +17,7 @@ use iced_x86::{Code, Mnemonic as M};
 use umbra_arch::paging::AccessKind;
 use umbra_arch::segment::Seg;
 use umbra_arch::state::reg;
-use umbra_arch::{Bus, Gva, PAGE_SIZE, rflags};
+use umbra_arch::{Bus, PAGE_SIZE, rflags};
 
 const MOVS: &str = "MOVS/MOVSB/MOVSW/MOVSD/MOVSQ-Move Data From String to String";
 const CMPS: &str = "CMPS/CMPSB/CMPSW/CMPSD/CMPSQ-Compare String Operands";
@@ -54,6 +57,9 @@ pub const ROWS: &[Row] = &[
     Row::new(M::Outsd, OUTS, string::<Outs>).ends(),
 ];
 
+/// What MOVS and STOS move in a tick.
+const BYTES_A_TICK: u64 = 8;
+
 /// The segment of a string source, XLAT table or other implied operand.
 pub fn segment_of(op: &Op) -> Seg {
     Seg::USER[usize::from(op.seg).min(5)]
@@ -69,6 +75,8 @@ trait StringOp: 'static {
     const COMPARES: bool = false;
     /// Chunks are single elements (port I/O).
     const SINGLE: bool = false;
+    /// Time goes by bytes, [`BYTES_A_TICK`] a tick, rather than by elements.
+    const STREAMS: bool = false;
     /// One element at the present pointers, which the caller moves.
     fn step<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow;
     /// `n` elements upwards at once, none of which crosses a page; `false` if it can't.
@@ -136,7 +144,8 @@ fn repeat<O: StringOp, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flo
         return Ok(());
     }
     let down = c.s.rflags & rflags::DF != 0;
-    let mut n = if O::SINGLE { 1 } else { count };
+    let stepped = O::SINGLE || c.s.rflags & rflags::TF != 0;
+    let mut n = if stepped { 1 } else { count };
     if O::SOURCE {
         n = n.min(room(c.seg_base[op.seg as usize & 7].wrapping_add(source(c, op)), W::BYTES, down));
     }
@@ -147,32 +156,53 @@ fn repeat<O: StringOp, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flo
     if !down && n > 1 && plain && O::bulk::<W>(c, op, n) {
         advance::<O, W>(c, op, n);
         c.set_counter(op, count - n);
+        charge::<O, W>(c, n);
         return if n == count { Ok(()) } else { Err(Stop::Again) };
     }
     elements::<O, W>(c, bus, op, count, n)
 }
 
+/// Charges what `n` elements of a chunk take beyond the chunk's own tick.
+#[inline(always)]
+fn charge<O: StringOp, W: Word>(c: &mut Core, n: u64) {
+    let ticks = if O::STREAMS { (n * W::BYTES).div_ceil(BYTES_A_TICK) } else { n };
+    if ticks > 1 {
+        c.extra_cost += ticks - 1;
+        c.break_block = true;
+    }
+}
+
 fn elements<O: StringOp, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op, count: u64, n: u64) -> Flow {
-    let mut left = count;
-    for _ in 0..n {
+    let mut done = 0;
+    let flow = chunk::<O, W>(c, bus, op, count, n, &mut done);
+    charge::<O, W>(c, done);
+    flow
+}
+
+/// Up to `n` of `count` elements, one by one; counts them in `done`.
+fn chunk<O: StringOp, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op, count: u64, n: u64, done: &mut u64) -> Flow {
+    let before = c.extra_cost;
+    while *done < n {
         O::step::<W>(c, bus, op)?;
         advance::<O, W>(c, op, 1);
-        left -= 1;
-        c.set_counter(op, left);
+        *done += 1;
+        c.set_counter(op, count - *done);
         if O::COMPARES && c.flags.zf() == (op.aux != 0) {
             return Ok(());
         }
-        if c.break_block {
+        // Not for `break_block`: what is decoded and cached must not decide where a chunk ends.
+        if c.attention || c.extra_cost != before || c.watch.has_hit() {
             break;
         }
     }
-    if left == 0 { Ok(()) } else { Err(Stop::Again) }
+    if *done == count { Ok(()) } else { Err(Stop::Again) }
 }
 
 struct Movs;
 impl StringOp for Movs {
     const SOURCE: bool = true;
     const TARGET: bool = true;
+    const STREAMS: bool = true;
     #[inline(always)]
     fn step<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
         let from = c.linear_at(op, segment_of(op), source(c, op), W::BYTES, AccessKind::Read)?;
@@ -184,8 +214,8 @@ impl StringOp for Movs {
         let len = n * W::BYTES;
         let from = c.seg_base[op.seg as usize & 7].wrapping_add(source(c, op));
         let to = c.seg_base[Seg::Es as usize].wrapping_add(target(c, op));
-        let Some(from) = c.mmu.lookup_read(Gva::new(from), len) else { return false };
-        let Some(to) = c.mmu.lookup_write(Gva::new(to), len) else { return false };
+        let Some(from) = c.find_ram(op, from, len, AccessKind::Read) else { return false };
+        let Some(to) = c.find_ram(op, to, len, AccessKind::Write) else { return false };
         if to.raw().abs_diff(from.raw()) < len {
             return false;
         }
@@ -201,6 +231,7 @@ struct Stos;
 impl StringOp for Stos {
     const SOURCE: bool = false;
     const TARGET: bool = true;
+    const STREAMS: bool = true;
     #[inline(always)]
     fn step<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
         let to = c.linear_at(op, Seg::Es, target(c, op), W::BYTES, AccessKind::Write)?;
@@ -210,7 +241,7 @@ impl StringOp for Stos {
     fn bulk<W: Word>(c: &mut Core, op: &Op, n: u64) -> bool {
         let len = (n * W::BYTES) as usize;
         let to = c.seg_base[Seg::Es as usize].wrapping_add(target(c, op));
-        let Some(to) = c.mmu.lookup_write(Gva::new(to), len as u64) else { return false };
+        let Some(to) = c.find_ram(op, to, len as u64, AccessKind::Write) else { return false };
         let mut buffer = [0u8; PAGE_SIZE as usize];
         let value = c.reg::<W>(0).to_le_bytes();
         for element in buffer[..len].chunks_exact_mut(W::BYTES as usize) {

@@ -27,12 +27,19 @@ pub struct Guest {
     cpu: Interpreter,
     pub mem: Arc<GuestMemory>,
     pub s: CpuState,
+    /// Virtual nanoseconds that the last run took.
+    pub took: u64,
     next_code: u64,
 }
 
 impl Guest {
     /// Everything on that user space and kernel need for SIMD.
     pub fn new() -> Self {
+        Self::with(&EngineOptions::default())
+    }
+
+    /// As [`new`](Self::new), on an engine with options.
+    pub fn with(options: &EngineOptions) -> Self {
         let mem = Arc::new(GuestMemory::new(16 << 20).unwrap());
         let quad = |at: u64, value: u64| mem.write(Gpa::new(at), &value.to_le_bytes());
         quad(0x1000, 0x2007);
@@ -49,8 +56,8 @@ impl Guest {
         for feature in [Feature::Sha, Feature::Gfni, Feature::Vaes, Feature::Vpclmulqdq] {
             profile.features.insert(feature);
         }
-        let cpu = Interpreter::new(mem.clone(), &profile, 0, &EngineOptions::default()).unwrap();
-        Self { cpu, mem, s: initial(), next_code: CODE }
+        let cpu = Interpreter::new(mem.clone(), &profile, 0, options).unwrap();
+        Self { cpu, mem, s: initial(), took: 0, next_code: CODE }
     }
 
     /// Runs `code` and HLT from `self.s`, which becomes the state afterwards. The vector, if a fault came.
@@ -69,6 +76,7 @@ impl Guest {
         let slice = Slice { now: VirtualTime(0), until: VirtualTime(1_000_000_000) };
         let stopped = self.cpu.run(&mut OneInterrupt::default(), slice);
         assert_eq!(stopped.exit, Exit::Halted, "{:x?}", code);
+        self.took = stopped.now.0;
         self.s = self.cpu.state();
         let handler = self.s.rip.wrapping_sub(HANDLERS + 1);
         (handler < 512).then_some((handler / 16) as u8)
@@ -80,6 +88,15 @@ impl Guest {
         f(&mut a);
         let code = a.assemble(self.next_code).unwrap();
         self.run_bytes(&code)
+    }
+
+    /// Instructions retired by all runs.
+    pub fn retired(&self) -> u64 {
+        self.cpu.retired()
+    }
+
+    pub fn mmu_stats(&self) -> &umbra_mmu::MmuStats {
+        self.cpu.mmu_stats()
     }
 
     pub fn read<const N: usize>(&self, at: u64) -> [u8; N] {
