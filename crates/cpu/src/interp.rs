@@ -76,6 +76,10 @@ impl Interpreter {
             if self.core.clock >= until {
                 return Exit::BudgetSpent;
             }
+            // Stores of the last block and of an exception's frame alike.
+            for (offset, len) in std::mem::take(&mut self.core.code_writes) {
+                self.cache.invalidate(&mut self.core, offset, len);
+            }
             self.core.recent.enter(self.core.next_rip);
             let found = self.cache.find(&mut self.core);
             if let Some(exit) = self.chain(bus, found, until) {
@@ -157,14 +161,9 @@ impl Interpreter {
         self.after(bus, stop.filter(|s| *s != Stop::Again), rip)
     }
 
-    /// After a block: code writes, shadows, traps, faults, attention.
+    /// After a block: shadows, traps, faults, attention.
     #[inline(never)]
     fn after(&mut self, bus: &mut dyn Bus, stop: Option<Stop>, rip: u64) -> Option<Exit> {
-        if !self.core.code_writes.is_empty() {
-            for (offset, len) in std::mem::take(&mut self.core.code_writes) {
-                self.cache.invalidate(&mut self.core, offset, len);
-            }
-        }
         self.core.s.shadow = std::mem::take(&mut self.core.shadow_next);
         if let Some(stop) = stop {
             self.core.s.shadow = Shadow::None;
