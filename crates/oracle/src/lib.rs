@@ -7,3 +7,4 @@
 pub mod boot_images;
 pub mod decode_execute;
 pub mod devices;
+pub mod hostile_guest;

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use std::path::Path;
 use umbra_oracle::boot_images::boot_images;
 use umbra_oracle::decode_execute::decode_execute;
+use umbra_oracle::hostile_guest::hostile_guest;
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
@@ -25,6 +26,15 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    #[test]
+    fn guests_write_all_over_tables_and_devices(data in vec(any::<u8>(), 9..800)) {
+        hostile_guest(&data);
+    }
+}
+
 /// Files that a fuzzer found, in the target's folder below `fuzz/findings`.
 fn replay(target: &str, property: fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/findings").join(target);
@@ -39,4 +49,5 @@ fn replay(target: &str, property: fn(&[u8])) {
 fn findings_stay_fixed() {
     replay("decode_execute", decode_execute);
     replay("boot_images", boot_images);
+    replay("hostile_guest", hostile_guest);
 }
