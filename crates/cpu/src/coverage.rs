@@ -1,7 +1,7 @@
 //! What the rows cover, and which of them are verified: the listing behind `umbra isa`.
 //!
 //! A code is verified when a generated test runs it natively and interpreted, and everything agrees
-//! (`tests/rows`). The codes that aren't are named in [`UNVERIFIED`] with the reason; the test fails when that
+//! (`crates/oracle/tests/rows`). The codes that aren't are named in [`UNVERIFIED`] with the reason; the test fails when that
 //! list isn't exact, so it can only grow by a change that says why.
 
 use crate::isa::{self, Row};

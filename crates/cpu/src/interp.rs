@@ -47,6 +47,11 @@ impl Interpreter {
         &self.core
     }
 
+    /// Clears DIRTY of a RAM page, so that its next store is noticed.
+    pub fn clean_page(&mut self, off: umbra_memory::RamOffset) {
+        self.core.mmu.clean_page(off);
+    }
+
     /// Number of CPUs in the machine, for CPUID's topology and for clocks that have to agree.
     pub fn set_cpus(&mut self, cpus: u32) {
         self.core.cpus = cpus.max(1);

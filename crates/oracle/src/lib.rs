@@ -1,10 +1,25 @@
-//! Properties that must hold for any input, free of any fuzzer: fuzz targets, property tests and the replay
-//! of saved findings all call these.
+//! Engines compared with each other, and properties that must hold for any input, free of any fuzzer.
 //!
-//! Each takes raw bytes and panics when the property is broken; a guest's mistakes are not.
+//! Differential testing: a generator makes [`Case`](case::Case)s, [`Engine`](engine::Engine)s run them,
+//! [`compare`] says whether outcomes differ in anything that is defined.
+//!
+//! Properties take raw bytes and panic when they are broken; a guest's mistakes are not. Fuzz targets, property
+//! tests and the replay of saved findings all call these.
 #![forbid(unsafe_code)]
+#![cfg(target_os = "linux")]
 
 pub mod boot_images;
+pub mod campaign;
+pub mod case;
+pub mod compare;
 pub mod decode_execute;
 pub mod devices;
+pub mod engine;
+pub mod engines;
 pub mod hostile_guest;
+pub mod minimise;
+pub mod random;
+pub mod ring0;
+pub mod rows;
+pub mod saved;
+pub mod window;

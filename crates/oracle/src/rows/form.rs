@@ -1,12 +1,13 @@
 //! Instructions for a code: every operand kind with random registers and memory operands.
 
+use super::selectors;
 use crate::random::Random;
-use crate::selectors;
 use iced_x86::{Code, Encoder, Instruction, OpCodeOperandKind as Kind, OpKind, Register};
 use umbra_hostexec::native::{Mode, SEGMENT_G};
 
 /// What an instruction is made for.
 pub struct Wish {
+    /// Code size.
     pub mode: Mode,
     /// Offset at which it lies.
     pub rip: u64,

@@ -1,22 +1,23 @@
 //! Encodings that mean something else, or nothing, to the guest's CPU.
 
-use crate::guest::Guest;
 use umbra_arch::cpuid::{CpuidProfile, Feature};
-use umbra_arch::fpu::FpState;
-use umbra_arch::{Fault, rflags};
-use umbra_hostexec::native::{Mode, NativeState, WINDOW};
+use umbra_arch::{CpuState, Fault, rflags};
+use umbra_hostexec::native::{Mode, WINDOW};
+use umbra_oracle::engine::End;
+use umbra_oracle::engines::Window;
+use umbra_oracle::window;
 
 /// Every register holds 55h.
-fn initial() -> NativeState {
-    let (rip, rflags) = (WINDOW + 0x800, rflags::FIXED);
-    NativeState { gpr: [0x55; 16], rip, rflags, selectors: [0; 6], fp: FpState::default() }
+fn initial() -> CpuState {
+    CpuState { gpr: [0x55; 16], rflags: rflags::FIXED, ..window::state(Mode::Bits64) }
 }
 
 /// RAX after `bytes`.
 fn run_with_rax(bytes: &[u8], rax: u64) -> u64 {
     let mut state = initial();
     state.gpr[0] = rax;
-    Guest::new(&CpuidProfile::default(), Mode::Bits64).run(bytes, &mut state, false).unwrap();
+    let mut window = Window::new(&CpuidProfile::default(), Mode::Bits64).unwrap();
+    assert_eq!(window.execute(bytes, &mut state, false), End::Completed);
     state.gpr[0]
 }
 
@@ -26,7 +27,9 @@ fn run(profile: &CpuidProfile, bytes: &[u8], rbx: u64) -> Result<(u64, u64, u64)
     state.gpr[3] = rbx;
     let mut padded = [0xcc; 16];
     padded[..bytes.len()].copy_from_slice(bytes);
-    Guest::new(profile, Mode::Bits64).run(&padded, &mut state, false)?;
+    if let End::Fault(fault) = Window::new(profile, Mode::Bits64).unwrap().execute(&padded, &mut state, false) {
+        return Err(fault);
+    }
     assert_eq!(state.rip, WINDOW + 0x800 + bytes.len() as u64);
     Ok((state.gpr[0], state.gpr[3], state.rflags & rflags::STATUS))
 }

@@ -1,15 +1,14 @@
 //! Registers and memory for an instruction: random, but so that its operands lie where the case wants them.
 
-use crate::form::base_of;
+use super::form::base_of;
+use super::selectors;
 use crate::random::Random;
-use crate::selectors;
+use crate::window;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use umbra_arch::CpuState;
 use umbra_arch::fpu::FpState;
 use umbra_arch::rflags;
-use umbra_hostexec::native::{Mode, NativeState, WINDOW};
-
-/// Offset of the code in the window.
-pub const CODE: u64 = 0x800;
+use umbra_hostexec::native::{Mode, WINDOW};
 
 /// A linear address for an operand of at most `size` bytes: inside writable memory, or across a border between
 /// pages of different protection, at every possible byte.
@@ -43,20 +42,16 @@ fn stack(r: &mut Random) -> u64 {
 }
 
 /// Random registers for `i`; `None` if these operands can't be put anywhere sensible.
-pub fn state(i: &Instruction, mode: Mode, target: u64, with_fp: bool, r: &mut Random) -> Option<NativeState> {
+pub fn state(i: &Instruction, mode: Mode, target: u64, with_fp: bool, r: &mut Random) -> Option<CpuState> {
     let flags = match r.below(4) {
         0 => 0,
         1 => rflags::STATUS,
         _ => r.next() & rflags::STATUS,
     };
     let direction = if i.is_string_instruction() && r.one_in(3) { rflags::DF } else { 0 };
-    let mut s = NativeState {
-        gpr: std::array::from_fn(|_| r.operand()),
-        rip: CODE + WINDOW - mode.base(),
-        rflags: flags | direction | rflags::FIXED | rflags::IF,
-        selectors: [0; 6],
-        fp: FpState::default(),
-    };
+    let mut s = window::state(mode);
+    s.gpr = std::array::from_fn(|_| r.operand());
+    s.rflags |= flags | direction;
     if with_fp {
         s.fp = floating(r);
     }
@@ -106,7 +101,7 @@ fn floating(r: &mut Random) -> FpState {
 }
 
 /// Registers with a meaning of their own.
-fn special(i: &Instruction, mode: Mode, s: &mut NativeState, r: &mut Random) -> Option<()> {
+fn special(i: &Instruction, mode: Mode, s: &mut CpuState, r: &mut Random) -> Option<()> {
     use Mnemonic::*;
     let stack_offset = stack(r) - mode.base();
     match i.mnemonic() {
@@ -137,7 +132,7 @@ fn special(i: &Instruction, mode: Mode, s: &mut NativeState, r: &mut Random) -> 
 }
 
 /// RSI, RDI and RCX of string instructions.
-fn strings(i: &Instruction, mode: Mode, at: u64, s: &mut NativeState, r: &mut Random) {
+fn strings(i: &Instruction, mode: Mode, at: u64, s: &mut CpuState, r: &mut Random) {
     let size = i.memory_size().size() as u64;
     for k in 0..i.op_count() {
         let (register, mask) = match i.op_kind(k) {
@@ -160,7 +155,7 @@ fn strings(i: &Instruction, mode: Mode, at: u64, s: &mut NativeState, r: &mut Ra
 }
 
 /// Solves the memory operand's address for its base register.
-fn operand(i: &Instruction, mode: Mode, target: u64, s: &mut NativeState, r: &mut Random) -> Option<()> {
+fn operand(i: &Instruction, mode: Mode, target: u64, s: &mut CpuState, r: &mut Random) -> Option<()> {
     if !(0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory) {
         return Some(());
     }

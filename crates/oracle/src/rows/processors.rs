@@ -1,10 +1,10 @@
 //! Where processors differ from each other, so that the host's answer is one of several right ones.
 
+use crate::engine::End;
 use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind};
 use umbra_arch::fault::vector;
-use umbra_hostexec::native::{Mode, NativeFault, NativeState};
-
-type End = Result<(), NativeFault>;
+use umbra_arch::{CpuState, Fault};
+use umbra_hostexec::native::Mode;
 
 /// Whether `i` does different things on Intel's and on AMD's processors.
 pub fn differ(i: &Instruction, mode: Mode, bytes: &[u8]) -> bool {
@@ -28,7 +28,7 @@ pub fn differ(i: &Instruction, mode: Mode, bytes: &[u8]) -> bool {
 }
 
 /// The same for some operands only.
-pub fn differ_with(i: &Instruction, s: &NativeState) -> bool {
+pub fn differ_with(i: &Instruction, s: &CpuState) -> bool {
     // With an unmasked exception, the MMX state may have been entered or not.
     let converts = matches!(
         i.mnemonic(),
@@ -45,21 +45,34 @@ pub fn differ_with(i: &Instruction, s: &NativeState) -> bool {
 
 /// Several exceptions at once whose order isn't defined, or whether one of them exists.
 pub fn free(i: &Instruction, ours: &End, theirs: &End) -> bool {
+    free_one_way(i, fault(ours), fault(theirs)) || free_one_way(i, fault(theirs), fault(ours))
+}
+
+fn fault(end: &End) -> Result<(), Fault> {
+    if let End::Fault(fault) = end { Err(*fault) } else { Ok(()) }
+}
+
+fn code(fault: Fault) -> u32 {
+    fault.code.unwrap_or(0)
+}
+
+fn free_one_way(i: &Instruction, ours: Result<(), Fault>, theirs: Result<(), Fault>) -> bool {
     // A byte-masked store may fault for bytes that it doesn't store.
     let masked = matches!(i.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu);
     if masked && (ours.is_err() || theirs.is_err()) {
         return true;
     }
     let Err(ours) = ours else { return false };
+    let alike = |t: Fault| t.vector == ours.vector && code(t) == code(ours);
     // A stack segment's limit and a vector operand's alignment.
-    if ours.vector == vector::SS && theirs.is_err_and(|t| t.vector == vector::GP) && crate::compare::uses_fp(i.code()) {
+    if ours.vector == vector::SS && theirs.is_err_and(|t| t.vector == vector::GP) && super::uses_fp(i.code()) {
         return true;
     }
     match i.mnemonic() {
         // Either operand may be read first.
         Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq => theirs.is_err(),
         // The pushes that were possible may have been done.
-        Mnemonic::Pusha | Mnemonic::Pushad => theirs.is_err_and(|t| t == *ours),
+        Mnemonic::Pusha | Mnemonic::Pushad => theirs.is_err_and(alike),
         // The lower bound may decide before the upper one is read.
         Mnemonic::Bound => theirs.is_err_and(|t| t.vector == vector::BR),
         // Ten bytes may be read as eight and two, the latter at an offset that wraps round.
@@ -70,7 +83,7 @@ pub fn free(i: &Instruction, ours: &End, theirs: &End) -> bool {
         Mnemonic::Jmp | Mnemonic::Lds | Mnemonic::Les | Mnemonic::Lgs | Mnemonic::Lss
             if i.op_kind(i.op_count() - 1) == OpKind::Memory =>
         {
-            matches!(ours.vector, vector::GP | vector::SS) && ours.code == 0
+            matches!(ours.vector, vector::GP | vector::SS) && code(ours) == 0
         }
         // The stack pointer's new place may be touched first.
         Mnemonic::Retf => ours.vector == vector::GP && theirs.is_err_and(|t| t.vector == vector::PF),
@@ -79,7 +92,7 @@ pub fn free(i: &Instruction, ours: &End, theirs: &End) -> bool {
         // A bad target, and a stack that can't be written, or is before the target is looked at.
         Mnemonic::Call => {
             let far = umbra_cpu::isa::branch::is_far(i.code());
-            ours.vector == vector::GP && theirs.is_err_and(|t| t.vector == vector::PF || far && t == *ours)
+            ours.vector == vector::GP && theirs.is_err_and(|t| t.vector == vector::PF || far && alike(t))
         }
         // AMD's don't ask for alignment.
         Mnemonic::Sha1rnds4
@@ -93,27 +106,35 @@ pub fn free(i: &Instruction, ours: &End, theirs: &End) -> bool {
     }
 }
 
-/// Removes what an instruction leaves undefined (LAR: bits 19:16) or an exception leaves open: with an unmasked SIMD exception, the flags of masked ones.
-pub fn even_out(i: &Instruction, theirs: &End, ours: &mut NativeState, native: &mut NativeState) {
+/// What an instruction leaves undefined besides flags (LAR: bits 19:16), or an exception leaves open: with an
+/// unmasked SIMD exception, the flags of masked ones.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Open {
+    /// A general register and the bits of it that aren't compared.
+    pub gpr: (usize, u64),
+    /// Bits of MXCSR that aren't compared.
+    pub mxcsr: u32,
+}
+
+/// What isn't compared after `i` with these ends; `mxcsr` is one of the engines' values.
+pub fn open(i: &Instruction, ours: &End, theirs: &End, mxcsr: u32) -> Open {
+    let mut open = Open::default();
     if i.mnemonic() == Mnemonic::Lar {
-        let n = i.op0_register().full_register().number();
-        ours.gpr[n] &= !0xf_0000;
-        native.gpr[n] &= !0xf_0000;
+        open.gpr = (i.op0_register().full_register().number(), 0xf_0000);
     }
-    if theirs.is_err_and(|t| t.vector == vector::XM) {
+    if [ours, theirs].into_iter().any(|end| fault(end).is_err_and(|t| t.vector == vector::XM)) {
         // Overflow and underflow may or may not report that the result was inexact, too.
-        let inexact = if native.fp.mxcsr & 0x18 != 0 { 0x20 } else { 0 };
+        let inexact = if mxcsr & 0x18 != 0 { 0x20 } else { 0 };
         // Products and sums of a dot product are checked one after the other.
         let dot = matches!(i.mnemonic(), Mnemonic::Dpps | Mnemonic::Dppd | Mnemonic::Vdpps | Mnemonic::Vdppd);
-        let masked = if dot { 0x3f } else { native.fp.mxcsr >> 7 & 0x3f | inexact };
-        ours.fp.mxcsr &= !masked;
-        native.fp.mxcsr &= !masked;
+        open.mxcsr = if dot { 0x3f } else { mxcsr >> 7 & 0x3f | inexact };
     }
+    open
 }
 
 /// A far transfer from 16- to 64-bit code: which width the stack pointer moves in isn't defined.
-pub fn changes_width(mode: Mode, native: &NativeState) -> bool {
-    mode == Mode::Bits16 && native.selectors[1] == Mode::Bits64.code().selector
+pub fn changes_width(mode: Mode, after: &CpuState) -> bool {
+    mode == Mode::Bits16 && after.seg[1].selector == Mode::Bits64.code().selector
 }
 
 /// A 32-bit push of a selector writes 16 bits on Intel's, 32 on AMD's: bytes above RSP that aren't compared.
