@@ -33,12 +33,12 @@ fn check(names: &[&str], cases: u64, generate: impl Fn(&mut Random) -> Case) {
 
 #[test]
 fn control_sequences_are_the_same_in_every_mmu_mode() {
-    check(&["interp", "interp-unload", "interp-drop", "interp-kvm-role"], 400, control::case);
+    check(&["interp", "interp-unload", "interp-drop", "interp-kvm-role"], 150, control::case);
 }
 
 #[test]
 fn page_table_shapes_are_as_the_model_says() {
-    check(&["interp", "model"], 5000, shapes::case);
+    check(&["interp", "model"], 1000, shapes::case);
 }
 
 /// Single instructions end the same when the exception is delivered to ring 0 and taken from there.
@@ -48,7 +48,7 @@ fn a_delivered_exception_is_the_raised_one() {
     let mut whole = Blank::new(MmuOptions::default()).unwrap();
     let rows = Rows::new(&engines::profile());
     let mut ends = BTreeMap::<String, usize>::new();
-    for seed in 0..3000 {
+    for seed in 0..1500 {
         let case = rows.case(&mut Random(seed));
         let number = Mode::ALL.iter().position(|mode| case.layout == umbra_oracle::case::Layout::Window(*mode));
         let a = outcome(bare[number.unwrap()].run(&case), &case);
