@@ -15,6 +15,7 @@ fn images() -> Vec<(ImageKind, Vec<u8>)> {
         (ImageKind::Elf, synthetic::pvh_elf(true)),
         (ImageKind::Elf, synthetic::pvh_elf(false)),
         (ImageKind::Multiboot1, synthetic::multiboot(0x10_0000, 256, 0x1000)),
+        (ImageKind::Multiboot1, synthetic::multiboot_elf()),
     ]
 }
 
@@ -102,7 +103,7 @@ proptest! {
 
     #[test]
     fn mutated_headers_never_panic_nor_place_anything_outside_ram(
-        which in 0usize..4,
+        which in 0usize..5,
         edits in prop::collection::vec((0usize..0x280, prop_oneof![Just(0u8), Just(0xff), Just(0x80), any::<u8>()]), 1..12),
         initrd_len in prop_oneof![Just(0usize), 1usize..70_000],
         mib in prop_oneof![Just(1u64), Just(2), Just(20), Just(64)],
@@ -122,7 +123,7 @@ proptest! {
     }
 
     #[test]
-    fn extreme_fields_never_panic(which in 0usize..4, at in 0usize..0x270, wide in any::<bool>()) {
+    fn extreme_fields_never_panic(which in 0usize..5, at in 0usize..0x270, wide in any::<bool>()) {
         let (_, mut image) = images().swap_remove(which);
         let len = if wide { 8 } else { 4 };
         if at + len <= image.len() {

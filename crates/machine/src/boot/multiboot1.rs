@@ -32,6 +32,9 @@ mod has {
 
 const INFO_BYTES: usize = 116;
 const LOADER_NAME: &[u8] = b"umbra\0";
+/// Kernels skip the command line's first word, where loaders put the file's name.
+const KERNEL_NAME: &[u8] = b"kernel ";
+const MODULE_STRING: &[u8] = b"module\0";
 
 /// Offset of the Multiboot header, if there is one with a right checksum in the first 8 KiB.
 pub(super) fn find_header(image: &[u8]) -> Option<u64> {
@@ -127,13 +130,14 @@ fn information(
     module: Option<(u64, u64)>,
     request: &BootRequest<'_>,
 ) -> Result<u64, BootError> {
-    let line_bytes = request.command_line.len() + 1;
+    let text = [KERNEL_NAME, request.command_line.as_bytes(), b"\0"].concat();
     let map_entries: Vec<_> = place.e820().collect();
     let modules = INFO_BYTES.next_multiple_of(16);
     let memory_map = modules + 16;
     let name = memory_map + map_entries.len() * 24;
-    let line = name + LOADER_NAME.len();
-    let bytes = line + line_bytes;
+    let module_string = name + LOADER_NAME.len();
+    let line = module_string + MODULE_STRING.len();
+    let bytes = line + text.len();
     let at = place.lowest("the Multiboot information", bytes as u64, PAGE_SIZE, 0, CONVENTIONAL_END)?;
     let address = |offset: usize| (at as u32 + offset as u32).to_le_bytes();
 
@@ -149,7 +153,7 @@ fn information(
         put(&mut info, 24, address(modules));
         put(&mut info, modules, (start as u32).to_le_bytes());
         put(&mut info, modules + 4, (end as u32).to_le_bytes());
-        put(&mut info, modules + 8, address(line));
+        put(&mut info, modules + 8, address(module_string));
     }
     put(&mut info, 44, (map_entries.len() as u32 * 24).to_le_bytes());
     put(&mut info, 48, address(memory_map));
@@ -157,8 +161,9 @@ fn information(
         put_map_entry(&mut info[memory_map + index * 24..], start, len, kind);
     }
     put(&mut info, 64, address(name));
-    info[name..line].copy_from_slice(LOADER_NAME);
-    info[line..bytes - 1].copy_from_slice(request.command_line.as_bytes());
+    info[name..module_string].copy_from_slice(LOADER_NAME);
+    info[module_string..line].copy_from_slice(MODULE_STRING);
+    info[line..].copy_from_slice(&text);
     put(&mut info, 0, flags.to_le_bytes());
     place.put("the Multiboot information", at, info);
     Ok(at)
@@ -201,8 +206,9 @@ mod tests {
         let first = u64::from(field(48)) - info.gpa.raw();
         assert_eq!(u32_at(&info.bytes, first), Some(20));
         assert_eq!(u64_at(&info.bytes, first + 12), Some(CONVENTIONAL_END));
-        let line = (u64::from(field(16)) - info.gpa.raw()) as usize;
-        assert_eq!(&info.bytes[line..line + 12], b"console=tty\0");
+        let text = |at: u32, len| &info.bytes[(u64::from(at) - info.gpa.raw()) as usize..][..len];
+        assert_eq!(text(field(16), 19), b"kernel console=tty\0");
+        assert_eq!(text(u32_at(&info.bytes, module + 8).unwrap(), 7), b"module\0");
     }
 
     #[test]

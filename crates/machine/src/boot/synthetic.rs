@@ -82,3 +82,14 @@ pub(super) fn multiboot(load: u32, len: usize, bss: u32) -> Vec<u8> {
     }
     image
 }
+
+/// A 32-bit ELF file with a Multiboot header without address fields in its one segment.
+pub(super) fn multiboot_elf() -> Vec<u8> {
+    let mut image = pvh_elf(false);
+    let flags = 3u32;
+    for (index, field) in [0x1bad_b002, flags, 0u32.wrapping_sub(0x1bad_b002 + flags)].into_iter().enumerate() {
+        put(&mut image, 0x100 + index * 4, field.to_le_bytes());
+    }
+    put(&mut image, 0x18, 0x10_0020u32.to_le_bytes());
+    image
+}
