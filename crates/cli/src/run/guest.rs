@@ -4,11 +4,12 @@ use super::args::{Args, MmuChoice, TraceArgs};
 use super::image;
 use crate::error::CliError;
 use std::sync::Arc;
+use umbra_arch::PAGE_SIZE;
 use umbra_arch::cpuid::{CpuidProfile, HostOffer};
 use umbra_cpu::{EngineOptions, Interpreter};
 use umbra_machine::boot::{self, BootRequest, Concern, ImageKind};
 use umbra_machine::{Machine, MachineConfig, guest_memory};
-use umbra_memory::GuestMemory;
+use umbra_memory::{GuestMemory, PageFlags};
 use umbra_mmu::{MmuMode, MmuOptions, MmuStats};
 use umbra_test_roms::Rom;
 
@@ -31,6 +32,11 @@ impl Guest {
         let mut sum = MmuStats::default();
         self.machine.vcpus().for_each(|engine| sum.add(engine.mmu_stats()));
         sum
+    }
+
+    /// Bytes of guest memory in pages that were ever written.
+    pub fn written_bytes(&self) -> u64 {
+        self.machine.memory().pages_with(PageFlags::DIRTY).count() as u64 * PAGE_SIZE
     }
 }
 

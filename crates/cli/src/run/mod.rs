@@ -68,6 +68,7 @@ pub fn finish(args: &Args) -> Result<(Report, Guest), CliError> {
         state: guest.machine.vcpu(0).map(umbra_arch::Vcpu::state),
         guest_ns: guest.machine.now().0,
         retired: guest.machine.retired(),
+        written_bytes: guest.written_bytes(),
         host: start.elapsed(),
         mmu: Some(guest.mmu_stats()),
         phases: measurements.finish(),

@@ -28,6 +28,8 @@ pub struct Report {
     pub guest_ns: u64,
     /// Instructions retired.
     pub retired: u64,
+    /// Bytes of guest memory in pages that were ever written.
+    pub written_bytes: u64,
     /// Host time from start to end.
     pub host: Duration,
     pub mmu: Option<MmuStats>,
@@ -91,6 +93,7 @@ impl Report {
         let rate = self.retired as f64 / seconds.max(1e-9) / 1e6;
         let _ = writeln!(out, "guest time                {:>16} ns", self.guest_ns);
         let _ = writeln!(out, "instructions retired      {:>16}", self.retired);
+        let _ = writeln!(out, "guest memory written      {:>16} bytes", self.written_bytes);
         let _ = writeln!(out, "host time                 {seconds:>16.3} s ({rate:.1} million instructions a second)");
         if let Some(mmu) = &self.mmu {
             let _ = write!(out, "{mmu}");
@@ -115,6 +118,7 @@ impl Report {
         detail(&self.end, &mut object);
         object.insert("guest_ns".into(), self.guest_ns.into());
         object.insert("retired".into(), self.retired.into());
+        object.insert("written_bytes".into(), self.written_bytes.into());
         object.insert("host_seconds".into(), self.host.as_secs_f64().into());
         if let Some(explanation) = &self.explanation {
             object.insert("causes".into(), explanation.causes.clone().into());
