@@ -107,6 +107,7 @@ impl Bench {
             .env("CARGO_TARGET_DIR", &self.target)
             .env("RUSTC_WORKSPACE_WRAPPER", self.wrapper(name)?)
             .env("CARGO_INCREMENTAL", "0")
+            .env("CARGO_PROFILE_TEST_OPT_LEVEL", "1")
             .env("CARGO_PROFILE_TEST_DEBUG", "none")
             .env("CARGO_PROFILE_DEV_DEBUG", "none")
             .output()

@@ -17,4 +17,5 @@ mod scenarios_rights;
 mod scenarios_shadow;
 mod sequences;
 mod support;
+mod tlb;
 mod walk;
