@@ -124,6 +124,35 @@ fn hazard_h3_each_root_has_its_own_level() {
     }
 }
 
+/// As before with a directory entry, whose reach depends on the format.
+#[test]
+fn hazard_h3_a_directory_entry_reaches_as_far_as_in_its_own_format() {
+    let mut rig = Rig::long();
+    let long = rig.regs.cr3.raw();
+    let far = VA + (3 << 21);
+    let pde = rig.entry_at(long, 4, 2, far, PWU);
+    let tables = [PAGE, OTHER].map(|frame| {
+        let table = rig.table();
+        rig.poke(table, frame | PWU);
+        table
+    });
+    let pd = rig.table();
+    for (entry, mapped) in [
+        (tables[0] | PWU, PAGE),
+        (tables[1] | PWU, OTHER),
+        (0x60_0000 | PWU | PS, 0x60_0000),
+        (0x40_0000 | PWU | PS, 0x40_0000),
+        (tables[0] | PWU, PAGE),
+    ] {
+        switch(&mut rig, 0, Efer::NXE, pd);
+        rig.poke(pde, entry);
+        rig.audit();
+        switch(&mut rig, Cr4::PAE, LONG, long);
+        assert_eq!(rig.mmu.lookup_read(Gva::new(far), 1), None);
+        assert_eq!(raw(rig.read(far)), mapped);
+    }
+}
+
 #[test]
 fn hazard_h4_an_entry_is_judged_by_its_own_pages_role() {
     let mut rig = Rig::long();

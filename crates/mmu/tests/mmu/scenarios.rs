@@ -87,6 +87,6 @@ fn what_proves_a_scenario_elsewhere_exists() {
 fn every_hazard_has_a_test() {
     let text = include_str!("hazards.rs");
     for n in 1..=8 {
-        assert_eq!(text.matches(&format!("fn hazard_h{n}_")).count(), 1, "H{n}");
+        assert!(text.contains(&format!("fn hazard_h{n}_")), "H{n}");
     }
 }
