@@ -138,11 +138,11 @@ fn hazard_h3_a_directory_entry_reaches_as_far_as_in_its_own_format() {
     });
     let pd = rig.table();
     for (entry, mapped) in [
-        (tables[0] | PWU, PAGE),
-        (tables[1] | PWU, OTHER),
+        (tables[0] | PWU | A, PAGE),
+        (tables[1] | PWU | A, OTHER),
         (0x60_0000 | PWU | PS, 0x60_0000),
         (0x40_0000 | PWU | PS, 0x40_0000),
-        (tables[0] | PWU, PAGE),
+        (tables[0] | PWU | A, PAGE),
     ] {
         switch(&mut rig, 0, Efer::NXE, pd);
         rig.poke(pde, entry);

@@ -80,6 +80,23 @@ fn scenario_66_leaf_and_table_of_one_frame_alternate() {
 }
 
 #[test]
+fn scenario_66_a_link_moves_to_another_table_and_says_nothing_else_new() {
+    let mut rig = Rig::long();
+    let root = rig.regs.cr3.raw();
+    let pde = rig.entry_at(root, 4, 2, VA, PWU);
+    let tables = [PAGE, OTHER].map(|frame| {
+        let table = rig.table();
+        rig.poke(table, frame | PWU);
+        (table, frame)
+    });
+    for (table, frame) in [tables[0], tables[1], tables[0], tables[1]] {
+        rig.poke(pde, table | PWU | A);
+        assert_eq!(at(&mut rig, VA), frame);
+        rig.audit();
+    }
+}
+
+#[test]
 fn scenario_67_partial_and_misaligned_stores() {
     let mut rig = Rig::long();
     let leaf = rig.map(VA, PAGE | PWU);
