@@ -78,7 +78,9 @@ impl Format {
         }
         let accessed = raw & entry::A != 0;
         let rights = Rights {
-            write: raw & entry::W != 0 || cfg!(umbra_mutant = "large-pages-always-writable") && leaf && role.level > 1,
+            write: raw & entry::W != 0
+                || cfg!(umbra_mutant = "large-pages-always-writable") && leaf && role.level > 1
+                || cfg!(umbra_mutant = "wp-ignored-for-large-pages") && leaf && role.level > 1 && raw & entry::U == 0,
             user: raw & entry::U != 0,
             exec: !(role.nxe && raw & entry::XD != 0),
             key: if leaf && matches!(role.format, EntryFormat::Long) { ((raw >> 59) & 15) as u8 } else { 0 },

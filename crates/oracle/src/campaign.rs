@@ -45,8 +45,8 @@ impl Generator {
 
     /// Case number `index` of a seed.
     pub fn case(&self, seed: u64, index: u64) -> Case {
-        let mut r = Random(seed);
-        let mut r = Random(r.next() ^ index.wrapping_mul(0xd134_2543_de82_ef95));
+        let mut r = Random::new(seed);
+        let mut r = Random::new(r.next() ^ index.wrapping_mul(0xd134_2543_de82_ef95));
         match self {
             Generator::Rows(rows) => rows.case(&mut r),
             Generator::Control => control::case(&mut r),

@@ -1,24 +1,45 @@
 //! Random numbers: splitmix64, so that runs repeat exactly.
 
-/// The generator; its state is its seed.
+/// The generator. A fuzzer's input, if it has one, comes first, a choice for a byte or eight.
 #[derive(Clone, Debug)]
-pub struct Random(pub u64);
+pub struct Random {
+    state: u64,
+    input: Vec<u8>,
+    at: usize,
+}
 
 const EDGES: [u64; 12] =
     [0, 1, 2, 0x7f, 0x80, 0xff, 0x7fff, 0x8000, 0x7fff_ffff, 0x8000_0000, 0x7fff_ffff_ffff_ffff, 0x8000_0000_0000_0000];
 
 impl Random {
+    /// Numbers that follow from the seed.
+    pub fn new(seed: u64) -> Self {
+        Self { state: seed, input: Vec::new(), at: 0 }
+    }
+    /// Numbers that follow from a fuzzer's input.
+    pub fn of(input: &[u8]) -> Self {
+        Self { input: input.to_vec(), ..Self::new(0) }
+    }
+    fn input(&mut self, bytes: usize) -> Option<u64> {
+        let taken = self.input.get(self.at..self.at + bytes)?;
+        self.at += bytes;
+        Some(taken.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
+    }
     /// The next 64 bits.
     #[allow(clippy::should_implement_trait, reason = "it never ends")]
     pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        if let Some(value) = self.input(8) {
+            return value;
+        }
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.state ^ self.state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ z >> 31
     }
     /// A number below `n`.
     pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
+        let bytes = if n <= 1 << 8 { 1 } else { 4 };
+        self.input(bytes).unwrap_or_else(|| self.next()) % n
     }
     /// True once in `n` times.
     pub fn one_in(&mut self, n: u64) -> bool {

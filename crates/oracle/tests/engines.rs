@@ -22,7 +22,7 @@ fn outcome(answer: Answer, case: &Case) -> Outcome {
 fn check(names: &[&str], cases: u64, generate: impl Fn(&mut Random) -> Case) {
     let mut engines: Vec<_> = names.iter().map(|name| make(name).unwrap()).collect();
     for seed in 0..cases {
-        let case = generate(&mut Random(seed));
+        let case = generate(&mut Random::new(seed));
         let outcomes: Vec<_> = engines.iter_mut().map(|engine| outcome(engine.run(&case), &case)).collect();
         for (name, other) in names.iter().zip(&outcomes).skip(1) {
             let result = compare(&case, (names[0], &outcomes[0]), (name, other));
@@ -49,7 +49,7 @@ fn a_delivered_exception_is_the_raised_one() {
     let rows = Rows::new(&engines::profile());
     let mut ends = BTreeMap::<String, usize>::new();
     for seed in 0..1500 {
-        let case = rows.case(&mut Random(seed));
+        let case = rows.case(&mut Random::new(seed));
         let number = Mode::ALL.iter().position(|mode| case.layout == umbra_oracle::case::Layout::Window(*mode));
         let a = outcome(bare[number.unwrap()].run(&case), &case);
         let b = outcome(whole.run(&case), &case);

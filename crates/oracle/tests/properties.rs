@@ -4,7 +4,9 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use std::path::Path;
 use umbra_oracle::boot_images::boot_images;
+use umbra_oracle::compared::{control_regs, interp_vs_host, page_walk};
 use umbra_oracle::decode_execute::decode_execute;
+use umbra_oracle::device_io::{device_io, snapshot};
 use umbra_oracle::hostile_guest::hostile_guest;
 
 proptest! {
@@ -35,6 +37,23 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn engines_agree_on_any_choice(data in vec(any::<u8>(), 9..400)) {
+        control_regs(&data);
+        page_walk(&data);
+        interp_vs_host(&data);
+    }
+
+    #[test]
+    fn devices_take_anything_and_are_saved_whole(data in vec(any::<u8>(), 9..600)) {
+        device_io(&data);
+        snapshot(&data);
+    }
+}
+
 /// Files that a fuzzer found, in the target's folder below `fuzz/findings`.
 fn replay(target: &str, property: fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/findings").join(target);
@@ -50,4 +69,9 @@ fn findings_stay_fixed() {
     replay("decode_execute", decode_execute);
     replay("boot_images", boot_images);
     replay("hostile_guest", hostile_guest);
+    replay("control_regs", control_regs);
+    replay("page_walk", page_walk);
+    replay("interp_vs_host", interp_vs_host);
+    replay("device_io", device_io);
+    replay("snapshot", snapshot);
 }

@@ -1,5 +1,6 @@
 //! The subcommands.
 
+mod diff;
 mod doctor;
 mod explain;
 mod isa;
@@ -15,6 +16,8 @@ pub enum Command {
     Run(Box<crate::run::Args>),
     /// Run a guest to its end and explain the state it left
     Explain(Box<explain::Args>),
+    /// Compare engines with each other on generated cases
+    Diff(Box<diff::Args>),
     /// Say what this host offers and what Umbra will use
     Doctor(doctor::Args),
     /// List the instructions and which of them are verified
@@ -28,6 +31,7 @@ pub fn execute(command: Command) -> u8 {
     match command {
         Command::Run(args) => run::execute(&args),
         Command::Explain(args) => explain::execute(&args),
+        Command::Diff(args) => diff::execute(&args),
         Command::Doctor(args) => doctor::execute(&args),
         Command::Isa(args) => isa::execute(&args),
         Command::Rom(args) => rom::execute(&args),

@@ -40,6 +40,7 @@ fn adjust_packed(al: u8, cf: bool, af: bool, subtract: bool) -> (u8, bool, bool)
         result = step(result, 0x60).0;
     }
     // DAS keeps the borrow of the low adjustment, DAA forgets its carry unless the high one follows.
+    let low = low && (subtract || !cfg!(umbra_mutant = "daa-clears-af"));
     (result, high || subtract && carry, low)
 }
 

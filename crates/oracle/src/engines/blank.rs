@@ -20,6 +20,7 @@ const SINGLE: u64 = 100_000;
 pub struct Blank {
     engine: Interpreter,
     mem: Arc<GuestMemory>,
+    audits: bool,
 }
 
 impl Blank {
@@ -30,12 +31,12 @@ impl Blank {
     pub fn new(mmu: MmuOptions) -> Result<Self, WindowError> {
         let mem = Arc::new(GuestMemory::new(RAM)?);
         let engine = Interpreter::new(Arc::clone(&mem), &profile(), 0, &EngineOptions { mmu })?;
-        Ok(Self { engine, mem })
+        Ok(Self { engine, mem, audits: false })
     }
 
-    /// The engine, for its counters and its audit.
-    pub fn engine(&self) -> &Interpreter {
-        &self.engine
+    /// Compares the MMU's caches with the guest's tables after each case, too.
+    pub fn audited(self) -> Self {
+        Self { audits: true, ..self }
     }
 
     /// Runs a case up to HLT or a triple fault.
@@ -59,6 +60,11 @@ impl Blank {
             Run::Halt { .. } => Some(end),
             run => window::caught(run, &mut state, |gpa| self.quad(gpa)),
         };
+        if self.audits
+            && let Err(wrong) = self.engine.core().mmu.audit()
+        {
+            return self.cannot(format!("audit: {wrong}"));
+        }
         let Some(end) = caught else { return self.cannot("left the window's ring 0".into()) };
         let memory = case.watch.iter().map(|range| self.piece(range)).collect();
         self.clear();

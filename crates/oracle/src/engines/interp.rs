@@ -4,15 +4,20 @@
 use super::window::WindowError;
 use super::{Blank, Window};
 use crate::case::{Case, Layout, Run};
-use crate::engine::{Answer, Engine};
+use crate::engine::{Answer, Engine, RomAnswer};
+use crate::roms;
+use umbra_arch::cpuid::CpuidProfile;
+use umbra_cpu::{EngineOptions, Interpreter};
 use umbra_hostexec::native::Mode;
 use umbra_mmu::MmuOptions;
+use umbra_test_roms::Rom;
 
 /// The interpreter.
 pub struct Interp {
     name: &'static str,
     windows: [Window; 3],
     blank: Blank,
+    mmu: MmuOptions,
 }
 
 impl Interp {
@@ -21,7 +26,7 @@ impl Interp {
     /// # Errors
     /// [`WindowError`].
     pub fn new(name: &'static str, mmu: MmuOptions) -> Result<Self, WindowError> {
-        Ok(Self { name, windows: Window::all()?, blank: Blank::new(mmu)? })
+        Ok(Self { name, windows: Window::all()?, blank: Blank::new(mmu)?, mmu })
     }
 }
 
@@ -42,5 +47,11 @@ impl Engine for Interp {
 
     fn settle(&mut self) -> Result<(), String> {
         self.windows.iter_mut().try_for_each(Window::settle)
+    }
+
+    fn run_rom(&mut self, rom: &Rom) -> RomAnswer {
+        let profile = CpuidProfile::default();
+        let options = EngineOptions { mmu: self.mmu };
+        roms::report(rom, profile.clone(), |memory| Interpreter::new(memory, &profile, 0, &options))
     }
 }

@@ -32,7 +32,7 @@ impl Rows {
     pub fn new(profile: &CpuidProfile) -> Self {
         let mut codes = Vec::new();
         for mode in Mode::ALL {
-            let mut r = Random(2);
+            let mut r = Random::new(2);
             let mut possible = |&code: &Code| (0..ATTEMPTS).any(|_| case(mode, code, &mut r).is_some());
             let all = Code::values().filter(|&code| is_comparable(mode, code) && is_offered(code, profile));
             codes.extend(all.filter(&mut possible).map(|code| (mode, code)));

@@ -64,7 +64,7 @@ fn compare_all(mode: Mode) -> BTreeSet<Code> {
     let only = std::env::var("UMBRA_ROWS_ONLY").ok();
     let interp = Interp::new("interp", Default::default()).unwrap();
     let mut rig = Rig { interp, host: Host::new().unwrap(), seen: BTreeMap::new() };
-    let mut r = Random(1);
+    let mut r = Random::new(1);
     let wanted = |code: &Code| only.as_ref().is_none_or(|m| format!("{:?}", code.mnemonic()) == *m);
     for code in Code::values().filter(wanted).filter(|&code| rows::is_comparable(mode, code)) {
         let mut left = 40 * cases();
