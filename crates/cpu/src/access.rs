@@ -175,15 +175,43 @@ impl Core {
     }
 
     /// Reads a value of a system structure (descriptor table, TSS): an implicit supervisor access.
+    #[inline]
     pub fn read_system<W: Word>(&mut self, bus: &mut dyn Bus, lin: u64) -> Result<u64, Stop> {
-        let place = self.system_place(lin, W::BYTES, AccessKind::Read)?;
-        Ok(self.load_place(bus, &SYSTEM_OP, place, W::BYTES))
+        let lin = self.system_address(lin);
+        match self.mmu.lookup_system_read(Gva::new(lin), W::BYTES) {
+            Some(off) => Ok(self.mem.load::<W>(off).zext()),
+            None => self.read_system_slow(bus, lin, W::BYTES),
+        }
     }
 
     /// Writes a value of a system structure or of a stack switched to by event delivery.
+    #[inline]
     pub fn write_system<W: Word>(&mut self, bus: &mut dyn Bus, lin: u64, value: u64) -> Result<(), Stop> {
-        let place = self.system_place(lin, W::BYTES, AccessKind::Write)?;
-        self.store_place(bus, &SYSTEM_OP, place, W::BYTES, value);
+        let lin = self.system_address(lin);
+        match self.mmu.lookup_system_write(Gva::new(lin), W::BYTES) {
+            Some(off) => {
+                self.mem.store::<W>(off, W::of(value));
+                Ok(())
+            }
+            None => self.write_system_slow(bus, lin, W::BYTES, value),
+        }
+    }
+
+    #[inline(always)]
+    fn system_address(&self, lin: u64) -> u64 {
+        if self.s.efer.lma() { lin } else { lin & 0xffff_ffff }
+    }
+
+    #[inline(never)]
+    fn read_system_slow(&mut self, bus: &mut dyn Bus, lin: u64, bytes: u64) -> Result<u64, Stop> {
+        let place = self.system_place(lin, bytes, AccessKind::Read)?;
+        Ok(self.load_place(bus, &SYSTEM_OP, place, bytes))
+    }
+
+    #[inline(never)]
+    fn write_system_slow(&mut self, bus: &mut dyn Bus, lin: u64, bytes: u64, value: u64) -> Result<(), Stop> {
+        let place = self.system_place(lin, bytes, AccessKind::Write)?;
+        self.store_place(bus, &SYSTEM_OP, place, bytes, value);
         Ok(())
     }
 
@@ -213,7 +241,6 @@ impl Core {
         if long && !Gva::new(lin).is_canonical(self.s.linear_bits()) {
             return self.raise(Fault::GP0);
         }
-        let lin = if long { lin } else { lin & 0xffff_ffff };
         self.place_as(lin, bytes, Access::implicit(kind), !long)
     }
 

@@ -322,17 +322,10 @@ impl Core {
             CodeSize::Bits16
         };
         self.code_size = size;
-        self.seg_checked = 0;
-        for (i, seg) in self.s.seg.iter().enumerate() {
-            let flat = long && i < Seg::Fs as usize;
-            self.seg_base[i] = if flat { 0 } else { seg.base };
-            let unchecked = seg.limit == u32::MAX
-                && !seg.attr.is_unusable()
-                && seg.attr.is_writable_data()
-                && !seg.attr.is_expand_down();
-            if !unchecked {
-                self.seg_checked |= 1 << i;
-            }
+        if long {
+            self.flat_bases();
+        } else {
+            self.checked_bases();
         }
         let ss = self.s.segment(Seg::Ss);
         self.stack_mask = match (long, ss.attr.is_big()) {
@@ -342,6 +335,28 @@ impl Core {
         };
         self.code_mode = self.seg_base[Seg::Cs as usize] | (size as u64) << 40;
         self.break_block = true;
+    }
+
+    /// 64-bit code: only FS and GS have bases, and nothing is checked against limits.
+    fn flat_bases(&mut self) {
+        self.seg_base = [0; 8];
+        for seg in [Seg::Fs, Seg::Gs] {
+            self.seg_base[seg as usize] = self.s.segment(seg).base;
+        }
+    }
+
+    fn checked_bases(&mut self) {
+        self.seg_checked = 0;
+        for (i, seg) in self.s.seg.iter().enumerate() {
+            self.seg_base[i] = seg.base;
+            let unchecked = seg.limit == u32::MAX
+                && !seg.attr.is_unusable()
+                && seg.attr.is_writable_data()
+                && !seg.attr.is_expand_down();
+            if !unchecked {
+                self.seg_checked |= 1 << i;
+            }
+        }
     }
 
     /// Stops executing until an interrupt.

@@ -158,6 +158,10 @@ impl Mmu {
         if !self.reads_column(column) {
             return Err("the fast paths read another column than the view's".to_owned());
         }
+        let column = &root.columns[column_of(&self.view.implicit())];
+        if !self.reads_for_system(column) {
+            return Err("implicit accesses read another column than theirs".to_owned());
+        }
         Ok(())
     }
 }

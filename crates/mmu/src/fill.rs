@@ -6,7 +6,7 @@ use crate::mmu::{Mmu, Translation};
 use crate::rights::{self, Rights};
 use crate::shadow::{Fresh, Link, ShadowEntry, rights_of};
 use crate::tables::{MemoryTables, read_entry};
-use crate::walk::{self, Step, Top, Walk};
+use crate::walk::{self, Regime, Step, Top, Walk};
 use crate::writers::Full;
 use umbra_arch::paging::{Access, AccessKind};
 use umbra_arch::{Fault, Gpa, Gva};
@@ -101,19 +101,31 @@ impl Mmu {
     #[inline(never)]
     fn translate_by_walk(&mut self, gva: Gva, access: Access) -> Result<Translation, Fault> {
         let Some(root) = self.roots.slots[self.current].as_ref() else { return Err(Fault::GP0) };
-        let regime = root.regime;
+        let hinted = self.hints.get(gva.raw(), self.current);
+        let (regime, above) = match hinted {
+            // The entries above are in the shadow tree, so they say the same as the guest's.
+            Some(hint) => (self.regime_below(hint.index, &root.regime), rights_of(hint.above, 0)),
+            None => (root.regime, Rights::ALL),
+        };
+        let from_top = hinted.is_none();
         let mut tables = MemoryTables { watcher: &self.watcher, reads: 0 };
-        let walked = walk::walk(&mut tables, &regime, gva, access, &self.view);
+        let walked = walk::walk_below(&mut tables, &regime, above, gva, access, &self.view);
         self.stats.entries_read += tables.reads;
         self.stats.walks += 1;
         let walked = walked?;
         if walked.updated && !cfg!(umbra_mutant = "aliases-of-a-table-not-refreshed") {
             self.refresh_aliases(&walked);
         }
-        Ok(match self.install(gva, &walked).and_then(|()| self.look_in_shadow(gva.raw())) {
+        Ok(match self.install(gva, &walked, from_top).and_then(|()| self.look_in_shadow(gva.raw())) {
             Some(found) => self.finish(gva, access, &found),
             None => self.answer(walked.gpa, access),
         })
+    }
+
+    /// A walk that begins at a shadowed table.
+    fn regime_below(&self, index: u32, whole: &Regime) -> Regime {
+        let page = self.shadow.page(index);
+        Regime { top: Top::Table(page.table.base()), role: page.role, ..*whole }
     }
 
     /// The walk may have set D in an entry that other shadow pages of the same frame hold too.
@@ -145,14 +157,15 @@ impl Mmu {
 
     /// Enters a walk into the shadow tree; `None` if a table cannot be watched or has no A bit set
     /// (it lies in ROM), so that nothing may be kept.
-    fn install(&mut self, gva: Gva, walked: &Walk) -> Option<()> {
+    fn install(&mut self, gva: Gva, walked: &Walk, from_top: bool) -> Option<()> {
         self.make_room(MAX_DEPTH);
         let mut parent: Option<(u32, &Step)> = None;
         for step in walked.steps() {
             let index = self.shadow_page_for(step)?;
             let link = self.shadow.link_of(index);
             match parent {
-                None => self.set_top(gva, link),
+                None if from_top => self.set_top(gva, link),
+                None => {}
                 Some((above, above_step)) => self.set_link(above, above_step, link)?,
             }
             parent = Some((index, step));
@@ -216,7 +229,13 @@ impl Mmu {
     fn finish(&mut self, gva: Gva, access: Access, found: &Found) -> Translation {
         let translation = self.answer(found.gpa, access);
         match translation.backing {
-            Backing::Ram(off) => self.fill(gva, found, off, is_written(found) && is_quiet(self.mem.page_flags(off))),
+            Backing::Ram(off) => {
+                let writable = is_written(found) && is_quiet(self.mem.page_flags(off));
+                // A store to a table or to code: what can be cached is cached.
+                if access.kind != AccessKind::Write || writable || self.lookup_read(gva, 1).is_none() {
+                    self.fill(gva, found, off, writable);
+                }
+            }
             Backing::Rom(off) => self.fill(gva, found, off, false),
             Backing::Mmio => {}
         }

@@ -5,7 +5,7 @@ use crate::shadow::{Link, ShadowEntry};
 use crate::writers::Writer;
 use smallvec::SmallVec;
 use umbra_arch::Gpa;
-use umbra_memory::{PageFlags, RamOffset};
+use umbra_memory::{Backing, PageFlags, RamOffset};
 
 /// Entries stored to without any use of the table in between, after which it counts as reused.
 const IDLE_WRITES: u32 = 512;
@@ -94,7 +94,7 @@ impl Mmu {
         if !entry.is_leaf() && !cfg!(umbra_mutant = "hints-outlive-links") {
             self.hints.forget();
         }
-        if entry.is_executable() {
+        if entry.is_executable() && !(entry.is_leaf() && shift == 12 && self.holds_no_code(entry.frame())) {
             self.renew_stamps(roots);
         }
         if anywhere {
@@ -107,6 +107,14 @@ impl Mmu {
             } else {
                 self.clear_below(roots, gva, entry.child(), 1 << (shift - 12));
             }
+        }
+    }
+
+    /// Nothing was decoded from the page, so no fetch from it is remembered by a stamp.
+    fn holds_no_code(&self, page: Gpa) -> bool {
+        match self.mem.map(page.page()) {
+            Backing::Ram(off) => !self.watcher.has_claimed(off, PageFlags::CODE),
+            _ => false,
         }
     }
 

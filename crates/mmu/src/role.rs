@@ -191,6 +191,11 @@ pub struct View {
 }
 
 impl View {
+    /// The view of implicit supervisor accesses (descriptor tables, TSS), at any CPL.
+    pub(crate) const fn implicit(&self) -> Self {
+        Self { user: false, ac: false, ..*self }
+    }
+
     /// The view in `role` at privilege level `cpl` with RFLAGS.AC = `ac`.
     pub const fn of(role: &CpuRole, cpl: u8, ac: bool, pkru: u32, pkrs: u32) -> Self {
         Self {

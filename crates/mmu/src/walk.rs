@@ -120,8 +120,24 @@ const RETRIES: usize = 64;
 /// #PF with the code of "Page-Fault Exceptions" and `gva` for CR2.
 #[inline]
 pub fn walk<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access, view: &View) -> Result<Walk, Fault> {
+    walk_below(tables, regime, Rights::ALL, gva, access, view)
+}
+
+/// As [`walk`], for a `regime` that names a table on the way, with the rights of the entries above it.
+///
+/// # Errors
+/// As [`walk`].
+#[inline]
+pub(crate) fn walk_below<T: Tables>(
+    tables: &mut T,
+    regime: &Regime,
+    above: Rights,
+    gva: Gva,
+    access: Access,
+    view: &View,
+) -> Result<Walk, Fault> {
     for _ in 0..RETRIES {
-        let mut found = look(tables, regime, gva, access, view)?;
+        let mut found = look_below(tables, regime, above, gva, access, view)?;
         if set_accessed_dirty(tables, &mut found, access) {
             if cfg!(umbra_mutant = "flags-set-before-rights-are-checked") {
                 rights::check(found.rights, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
@@ -129,7 +145,7 @@ pub fn walk<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access
             return Ok(found);
         }
     }
-    look(tables, regime, gva, access, view)
+    look_below(tables, regime, above, gva, access, view)
 }
 
 /// Translates `gva` for `access` and changes nothing.
@@ -138,6 +154,18 @@ pub fn walk<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access
 /// As [`walk`].
 #[inline]
 pub fn look<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access, view: &View) -> Result<Walk, Fault> {
+    look_below(tables, regime, Rights::ALL, gva, access, view)
+}
+
+#[inline]
+fn look_below<T: Tables>(
+    tables: &mut T,
+    regime: &Regime,
+    above: Rights,
+    gva: Gva,
+    access: Access,
+    view: &View,
+) -> Result<Walk, Fault> {
     let fault = |code| Fault::page(gva.raw(), code | rights::attempt_code(access, view));
     let mut table = match regime.top {
         Top::Direct => return Ok(direct(gva)),
@@ -153,7 +181,7 @@ pub fn look<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access
     let mut role = regime.role;
     let mut steps = [NO_STEP; 5];
     let mut count = 0;
-    let mut combined = Rights::ALL;
+    let mut combined = above;
     loop {
         let index = role.format.index(role.level, gva.raw()) as u16;
         let step = Step { table, role, index, raw: 0 };

@@ -271,6 +271,17 @@ impl fmt::Display for Feature {
 
 const _: () = assert!(Feature::ALL.len() <= 128, "FeatureSet is one u128");
 
+/// Each feature's place, as a table: CPUID is executed often by some guests.
+static PLACES: [Place; Feature::ALL.len()] = {
+    let mut places = [Feature::ALL[0].place(); Feature::ALL.len()];
+    let mut i = 0;
+    while i < places.len() {
+        places[i] = Feature::ALL[i].place();
+        i += 1;
+    }
+    places
+};
+
 /// A set of features.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub struct FeatureSet(u128);
@@ -329,12 +340,15 @@ impl FeatureSet {
         Feature::ALL.iter().copied().filter(move |&f| set.has(f))
     }
 
-    /// The bits that the set gives in one CPUID output register.
-    pub fn register(&self, leaf: u32, subleaf: u32, register: Register) -> u32 {
-        self.iter()
-            .map(Feature::place)
-            .filter(|p| (p.leaf, p.subleaf, p.register) == (leaf, subleaf, register))
-            .fold(0, |bits, p| bits | 1 << p.bit)
+    /// The bits that the set gives in EAX, EBX, ECX and EDX of one leaf.
+    pub fn registers(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let mut out = [0; 4];
+        for (i, place) in PLACES.iter().enumerate() {
+            if place.leaf == leaf && place.subleaf == subleaf {
+                out[place.register as usize] |= ((self.0 >> i & 1) as u32) << place.bit;
+            }
+        }
+        out
     }
 }
 

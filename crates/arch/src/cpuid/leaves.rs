@@ -1,6 +1,6 @@
 //! What CPUID answers ("CPUID-CPU Identification").
 
-use super::feature::{Feature, Register};
+use super::feature::Feature;
 use super::profile::{CpuidProfile, Vendor};
 use super::xsave;
 use crate::control::Cr4;
@@ -39,7 +39,6 @@ impl CpuidDynamic {
     }
 }
 
-const REGISTERS: [Register; 4] = [Register::Eax, Register::Ebx, Register::Ecx, Register::Edx];
 
 fn text(bytes: &[u8], at: usize) -> u32 {
     let byte = |i: usize| bytes.get(at + i).copied().unwrap_or(0);
@@ -81,7 +80,7 @@ impl CpuidProfile {
 
     /// A register set that is nothing but feature bits.
     fn plain(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        REGISTERS.map(|r| self.bits(leaf, subleaf, r))
+        self.features.registers(leaf, subleaf)
     }
 
     fn version(&self, now: CpuidDynamic) -> [u32; 4] {
@@ -113,7 +112,7 @@ impl CpuidProfile {
         match subleaf {
             0 => [user as u32, xsave::standard_size(now.xcr0), xsave::standard_size(user), (user >> 32) as u32],
             1 => {
-                let features = self.bits(0xd, 1, Register::Eax);
+                let [features, ..] = self.plain(0xd, 1);
                 let compacts = self.has(Feature::Xsavec) || self.has(Feature::Xsaves);
                 let size = if compacts { xsave::compacted_size(now.xcr0 | now.xss) } else { 0 };
                 [features, size, supervisor as u32, (supervisor >> 32) as u32]

@@ -1,6 +1,6 @@
 //! Named CPU models.
 
-use super::feature::{Feature, FeatureSet, Register};
+use super::feature::{Feature, FeatureSet};
 use crate::control::{ControlLimits, Cr4};
 use crate::fpu::xcr0;
 use serde::{Deserialize, Serialize};
@@ -328,11 +328,6 @@ impl CpuidProfile {
         self.has(Feature::SpecCtrl) as u64
             | (self.has(Feature::Stibp) as u64) << 1
             | (self.has(Feature::Ssbd) as u64) << 2
-    }
-
-    /// The features' bits in one CPUID output register.
-    pub(super) fn bits(&self, leaf: u32, subleaf: u32, register: Register) -> u32 {
-        self.features.register(leaf, subleaf, register)
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::support::*;
 use umbra_arch::Gva;
 use umbra_arch::control::{Cr0, Cr4, Efer};
+use umbra_memory::PageFlags;
 use umbra_mmu::{MmuMode, MmuOptions, MmuStats};
 
 const DATA: u64 = 0x40_0000;
@@ -239,10 +240,15 @@ fn fetch_stamps_come_back_unless_something_executable_was_dropped() {
     assert_eq!(rig.mmu.fetch_stamp(), stamp, "not present to present");
     rig.poke(data, 0);
     assert_eq!(rig.mmu.fetch_stamp(), stamp);
-    // An executable one.
+    // An executable one: nothing was decoded from it, then something was.
     let leaf = rig.map(CODE, 0x31_0000 | P | A);
     rig.fetch(CODE).expect("mapped");
-    let stamp = rig.mmu.fetch_stamp();
+    rig.poke(leaf, 0);
+    assert_eq!(rig.mmu.fetch_stamp(), stamp);
+    rig.poke(leaf, 0x31_0000 | P | A);
+    rig.fetch(CODE).expect("mapped");
+    let off = rig.mmu.lookup_fetch(Gva::new(CODE)).expect("just fetched");
+    rig.mmu.watcher().claim(off, PageFlags::CODE);
     rig.cr3(second).expect("legal");
     rig.poke(leaf, 0);
     rig.cr3(first).expect("legal");
