@@ -19,7 +19,7 @@ use std::sync::Arc;
 use umbra_arch::control::{Cr0, Cr4, Efer};
 use umbra_arch::paging::{Access, AccessKind};
 use umbra_arch::{Gpa, Gva};
-use umbra_memory::{GuestMemory, PageFlags, Watcher};
+use umbra_memory::{GuestMemory, PageFlags, RamOffset, Watcher};
 use umbra_mmu::format::Format;
 use umbra_mmu::{MmuMode, MmuOptions, MmuStats};
 
@@ -31,7 +31,7 @@ fn value(target: u64, flags: u64) -> u64 {
 struct Cpu {
     rig: Rig,
     model: Processor,
-    /// Fetches translated so far: stamp, address, result.
+    /// Fetches from pages claimed as code so far: stamp, address, result.
     fetches: BTreeMap<(u64, u64), u64>,
 }
 
@@ -164,7 +164,7 @@ impl Run {
         let verdict = checked::access(&mut cpu.rig, &machine, &mut self.image, linear, attempt);
         cpu.model.accessed(linear, &verdict);
         if let (Kind::Fetch, false, Ok(gpa)) = (attempt.kind, attempt.implicit, verdict.outcome) {
-            cpu.fetches.insert((cpu.rig.mmu.fetch_stamp(), linear), gpa);
+            cpu.decode(linear, gpa);
         }
         self.allowed += u64::from(verdict.outcome.is_ok());
         self.note(verdict.outcome.unwrap_or_else(|code| u64::from(code) << 56));
@@ -184,6 +184,13 @@ impl Run {
             .chunks(8)
             .fold(0u64, |sum, bytes| sum.rotate_left(3) ^ bytes.iter().fold(0, |v, &b| v << 8 | u64::from(b)));
         self.note(sum);
+    }
+}
+
+/// What a decoder does with a page.
+fn claim_code(rig: &mut Rig, off: RamOffset) {
+    if rig.mmu.watcher().claim(off, PageFlags::CODE) {
+        rig.mmu.code_page_changed(off);
     }
 }
 
@@ -243,6 +250,14 @@ impl Cpu {
         );
         if m.form() == manual::Form::Pae {
             assert_eq!(regs.pdpte, m.pdpte);
+        }
+    }
+
+    /// Decodes what was fetched, or not: half of the addresses are only looked at.
+    fn decode(&mut self, linear: u64, gpa: u64) {
+        if let Some(off) = self.rig.mem.map(Gpa::new(gpa).page()).readable().filter(|_| linear & 0x10 != 0) {
+            claim_code(&mut self.rig, off);
+            self.fetches.insert((self.rig.mmu.fetch_stamp(), linear), gpa);
         }
     }
 
@@ -348,14 +363,13 @@ impl Cpu {
             }
             Op::Code { page } => {
                 let off = off(rig, page);
-                if rig.mmu.watcher().claim(off, PageFlags::CODE) {
-                    rig.mmu.code_page_changed(off);
-                }
+                claim_code(rig, off);
             }
             Op::Clean { page } => {
                 let off = off(rig, page);
                 rig.mmu.watcher().release(off, PageFlags::CODE);
                 rig.mmu.clean_page(off);
+                self.fetches.retain(|_, gpa| *gpa & !0xfff != ARENA + (page << 12));
             }
             Op::Environment { smm, guest } => rig.mmu.set_environment(smm, guest),
             Op::DropContexts => rig.mmu.drop_all_contexts(),
