@@ -223,7 +223,8 @@ pub struct CodeContext {
 }
 
 /// Which TLB entries the architecture demands to be gone.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum FlushScope {
     /// Nothing.
     #[default]

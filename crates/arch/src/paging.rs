@@ -78,7 +78,8 @@ impl PagingMode {
 }
 
 /// What an access wants to do.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
 #[repr(u8)]
 pub enum AccessKind {
     /// Data read.

@@ -249,6 +249,9 @@ impl Core {
         let first = self.check(first)?;
         // The walk may have set A or D bits on a page that holds code.
         self.break_block |= self.mmu.watcher().is_pending();
+        if self.trace.is_some() {
+            self.trace_mmu();
+        }
         let room = PAGE_SIZE - (lin & (PAGE_SIZE - 1));
         if bytes <= room {
             return Ok(Place::One(first));

@@ -311,6 +311,9 @@ fn fetch_page(c: &mut Core, lin: u64) -> Result<RamOffset, Stop> {
     }
     let access = Access::explicit(AccessKind::Fetch, c.s.cpl);
     let found = c.mmu.translate(Gva::new(lin), access);
+    if c.trace.is_some() {
+        c.trace_mmu();
+    }
     match c.check(found)?.backing {
         Backing::Ram(offset) | Backing::Rom(offset) => Ok(offset),
         Backing::Mmio => {

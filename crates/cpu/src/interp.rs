@@ -59,6 +59,7 @@ impl Interpreter {
 
     /// Traces from now on; `None` stops it.
     pub fn set_trace(&mut self, trace: Option<crate::trace::Trace>) {
+        self.core.mmu.record_events(trace.as_ref().is_some_and(|trace| trace.what.mmu));
         self.core.trace = trace.map(Box::new);
         self.core.check_events = true;
     }
@@ -84,6 +85,9 @@ impl Interpreter {
             // Stores of the last block and of an exception's frame alike.
             for (offset, len) in std::mem::take(&mut self.core.code_writes) {
                 self.cache.invalidate(&mut self.core, offset, len);
+            }
+            if self.core.trace.is_some() {
+                self.core.trace_mmu();
             }
             self.core.recent.enter(self.core.next_rip);
             let found = self.cache.find(&mut self.core);

@@ -8,7 +8,6 @@ use crate::deliver::Event;
 use crate::isa;
 use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter};
 use std::fmt;
-use std::io::Write;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use umbra_arch::control::Effects;
@@ -65,8 +64,23 @@ pub struct What {
     pub mmu: bool,
 }
 
-/// Where lines go. A sink that can't be written any more is ignored.
-pub type Sink = Arc<Mutex<dyn Write + Send>>;
+/// One traced event.
+#[derive(Clone, Copy, Debug)]
+pub struct Record<'a> {
+    /// The CPU, from 0.
+    pub cpu: u32,
+    /// When.
+    pub time: VirtualTime,
+    /// Its kind: "insn", "exc", "io" or "mmu".
+    pub kind: &'static str,
+    /// In words.
+    pub text: &'a str,
+    /// In fields, where it is the MMU's.
+    pub event: Option<&'a umbra_mmu::Event>,
+}
+
+/// Where records go; all CPUs share one.
+pub type Sink = Arc<Mutex<dyn FnMut(&Record<'_>) + Send>>;
 
 /// A trace in progress.
 #[derive(Clone)]
@@ -75,15 +89,19 @@ pub struct Trace {
     pub what: What,
     /// Linear addresses of the instructions that are traced; exceptions and instructions only.
     pub range: Range<u64>,
-    /// Where lines go.
+    /// The CPU's number, for the records.
+    pub cpu: u32,
+    /// Where records go.
     pub sink: Sink,
 }
 
 impl Trace {
-    fn line(&self, text: fmt::Arguments<'_>) {
-        let mut sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
-        // Nobody is left to tell when the trace can't be written.
-        let _ = writeln!(sink, "{text}");
+    fn record(&self, time: VirtualTime, kind: &'static str, text: fmt::Arguments<'_>) {
+        self.send(&Record { cpu: self.cpu, time, kind, text: &text.to_string(), event: None });
+    }
+
+    fn send(&self, record: &Record<'_>) {
+        self.sink.lock().unwrap_or_else(PoisonError::into_inner)(record);
     }
 }
 
@@ -129,7 +147,7 @@ impl Core {
         let Some(i) = self.instruction_at(rip) else { return };
         self.recent.last = i.next_ip();
         let cs = self.s.segment(Seg::Cs).selector;
-        trace.line(format_args!("insn {} {cs:04x}:{rip:016x} {}{}", self.clock.0, text(&i), self.note(&i)));
+        trace.record(self.clock, "insn", format_args!("{cs:04x}:{rip:016x} {}{}", text(&i), self.note(&i)));
     }
 
     /// Why an instruction will raise #UD, if it is because of what Umbra or the CPU model lacks.
@@ -154,7 +172,8 @@ impl Core {
             return;
         }
         let cs = self.s.segment(Seg::Cs).selector;
-        let at = format!("{} {cs:04x}:{rip:016x} cpl {}", self.clock.0, self.s.cpl);
+        let at = format!("{cs:04x}:{rip:016x} cpl {}", self.s.cpl);
+        let record = |text: fmt::Arguments<'_>| trace.record(self.clock, "exc", text);
         match event {
             Event::Fault(fault) | Event::Trap(fault) => {
                 let what = match self.instruction_at(rip) {
@@ -162,34 +181,43 @@ impl Core {
                     Some(i) if matches!(event, Event::Fault(_)) => format!(" by {}", text(&i)),
                     _ => String::new(),
                 };
-                trace.line(format_args!("exc {at} {fault}{what}"));
+                record(format_args!("{at} {fault}{what}"));
             }
-            Event::External(vector) => trace.line(format_args!("exc {at} interrupt {vector:#x}")),
-            Event::Software(vector) | Event::Short(vector) => trace.line(format_args!("exc {at} int {vector:#x}")),
-            Event::Icebp => trace.line(format_args!("exc {at} int1")),
+            Event::External(vector) => record(format_args!("{at} interrupt {vector:#x}")),
+            Event::Software(vector) | Event::Short(vector) => record(format_args!("{at} int {vector:#x}")),
+            Event::Icebp => record(format_args!("{at} int1")),
         }
     }
 
     /// After a commit of control registers.
     #[cold]
-    pub(crate) fn trace_commit(&self, effects: &Effects) {
+    pub(crate) fn trace_commit(&mut self, effects: &Effects) {
         let Some(trace) = self.trace.as_deref().filter(|t| t.what.mmu) else { return };
         let r = &effects.regs;
-        let stats = self.mmu.stats();
-        trace.line(format_args!(
-            "mmu {} rip {:#x} cr0 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x} {:?} flush {:?} roots {} built {} found again {}",
-            self.clock.0,
-            self.block_rip,
-            r.cr0.raw(),
-            r.cr3.raw(),
-            r.cr4.raw(),
-            r.efer.raw(),
-            r.mode(),
-            effects.flush,
-            self.mmu.cached_roots(),
-            stats.roots_built,
-            stats.root_hits,
-        ));
+        trace.record(
+            self.clock,
+            "mmu",
+            format_args!(
+                "commit rip {:#x} cr0 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x} {:?}",
+                self.block_rip,
+                r.cr0.raw(),
+                r.cr3.raw(),
+                r.cr4.raw(),
+                r.efer.raw(),
+                r.mode()
+            ),
+        );
+        self.trace_mmu();
+    }
+
+    /// What the MMU has done since the last call.
+    #[cold]
+    pub(crate) fn trace_mmu(&mut self) {
+        let Some(trace) = self.trace.as_deref().filter(|t| t.what.mmu) else { return };
+        for event in self.mmu.take_events() {
+            let text = event.to_string();
+            trace.send(&Record { cpu: trace.cpu, time: self.clock, kind: "mmu", text: &text, event: Some(&event) });
+        }
     }
 
     /// The trace of device accesses, if it is on.
@@ -232,34 +260,34 @@ pub(crate) struct TracedBus<'a> {
 impl Bus for TracedBus<'_> {
     fn mmio_read(&mut self, now: VirtualTime, gpa: Gpa, width: AccessWidth) -> Reply<u64> {
         let reply = self.bus.mmio_read(now, gpa, width);
-        self.trace.line(format_args!("io {} read {gpa} {} = {:#x}", now.0, width.bytes(), reply.value));
+        self.trace.record(now, "io", format_args!("read {gpa} {} = {:#x}", width.bytes(), reply.value));
         reply
     }
 
     fn mmio_write(&mut self, now: VirtualTime, gpa: Gpa, width: AccessWidth, value: u64) -> Reply<()> {
-        self.trace.line(format_args!("io {} write {gpa} {} = {value:#x}", now.0, width.bytes()));
+        self.trace.record(now, "io", format_args!("write {gpa} {} = {value:#x}", width.bytes()));
         self.bus.mmio_write(now, gpa, width, value)
     }
 
     fn port_read(&mut self, now: VirtualTime, port: u16, width: AccessWidth) -> Reply<u32> {
         let reply = self.bus.port_read(now, port, width);
-        self.trace.line(format_args!("io {} in {port:#x} {} = {:#x}", now.0, width.bytes(), reply.value));
+        self.trace.record(now, "io", format_args!("in {port:#x} {} = {:#x}", width.bytes(), reply.value));
         reply
     }
 
     fn port_write(&mut self, now: VirtualTime, port: u16, width: AccessWidth, value: u32) -> Reply<()> {
-        self.trace.line(format_args!("io {} out {port:#x} {} = {value:#x}", now.0, width.bytes()));
+        self.trace.record(now, "io", format_args!("out {port:#x} {} = {value:#x}", width.bytes()));
         self.bus.port_write(now, port, width, value)
     }
 
     fn apic_msr_read(&mut self, now: VirtualTime, msr: u32) -> Result<Reply<u64>, Fault> {
         let reply = self.bus.apic_msr_read(now, msr);
-        self.trace.line(format_args!("io {} rdmsr {msr:#x} = {:x?}", now.0, reply.map(|r| r.value)));
+        self.trace.record(now, "io", format_args!("rdmsr {msr:#x} = {:x?}", reply.map(|r| r.value)));
         reply
     }
 
     fn apic_msr_write(&mut self, now: VirtualTime, msr: u32, value: u64) -> Result<Reply<()>, Fault> {
-        self.trace.line(format_args!("io {} wrmsr {msr:#x} = {value:#x}", now.0));
+        self.trace.record(now, "io", format_args!("wrmsr {msr:#x} = {value:#x}"));
         self.bus.apic_msr_write(now, msr, value)
     }
 

@@ -1,6 +1,7 @@
 //! The slow path: shadow tree first, guest walk on a shadow miss, then the contexts.
 
 use crate::context::{ALLOWED, FETCH, READ, WRITE};
+use crate::event::Event;
 use crate::format::Decoded;
 use crate::mmu::{Mmu, Translation};
 use crate::rights::{self, Rights};
@@ -112,6 +113,8 @@ impl Mmu {
         let walked = walk::walk_below(&mut tables, &regime, above, gva, access, &self.view);
         self.stats.entries_read += tables.reads;
         self.stats.walks += 1;
+        let entries = tables.reads;
+        self.events.note(|| Event::walk(gva, access, entries, walked.as_ref().map(|w| w.gpa).map_err(|f| *f)));
         let walked = walked?;
         if walked.updated && !cfg!(umbra_mutant = "aliases-of-a-table-not-refreshed") {
             self.refresh_aliases(&walked);
@@ -209,6 +212,7 @@ impl Mmu {
             return Some(index);
         }
         self.stats.pages_allocated += 1;
+        self.events.note(|| Event::PageAllocated { table, role: step.role });
         let index = self.shadow.allocate(off, table, step.role);
         if self.watcher.claim(off, PageFlags::WATCHED) {
             self.drop_write_tags(off);

@@ -1,5 +1,6 @@
 //! Dropping exactly what was derived from a changed entry.
 
+use crate::event::Event;
 use crate::mmu::Mmu;
 use crate::shadow::{Link, ShadowEntry};
 use crate::writers::Writer;
@@ -86,6 +87,8 @@ impl Mmu {
             page.role.format
         };
         let shift = format.shift(page.role.level);
+        let (table, level) = (page.table, page.role.level);
+        self.events.note(|| Event::EntryDropped { table, level, index: at });
         self.shadow.set(index, at, ShadowEntry::default());
         if !entry.is_leaf() && self.shadow.get(entry.child()).is_none() {
             // What was below went when the child was freed.
@@ -185,6 +188,9 @@ impl Mmu {
             }
         }
         self.stats.pages_freed += 1;
+        let page = self.shadow.page(index);
+        let (table, role) = (page.table, page.role);
+        self.events.note(|| Event::PageFreed { table, role });
         if self.shadow.release(index) {
             self.watcher.release(off, PageFlags::WATCHED);
         }
@@ -237,7 +243,9 @@ impl Mmu {
         self.renew_stamps(!0);
         let all: Vec<u32> = self.shadow.indices().collect();
         for index in all {
-            let off = self.shadow.page(index).off;
+            let page = self.shadow.page(index);
+            let (off, table, role) = (page.off, page.table, page.role);
+            self.events.note(|| Event::PageFreed { table, role });
             self.shadow.release(index);
             self.watcher.release(off, PageFlags::WATCHED);
             self.stats.pages_freed += 1;

@@ -8,6 +8,7 @@
 //! CR4 or EFER selects another root or another column of a context.
 #![forbid(unsafe_code)]
 
+pub mod event;
 pub mod format;
 pub mod rights;
 pub mod role;
@@ -25,6 +26,7 @@ mod shadow;
 mod tables;
 mod writers;
 
+pub use event::Event;
 pub use mmu::{Mmu, MmuMode, MmuOptions, Translation};
 pub use role::{CpuRole, PageRole, View};
 pub use stats::MmuStats;

@@ -1,6 +1,7 @@
 //! The MMU: what is selected at present, and how that changes.
 
 use crate::context::{Column, Entry, Pool, column_of};
+use crate::event::{Event, EventLog};
 use crate::format::Format;
 use crate::hints::Hints;
 use crate::role::{CpuRole, View};
@@ -117,6 +118,7 @@ pub struct Mmu {
     /// Keys under any restriction, as `View::restricted_keys`.
     pub(crate) restricted: u32,
     pub(crate) stats: MmuStats,
+    pub(crate) events: EventLog,
     regs: ControlRegs,
     role: CpuRole,
     cpl: u8,
@@ -166,6 +168,7 @@ impl Mmu {
             view: View::of(&role, 0, false, 0, 0),
             restricted: 0,
             stats: MmuStats::default(),
+            events: EventLog::default(),
             regs,
             role,
             cpl: 0,
@@ -200,7 +203,7 @@ impl Mmu {
     /// and selects the root that the new registers name.
     pub fn apply(&mut self, effects: &Effects) {
         let cr3 = effects.regs.cr3 != self.regs.cr3 || matches!(effects.flush, FlushScope::PcidNonGlobal(_));
-        self.stats.count_flush(effects.flush);
+        self.count_flush(effects.flush);
         let same_root = cr3_and_pdptes(&effects.regs) == cr3_and_pdptes(&self.regs);
         let old_role = self.root_role();
         let role_changed = self.set_regs(&effects.regs);
@@ -242,6 +245,7 @@ impl Mmu {
         if changed {
             self.role = role;
             self.stats.role_changes += 1;
+            self.events.note(|| Event::Role { role });
             self.restricted = self.full_view().restricted_keys();
         }
         changed
@@ -301,6 +305,7 @@ impl Mmu {
             Some((slot, position)) => {
                 self.stats.root_hits += 1;
                 self.stats.root_hits_by_slot[position.min(COUNTED_SLOTS - 1)] += 1;
+                self.events.note(|| Event::RootHit { slot, position });
                 self.current = slot;
             }
             None => self.build_root(regime),
@@ -318,6 +323,8 @@ impl Mmu {
         let stamp = self.next_stamp();
         self.current =
             self.roots.insert(Root { regime, tops: [None; 4], columns: Default::default(), existing: 0, stamp });
+        let slot = self.current;
+        self.events.note(|| Event::RootMiss { slot, role: regime.role });
     }
 
     pub(crate) fn free_root(&mut self, slot: usize) {
@@ -325,6 +332,7 @@ impl Mmu {
         if let Some(mut root) = self.roots.remove(slot) {
             root.columns.iter_mut().for_each(|column| self.pool.release(column));
             self.stats.roots_freed += 1;
+            self.events.note(|| Event::RootFreed { slot });
         }
     }
 
@@ -464,18 +472,36 @@ impl Mmu {
     }
 
     /// INVLPG: counted. Entries are never stale, so nothing needs dropping.
-    pub fn invlpg(&mut self, _gva: Gva) {
+    pub fn invlpg(&mut self, gva: Gva) {
         self.stats.flushes_page += 1;
+        self.events.note(|| Event::FlushPage { gva });
     }
 
     /// INVPCID of a legal type and operand: counted. Nothing needs dropping.
-    pub fn invpcid(&mut self, kind: u64, pcid: u16, _gva: Gva) {
+    pub fn invpcid(&mut self, kind: u64, pcid: u16, gva: Gva) {
         match kind {
-            0 => self.stats.flushes_page += 1,
-            1 => self.stats.count_flush(FlushScope::PcidNonGlobal(pcid)),
-            2 => self.stats.count_flush(FlushScope::All),
-            _ => self.stats.count_flush(FlushScope::AllNonGlobal),
+            0 => self.invlpg(gva),
+            1 => self.count_flush(FlushScope::PcidNonGlobal(pcid)),
+            2 => self.count_flush(FlushScope::All),
+            _ => self.count_flush(FlushScope::AllNonGlobal),
         }
+    }
+
+    fn count_flush(&mut self, scope: FlushScope) {
+        self.stats.count_flush(scope);
+        if scope != FlushScope::None {
+            self.events.note(|| Event::Flush { scope });
+        }
+    }
+
+    /// Notes [`Event`]s from now on, or no longer.
+    pub fn record_events(&mut self, on: bool) {
+        self.events.enable(on);
+    }
+
+    /// The events noted since the last call.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        self.events.take()
     }
 
     /// This MMU's ear at the memory.

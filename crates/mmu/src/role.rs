@@ -4,11 +4,13 @@
 //! read at all, [`PageRole`] is the part that a shadow page's decoded entries depend on, and [`View`]
 //! is everything that only decides whether an access to a known translation is allowed.
 
+use serde::Serialize;
+use std::fmt;
 use umbra_arch::control::ControlRegs;
 use umbra_arch::paging::PagingMode;
 
 /// Everything in the registers that governs paging, apart from the tables' address.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
 pub struct CpuRole {
     /// The paging mode; with [`PagingMode::Off`] all other fields but `smm` and `guest_mode` are false.
     pub mode: PagingMode,
@@ -86,8 +88,25 @@ impl CpuRole {
     }
 }
 
+/// Writes the names of the flags that are set, each after a blank.
+fn write_set(f: &mut fmt::Formatter<'_>, flags: &[(&str, bool)]) -> fmt::Result {
+    flags.iter().filter(|(_, on)| *on).try_for_each(|(name, _)| write!(f, " {name}"))
+}
+
+impl fmt::Display for CpuRole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.mode)?;
+        let keys = [("pke", self.pke), ("pks", self.pks), ("cet", self.cet)];
+        let rights = [("nxe", self.nxe), ("pse", self.pse), ("wp", self.wp), ("smep", self.smep), ("smap", self.smap)];
+        write_set(f, &rights)?;
+        write_set(f, &keys)?;
+        write_set(f, &[("smm", self.smm), ("guest-mode", self.guest_mode)])
+    }
+}
+
 /// The layout of a table's entries.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
 #[repr(u8)]
 pub enum EntryFormat {
     /// No tables: paging is off.
@@ -122,7 +141,7 @@ impl EntryFormat {
 
 /// What a shadow page is keyed by, beside its table's frame: all that its decoded entries depend on
 /// except the CPUID facts of [`Format`](crate::format::Format), whose change drops everything.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
 pub struct PageRole {
     /// The table's level; 1 holds 4 KiB leaves. 0 for the tableless root of paging off.
     pub level: u8,
@@ -161,6 +180,14 @@ impl PageRole {
             | (self.wp as u32) << 12
             | (self.smep as u32) << 13
             | (self.smap as u32) << 14
+    }
+}
+
+impl fmt::Display for PageRole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} level {}", self.format, self.level)?;
+        write_set(f, &[("nxe", self.nxe), ("pse", self.pse), ("smm", self.smm), ("guest-mode", self.guest_mode)])?;
+        write_set(f, &[("wp", self.wp), ("smep", self.smep), ("smap", self.smap)])
     }
 }
 

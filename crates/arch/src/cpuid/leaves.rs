@@ -39,7 +39,6 @@ impl CpuidDynamic {
     }
 }
 
-
 fn text(bytes: &[u8], at: usize) -> u32 {
     let byte = |i: usize| bytes.get(at + i).copied().unwrap_or(0);
     u32::from_le_bytes([byte(0), byte(1), byte(2), byte(3)])

@@ -51,6 +51,9 @@ pub struct Args {
     /// What the MMU's caches do when control registers change; results are always the same
     #[arg(long, value_enum, value_name = "MODE", default_value_t = MmuChoice::NoUnload)]
     pub mmu: MmuChoice,
+    /// What the MMU's tables are keyed by; results are always the same
+    #[arg(long, value_enum, value_name = "KEYS", default_value_t = RoleChoice::Raw)]
+    pub mmu_role: RoleChoice,
     #[command(flatten)]
     pub tracing: TraceArgs,
     /// Feed stdin to the serial port although it is no terminal
@@ -78,6 +81,15 @@ pub enum MmuChoice {
     DropAtRandom,
 }
 
+/// `--mmu-role`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum RoleChoice {
+    /// What their entries depend on; WP, SMEP and SMAP are looked at when rights are judged
+    Raw,
+    /// WP, SMEP and SMAP too, as in KVM
+    Kvm,
+}
+
 /// `--trace` and what belongs to it.
 #[derive(ClapArgs, Debug, Clone)]
 #[group(id = "tracing")]
@@ -91,6 +103,9 @@ pub struct TraceArgs {
     /// Write the trace to a file instead
     #[arg(long, value_name = "FILE")]
     pub trace_file: Option<PathBuf>,
+    /// One JSON object a line; the MMU's events with their fields
+    #[arg(long)]
+    pub trace_json: bool,
 }
 
 /// `--trace`.
@@ -102,6 +117,6 @@ pub enum TraceChoice {
     Exc,
     /// Port and device-memory accesses
     Io,
-    /// Changes of control registers and the roots they select
+    /// Commits of control registers, role changes, roots found and made, walks, flushes, table edits
     Mmu,
 }

@@ -1,6 +1,6 @@
 //! Builds the machine that the arguments describe, with its image loaded.
 
-use super::args::{Args, MmuChoice, TraceArgs};
+use super::args::{Args, MmuChoice, RoleChoice, TraceArgs};
 use super::image;
 use crate::error::CliError;
 use std::sync::Arc;
@@ -51,8 +51,12 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
     let profile = profile(&args.cpu)?;
     let memory = guest_memory(args.memory)?;
     let engines: Result<Vec<_>, _> = (0..args.smp).map(|id| engine(args, &memory, &profile, id)).collect();
+    let mut engines = engines?;
+    for (engine, trace) in engines.iter_mut().zip(super::trace::of(&args.tracing, args.smp)?) {
+        engine.set_trace(Some(trace));
+    }
     let config = MachineConfig { profile, rtc_start: RTC_START };
-    let mut machine = Machine::new(memory, &config, engines?)?;
+    let mut machine = Machine::new(memory, &config, engines)?;
     let kind = match &args.kernel {
         Some(_) => load_kernel(args, &mut machine)?,
         None => {
@@ -82,26 +86,24 @@ pub fn rom_machine(rom: &Rom, cpu: &str, memory: u64, tracing: &TraceArgs) -> Re
     let profile = profile(cpu)?;
     let memory = guest_memory(memory)?;
     let mut engine = Interpreter::new(Arc::clone(&memory), &profile, 0, &EngineOptions::default())?;
-    engine.set_trace(super::trace::of(tracing)?);
+    engine.set_trace(super::trace::of(tracing, 1)?.pop());
     let mut machine = Machine::new(memory, &MachineConfig { profile, rtc_start: RTC_START }, vec![engine])?;
     load_rom(rom, &mut machine)?;
     Ok(machine)
 }
 
-/// Virtual CPU `id`. Only the first is traced.
+/// Virtual CPU `id`.
 fn engine(args: &Args, memory: &Arc<GuestMemory>, profile: &CpuidProfile, id: u32) -> Result<Interpreter, CliError> {
     let mode = match args.mmu {
         MmuChoice::NoUnload => MmuMode::NoUnload,
         MmuChoice::UnloadAlways => MmuMode::UnloadAlways,
         MmuChoice::DropAtRandom => MmuMode::DropAtRandom(seed_of(args, id)),
     };
-    let options = EngineOptions { mmu: MmuOptions { mode, ..MmuOptions::default() } };
+    let options =
+        EngineOptions { mmu: MmuOptions { mode, kvm_role: args.mmu_role == RoleChoice::Kvm, ..MmuOptions::default() } };
     let mut engine = Interpreter::new(Arc::clone(memory), profile, id, &options)?;
     engine.set_cpus(args.smp);
     engine.set_random_seed(seed_of(args, id));
-    if id == 0 {
-        engine.set_trace(super::trace::of(&args.tracing)?);
-    }
     Ok(engine)
 }
 
