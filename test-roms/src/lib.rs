@@ -6,6 +6,7 @@
 //! depends on the host or on time.
 #![forbid(unsafe_code)]
 
+mod costs;
 mod embedded;
 mod exceptions;
 mod link;
@@ -56,7 +57,8 @@ impl Rom {
 }
 
 /// Every ROM; the embedded guest is the first.
-pub const ROMS: &[Rom] = &[embedded::ROM, exceptions::ROM, pages::ROM, segments::ROM, strings::ROM, syscalls::ROM];
+pub const ROMS: &[Rom] =
+    &[embedded::ROM, costs::ROM, exceptions::ROM, pages::ROM, segments::ROM, strings::ROM, syscalls::ROM];
 
 /// The guest that runs when no other is named.
 pub fn embedded_guest() -> &'static Rom {

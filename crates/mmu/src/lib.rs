@@ -10,6 +10,7 @@
 
 pub mod event;
 pub mod format;
+pub mod inspect;
 pub mod rights;
 pub mod role;
 pub mod stats;

@@ -6,7 +6,7 @@
 mod long;
 pub(crate) mod protected;
 pub(crate) mod real;
-mod switches;
+pub(crate) mod switches;
 pub(crate) mod tables;
 
 use crate::link::{Linker, RomError, link};

@@ -234,7 +234,7 @@ fn nxe_checks(c: &mut Code<'_>) -> Done {
 }
 
 /// R12D trips through 32-bit code, which returns to `trip return`.
-fn trip_loop(c: &mut Code<'_>, far: &str) -> Done {
+pub fn trip_loop(c: &mut Code<'_>, far: &str) -> Done {
     let mut next = c.create_label();
     let (trips, wrong) = (c.dword(TRIPS), c.dword(WRONG));
     c.mov(trips, r12d)?;

@@ -102,7 +102,7 @@ fn run_named(name: &str, cpu: &str, tracing: &TraceArgs, json: bool) -> u8 {
     }
     let mut failed = false;
     for rom in chosen {
-        match run(rom, cpu, tracing) {
+        match run(rom, cpu, tracing, !json) {
             Ok(outcome) => {
                 failed |= !outcome.passed;
                 print(rom, &outcome, json);
@@ -119,7 +119,6 @@ fn run_named(name: &str, cpu: &str, tracing: &TraceArgs, json: bool) -> u8 {
 fn print(rom: &Rom, outcome: &Outcome, json: bool) {
     if !json {
         let verdict = if outcome.passed { "PASS" } else { "FAIL" };
-        print!("{}", outcome.report);
         println!("{}: {verdict} ({}, {} instructions)\n", rom.name, outcome.end, outcome.retired);
         return;
     }

@@ -1,11 +1,14 @@
 //! What a guest's final state means.
 
 use super::Guest;
+use std::fmt::Write;
 use umbra_arch::state::Activity;
 use umbra_arch::{Gva, Vcpu};
 use umbra_cpu::Interpreter;
 use umbra_machine::End;
 use umbra_machine::explain::{self, Branch, Explanation, Scene};
+use umbra_mmu::Mmu;
+use umbra_mmu::walk::Top;
 
 /// Explains an end that needs it.
 pub fn end(guest: &Guest, end: &End) -> Option<Explanation> {
@@ -41,44 +44,49 @@ fn with_scene(guest: &Guest, tell: impl FnOnce(&Scene<'_>, &Interpreter) -> Expl
     Some(tell(&scene, engine))
 }
 
-/// The role in force, the root it selects, and what the fast tables hold of some addresses.
+/// The role in force, the roots kept, and what is cached of some addresses.
 fn mmu(engine: &Interpreter, addresses: &[u64]) -> String {
     let mmu = &engine.core().mmu;
-    let role = mmu.cpu_role();
-    let mut flags = String::new();
-    for (set, name) in [
-        (role.wp, "WP"),
-        (role.smep, "SMEP"),
-        (role.smap, "SMAP"),
-        (role.nxe, "NXE"),
-        (role.pse, "PSE"),
-        (role.pke, "PKE"),
-        (role.pks, "PKS"),
-    ] {
-        if set {
-            flags.push(' ');
-            flags.push_str(name);
-        }
-    }
     let stats = mmu.stats();
-    let mut out = format!(
-        "MMU: role {:?}{flags}; {} roots cached ({} built, {} found again), {} shadow pages\n",
-        role.mode,
+    let mut out = format!("MMU: role {}\n", mmu.cpu_role());
+    // Writing to a String can't fail.
+    let _ = writeln!(
+        out,
+        "  {} roots kept ({} built, {} times found again), {} shadow pages",
         mmu.cached_roots(),
         stats.roots_built,
         stats.root_hits,
         mmu.shadow_pages()
     );
-    for &address in addresses {
-        let gva = Gva::new(address);
-        let held = [
-            (mmu.lookup_read(gva, 1).is_some(), "read"),
-            (mmu.lookup_write(gva, 1).is_some(), "write"),
-            (mmu.lookup_fetch(gva).is_some(), "fetch"),
-        ];
-        let names: Vec<&str> = held.iter().filter(|(is, _)| *is).map(|&(_, name)| name).collect();
-        let names = if names.is_empty() { "nothing".to_owned() } else { names.join(", ") };
-        out.push_str(&format!("  fast entry of {address:#x} in this view: {names}\n"));
+    for root in mmu.root_infos() {
+        let current = if root.is_current { ", the current one" } else { "" };
+        let top = match root.top {
+            Top::Direct => "no tables".to_owned(),
+            Top::Table(table) => format!("table {table}"),
+            Top::Pdptes(pdptes) => format!("PDPTEs {pdptes:#x?}"),
+        };
+        let _ = writeln!(out, "  root {}: {top}, {}; {} fills{current}", root.slot, root.role, root.held);
     }
+    for &address in addresses {
+        out.push_str(&cached(mmu, Gva::new(address)));
+    }
+    out
+}
+
+/// What the shadow tree and the fast table hold of one address.
+fn cached(mmu: &Mmu, gva: Gva) -> String {
+    let mut out = format!("  cached of {gva}:\n");
+    for level in mmu.shadow_path(gva) {
+        let entry = if level.is_present { "present" } else { "absent: the next access walks the guest's tables" };
+        let _ = writeln!(out, "    shadow of {} ({}): entry {entry}", level.table, level.role);
+    }
+    let held = [
+        (mmu.lookup_read(gva, 1).is_some(), "read"),
+        (mmu.lookup_write(gva, 1).is_some(), "write"),
+        (mmu.lookup_fetch(gva).is_some(), "fetch"),
+    ];
+    let names: Vec<&str> = held.iter().filter(|(is, _)| *is).map(|&(_, name)| name).collect();
+    let names = if names.is_empty() { "nothing".to_owned() } else { names.join(", ") };
+    let _ = writeln!(out, "    fast entry in this view: {names}");
     out
 }

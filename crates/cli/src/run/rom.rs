@@ -4,6 +4,7 @@ use super::guest;
 use super::{TraceArgs, report};
 use crate::error::CliError;
 use std::collections::VecDeque;
+use std::io::{Write, stdout};
 use umbra_arch::VirtualTime;
 use umbra_machine::{End, Host, Stop};
 use umbra_test_roms::Rom;
@@ -32,14 +33,20 @@ pub struct Section<'a> {
 }
 
 /// Collects what the ROM says.
-#[derive(Default)]
 struct Listener {
     heard: Vec<u8>,
+    /// Pass it on to stdout as it comes.
+    echo: bool,
 }
 
 impl Host for Listener {
     fn serial(&mut self, bytes: &[u8]) {
+        let from = self.heard.len();
         self.heard.extend(bytes.iter().filter(|&&byte| byte != b'\r'));
+        if self.echo {
+            // Nobody is left to tell when stdout is gone.
+            let _ = stdout().write_all(&self.heard[from..]).and_then(|()| stdout().flush());
+        }
     }
     fn debug(&mut self, _: &[u8]) {}
     fn input(&mut self, _: &mut VecDeque<u8>) {}
@@ -54,13 +61,13 @@ impl Host for Listener {
     }
 }
 
-/// Runs `rom` on a CPU model.
+/// Runs `rom` on a CPU model; with `echo` its report also goes to stdout as it comes.
 ///
 /// # Errors
 /// [`CliError`] when it can't be run at all.
-pub fn run(rom: &Rom, cpu: &str, tracing: &TraceArgs) -> Result<Outcome, CliError> {
+pub fn run(rom: &Rom, cpu: &str, tracing: &TraceArgs, echo: bool) -> Result<Outcome, CliError> {
     let mut machine = guest::rom_machine(rom, cpu, MEMORY, tracing)?;
-    let mut listener = Listener::default();
+    let mut listener = Listener { heard: Vec::new(), echo };
     let end = loop {
         match machine.run(&mut listener, Some(LIMIT)) {
             End::Mark(_) => {}

@@ -163,6 +163,9 @@ pub fn state(scene: &Scene<'_>, more: &[u64]) -> Explanation {
     for (name, gva, access) in wanted {
         out.push_str(&paging::describe(scene, &name, gva, access));
     }
+    for &gva in more {
+        out.push_str(&paging::verdicts(scene, gva));
+    }
     branches(scene, &mut out);
     Explanation { text: out, causes: Vec::new() }
 }

@@ -237,6 +237,20 @@ pub(super) fn failure(scene: &Scene<'_>, gva: u64, access: Access) -> Option<Str
     }
 }
 
+/// Which accesses to `gva` are allowed at present, and why the others are not.
+pub(super) fn verdicts(scene: &Scene<'_>, gva: u64) -> String {
+    let mut out = format!("  every access to {gva:#x}:\n");
+    for cpl in [0, 3] {
+        for kind in [AccessKind::Read, AccessKind::Write, AccessKind::Fetch] {
+            let access = Access::explicit(kind, cpl);
+            let verdict = failure(scene, gva, access).map_or("allowed".to_owned(), |why| format!("#PF: {why}"));
+            // Writing to a String can't fail.
+            let _ = writeln!(out, "    {:<16} {verdict}", verb(access));
+        }
+    }
+    out
+}
+
 fn reserved(scene: &Scene<'_>, level: &Level) -> String {
     if level.raw == u64::MAX {
         return "all bits set: the table lies where there is no memory".into();
