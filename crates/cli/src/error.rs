@@ -1,6 +1,7 @@
 //! What can go wrong on the host's side: each names the flag and the file, and says what to do.
 
 use std::path::PathBuf;
+use umbra_accel::kvm::KvmError;
 use umbra_arch::cpuid::BadProfile;
 use umbra_cpu::EngineError;
 use umbra_firmware::FirmwareError;
@@ -73,6 +74,17 @@ pub enum CliError {
     /// The engine.
     #[error("{0}")]
     Engine(#[from] EngineError),
+    /// The accelerator.
+    #[error("--accel kvm: {0}")]
+    Kvm(#[from] KvmError),
+    /// Several CPUs under KVM.
+    #[error(
+        "--accel kvm runs one CPU only, as interrupts come from Umbra's own devices: leave out --smp, or use --accel soft"
+    )]
+    AccelCpus,
+    /// A hand-over without an accelerator.
+    #[error("--handover-at needs --accel kvm: there is nothing to hand over from")]
+    NeedsAccel,
     /// The firmware.
     #[error(transparent)]
     Firmware(#[from] FirmwareError),

@@ -199,6 +199,11 @@ impl<V: Vcpu> Machine<V> {
         self.cpus.iter().map(|cpu| &cpu.engine)
     }
 
+    /// As [`vcpus`](Self::vcpus), to change what no guest sees.
+    pub fn vcpus_mut(&mut self) -> impl Iterator<Item = &mut V> {
+        self.cpus.iter_mut().map(|cpu| &mut cpu.engine)
+    }
+
     /// The PC's devices and agenda.
     pub fn pc_mut(&mut self) -> &mut Pc {
         &mut self.pc

@@ -52,4 +52,6 @@ pub enum Stop {
     Signal(i32),
     /// The guest's output can't be written any more.
     OutputClosed,
+    /// Another engine is to take over; run on.
+    HandOver,
 }

@@ -4,6 +4,7 @@ use crate::exit_code;
 use clap::Args as ClapArgs;
 use serde_json::json;
 use std::fs;
+use umbra_accel::Backend;
 use umbra_arch::cpuid::{CpuidProfile, HostOffer, PROFILE_NAMES};
 
 /// Say what this host offers and what Umbra will use of it. Exit code 0 when Umbra can run here, else 125.
@@ -17,7 +18,9 @@ pub struct Args {
 /// Everything found out.
 struct Findings {
     kvm: &'static str,
-    backend: &'static str,
+    backend: Backend,
+    /// What KVM can't offer of the default CPU model, or why it can't be used.
+    lost: Result<Vec<String>, String>,
     features: Vec<(&'static str, bool)>,
     models: Vec<(&'static str, Option<String>)>,
     memory_kib: Option<u64>,
@@ -49,7 +52,8 @@ fn look() -> Findings {
     let line = |path: &str| fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
     Findings {
         kvm: kvm(),
-        backend: backend(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default(), has_pvm()),
+        backend: Backend::of_kvm(),
+        lost: lost(&host),
         features: umbra_hostexec::host_features().iter().collect(),
         models: PROFILE_NAMES.iter().map(model).collect(),
         memory_kib: kib_of(&meminfo, "MemTotal:"),
@@ -72,20 +76,11 @@ fn kvm() -> &'static str {
     }
 }
 
-fn has_pvm() -> bool {
-    ["/sys/module/kvm_pvm", "/sys/module/pvm"].iter().any(|path| std::path::Path::new(path).exists())
-}
-
-/// What /dev/kvm would run on: the CPU's virtualization, or software in the host's kernel.
-fn backend(cpuinfo: &str, pvm: bool) -> &'static str {
-    let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
-    let has = |flag: &str| flags.split_whitespace().any(|word| word == flag);
-    match (has("vmx"), has("svm")) {
-        _ if pvm => "software (pvm)",
-        (true, _) => "VT-x",
-        (_, true) => "AMD-V",
-        _ => "none",
-    }
+/// The features of the default CPU model that a guest under KVM does without.
+fn lost(host: &HostOffer) -> Result<Vec<String>, String> {
+    let profile = CpuidProfile::parse(PROFILE_NAMES[0], host).map_err(|error| error.to_string())?;
+    let fitted = umbra_accel::kvm::fit(&profile).map_err(|error| error.to_string())?;
+    Ok(fitted.dropped.iter().map(ToString::to_string).collect())
 }
 
 fn kib_of(meminfo: &str, name: &str) -> Option<u64> {
@@ -124,7 +119,17 @@ impl Findings {
         let missing = if missing.is_empty() { "nothing".to_owned() } else { missing.join(", ") };
         // Writing to a String can't fail.
         let _ = writeln!(out, "engine:           interpreter (Umbra needs neither KVM nor VT-x)");
-        let _ = writeln!(out, "/dev/kvm:         {}; its backend: {}; Umbra doesn't use it", self.kvm, self.backend);
+        let auto = if self.backend.is_hardware() { "kvm" } else { "soft" };
+        let _ =
+            writeln!(out, "/dev/kvm:         {}; executed by: {}; --accel auto means {auto}", self.kvm, self.backend);
+        match &self.lost {
+            Ok(lost) => {
+                let _ = writeln!(out, "--accel kvm:      can't offer: {}", lost.join(" "));
+            }
+            Err(why) => {
+                let _ = writeln!(out, "--accel kvm:      {why}");
+            }
+        }
         let has: Vec<&str> = self.features.iter().filter(|(_, has)| *has).map(|&(name, _)| name).collect();
         let _ = writeln!(out, "CPU features:     {}", has.join(" "));
         let _ = writeln!(out, "missing:          {missing}");
@@ -152,7 +157,8 @@ impl Findings {
         json!({
             "can_run": self.can_run(),
             "engine": "interpreter",
-            "kvm": { "device": self.kvm, "backend": self.backend, "used": false },
+            "kvm": { "device": self.kvm, "backend": self.backend.label(), "hardware": self.backend.is_hardware(),
+                "lost_features": self.lost.as_ref().ok(), "problem": self.lost.as_ref().err() },
             "cpu_features": self.features.iter().filter(|(_, has)| *has).map(|(name, _)| name).collect::<Vec<_>>(),
             "missing_features": self.missing(),
             "cpu_models": models,
@@ -172,10 +178,6 @@ mod tests {
 
     #[test]
     fn host_files_are_read() {
-        assert_eq!(backend("flags\t\t: fpu vmx sse\n", false), "VT-x");
-        assert_eq!(backend("flags\t\t: fpu vmx sse\n", true), "software (pvm)");
-        assert_eq!(backend("flags : fpu svm\n", false), "AMD-V");
-        assert_eq!(backend("flags : svm_lock\n", false), "none");
         assert_eq!(kib_of("MemFree: 5 kB\nMemTotal:   123 kB\n", "MemTotal:"), Some(123));
         assert_eq!(chosen("always [madvise] never"), Some("madvise".into()));
         assert_eq!(address_space("Max address space  unlimited  unlimited  bytes\n"), None);

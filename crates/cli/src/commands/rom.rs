@@ -2,7 +2,7 @@
 
 use crate::exit_code;
 use crate::run::rom::{Outcome, run};
-use crate::run::{TraceArgs, report};
+use crate::run::{AccelArgs, TraceArgs, report};
 use clap::{Args as ClapArgs, Subcommand};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -43,6 +43,8 @@ enum Command {
         #[arg(long, value_name = "MODEL", default_value = umbra_arch::cpuid::PROFILE_NAMES[0])]
         cpu: String,
         #[command(flatten)]
+        accel: Box<AccelArgs>,
+        #[command(flatten)]
         tracing: Box<TraceArgs>,
         /// Print one JSON object for each ROM and line
         #[arg(long)]
@@ -64,7 +66,7 @@ pub fn execute(args: &Args) -> u8 {
                 exit_code::HOST
             }
         },
-        Command::Run { name, cpu, tracing, json } => run_named(name, cpu, tracing, *json),
+        Command::Run { name, cpu, accel, tracing, json } => run_named(name, cpu, accel, tracing, *json),
     }
 }
 
@@ -94,7 +96,7 @@ fn unknown(name: &str) -> String {
     format!("no ROM is called {name:?}: see umbra rom list")
 }
 
-fn run_named(name: &str, cpu: &str, tracing: &TraceArgs, json: bool) -> u8 {
+fn run_named(name: &str, cpu: &str, accel: &AccelArgs, tracing: &TraceArgs, json: bool) -> u8 {
     let chosen: Vec<&Rom> = ROMS.iter().filter(|rom| name == "all" || rom.name == name).collect();
     if chosen.is_empty() {
         eprintln!("umbra: {}", unknown(name));
@@ -102,7 +104,7 @@ fn run_named(name: &str, cpu: &str, tracing: &TraceArgs, json: bool) -> u8 {
     }
     let mut failed = false;
     for rom in chosen {
-        match run(rom, cpu, tracing, !json) {
+        match run(rom, cpu, accel, tracing, !json) {
             Ok(outcome) => {
                 failed |= !outcome.passed;
                 print(rom, &outcome, json);
@@ -119,7 +121,9 @@ fn run_named(name: &str, cpu: &str, tracing: &TraceArgs, json: bool) -> u8 {
 fn print(rom: &Rom, outcome: &Outcome, json: bool) {
     if !json {
         let verdict = if outcome.passed { "PASS" } else { "FAIL" };
-        println!("{}: {verdict} ({}, {} instructions)\n", rom.name, outcome.end, outcome.retired);
+        let backend = outcome.backend.map_or_else(String::new, |backend| format!("; executed by {backend}"));
+        outcome.switches.iter().for_each(|switch| println!("handed over {switch}"));
+        println!("{}: {verdict} ({}, {} instructions{backend})\n", rom.name, outcome.end, outcome.retired);
         return;
     }
     let sections: Vec<_> = outcome
@@ -132,6 +136,8 @@ fn print(rom: &Rom, outcome: &Outcome, json: bool) {
         "end": outcome.end,
         "retired": outcome.retired,
         "sections": sections,
+        "backend": outcome.backend,
+        "hand_overs": outcome.switches,
     });
     println!("{object}");
 }

@@ -1,7 +1,7 @@
 //! The arguments of `umbra run`.
 
 use crate::exit_code;
-use crate::size::{parse_duration, parse_range, parse_size};
+use crate::size::{parse_address, parse_duration, parse_range, parse_size};
 use clap::{Args as ClapArgs, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -55,6 +55,8 @@ pub struct Args {
     #[arg(long, value_enum, value_name = "KEYS", default_value_t = RoleChoice::Raw)]
     pub mmu_role: RoleChoice,
     #[command(flatten)]
+    pub accel: AccelArgs,
+    #[command(flatten)]
     pub tracing: TraceArgs,
     /// Feed stdin to the serial port although it is no terminal
     #[arg(long)]
@@ -90,6 +92,67 @@ pub enum RoleChoice {
     Kvm,
 }
 
+/// `--accel` and what belongs to it.
+#[derive(ClapArgs, Debug, Clone)]
+#[group(id = "acceleration")]
+pub struct AccelArgs {
+    /// What executes the guest
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = Accel::Soft)]
+    pub accel: Accel,
+    /// Go on in Umbra's own engine from here: refusal (an instruction that KVM can't execute), serial:TEXT (on the
+    /// guest's serial port), insns:N (single-stepped, slow) or a linear address; may be given several times
+    #[arg(long, value_name = "WHERE", value_parser = HandOverAt::parse)]
+    pub handover_at: Vec<HandOverAt>,
+}
+
+/// `--accel`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Accel {
+    /// Umbra's own engine: repeatable, needs nothing
+    Soft,
+    /// KVM, whatever executes the guest behind it
+    Kvm,
+    /// KVM where the processor's virtualization is behind it, else soft
+    Auto,
+}
+
+/// `--handover-at`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum HandOverAt {
+    Refusal,
+    Serial(String),
+    Instructions(u64),
+    Address(u64),
+}
+
+impl HandOverAt {
+    fn parse(text: &str) -> Result<Self, String> {
+        if text == "refusal" {
+            return Ok(Self::Refusal);
+        }
+        match text.split_once(':') {
+            Some(("serial", "")) => Err("serial: needs the text to wait for".into()),
+            Some(("serial", wanted)) => Ok(Self::Serial(wanted.into())),
+            Some(("insns", count)) => {
+                count.parse().map(Self::Instructions).map_err(|_| format!("{count:?} is not a number of instructions"))
+            }
+            _ => parse_address(text)
+                .map(Self::Address)
+                .map_err(|_| format!("{text:?} is not refusal, serial:TEXT, insns:N or an address like 0x7c00")),
+        }
+    }
+}
+
+impl AccelArgs {
+    /// The text on the serial port at which to hand over.
+    pub fn serial_text(&self) -> Option<&str> {
+        self.handover_at.iter().find_map(|at| match at {
+            HandOverAt::Serial(text) => Some(text.as_str()),
+            _ => None,
+        })
+    }
+}
+
 /// `--trace` and what belongs to it.
 #[derive(ClapArgs, Debug, Clone)]
 #[group(id = "tracing")]
@@ -119,4 +182,24 @@ pub enum TraceChoice {
     Io,
     /// Commits of control registers, role changes, roots found and made, walks, flushes, table edits
     Mmu,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_of_a_hand_over() {
+        for (text, at) in [
+            ("refusal", HandOverAt::Refusal),
+            ("serial:a:b", HandOverAt::Serial("a:b".into())),
+            ("insns:12", HandOverAt::Instructions(12)),
+            ("0x7c00", HandOverAt::Address(0x7c00)),
+        ] {
+            assert_eq!(HandOverAt::parse(text), Ok(at));
+        }
+        for wrong in ["serial:", "insns:x", "later", ""] {
+            assert!(HandOverAt::parse(wrong).is_err(), "{wrong:?}");
+        }
+    }
 }

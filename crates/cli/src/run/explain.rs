@@ -1,10 +1,10 @@
 //! What a guest's final state means.
 
 use super::Guest;
+use super::engine::Engine;
 use std::fmt::Write;
 use umbra_arch::state::Activity;
 use umbra_arch::{Gva, Vcpu};
-use umbra_cpu::Interpreter;
 use umbra_machine::End;
 use umbra_machine::explain::{self, Branch, Explanation, Scene};
 use umbra_mmu::Mmu;
@@ -30,23 +30,26 @@ pub fn state(guest: &Guest, addresses: &[u64]) -> Option<Explanation> {
 }
 
 /// The processor to look at: the one that shut down, else the first.
-fn engine(guest: &Guest) -> Option<&Interpreter> {
+fn engine(guest: &Guest) -> Option<&Engine> {
     let all = || (0..).map_while(|index| guest.machine.vcpu(index));
-    all().find(|engine| engine.core().s.activity == Activity::Shutdown).or_else(|| all().next())
+    all().find(|engine| engine.soft().core().s.activity == Activity::Shutdown).or_else(|| all().next())
 }
 
-fn with_scene(guest: &Guest, tell: impl FnOnce(&Scene<'_>, &Interpreter) -> Explanation) -> Option<Explanation> {
+fn with_scene(guest: &Guest, tell: impl FnOnce(&Scene<'_>, &Engine) -> Explanation) -> Option<Explanation> {
     let engine = engine(guest)?;
     let state = engine.state();
-    let branches: Vec<Branch> = engine.core().recent.list().into_iter().map(|(from, to)| Branch { from, to }).collect();
-    let scene =
-        Scene { state: &state, memory: guest.machine.memory(), limits: engine.core().limits, branches: &branches };
+    let core = engine.soft().core();
+    let branches: Vec<Branch> = core.recent.list().into_iter().map(|(from, to)| Branch { from, to }).collect();
+    let scene = Scene { state: &state, memory: guest.machine.memory(), limits: core.limits, branches: &branches };
     Some(tell(&scene, engine))
 }
 
 /// The role in force, the roots kept, and what is cached of some addresses.
-fn mmu(engine: &Interpreter, addresses: &[u64]) -> String {
-    let mmu = &engine.core().mmu;
+fn mmu(engine: &Engine, addresses: &[u64]) -> String {
+    if engine.is_accelerated() {
+        return String::new();
+    }
+    let mmu = &engine.soft().core().mmu;
     let stats = mmu.stats();
     let mut out = format!("MMU: role {}\n", mmu.cpu_role());
     // Writing to a String can't fail.

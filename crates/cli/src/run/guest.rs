@@ -1,6 +1,7 @@
 //! Builds the machine that the arguments describe, with its image loaded.
 
-use super::args::{Args, MmuChoice, RoleChoice, TraceArgs};
+use super::args::{AccelArgs, Args, MmuChoice, RoleChoice, TraceArgs};
+use super::engine::{self, Choice, Engine};
 use super::image;
 use crate::error::CliError;
 use std::sync::Arc;
@@ -18,7 +19,9 @@ const RTC_START: i64 = 1_767_225_600;
 
 /// A machine ready to run.
 pub struct Guest {
-    pub machine: Machine<Interpreter>,
+    pub machine: Machine<Engine>,
+    /// CPU features that the accelerator can't offer.
+    pub dropped: Vec<String>,
     /// The image's format; `None` started at the reset vector.
     pub kind: Option<ImageKind>,
     pub is_embedded: bool,
@@ -30,7 +33,7 @@ impl Guest {
     /// The counters of all CPUs' MMUs, summed.
     pub fn mmu_stats(&self) -> MmuStats {
         let mut sum = MmuStats::default();
-        self.machine.vcpus().for_each(|engine| sum.add(engine.mmu_stats()));
+        self.machine.vcpus().for_each(|engine| sum.add(engine.soft().mmu_stats()));
         sum
     }
 
@@ -48,13 +51,17 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
     if args.expect.as_deref() == Some("") {
         return Err(CliError::EmptyExpect);
     }
-    let profile = profile(&args.cpu)?;
+    let choice = Choice::of(&args.accel, args.smp)?;
+    let (profile, dropped) = engine::fitted(choice, profile(&args.cpu)?, args.smp)?;
     let memory = guest_memory(args.memory)?;
-    let engines: Result<Vec<_>, _> = (0..args.smp).map(|id| engine(args, &memory, &profile, id)).collect();
-    let mut engines = engines?;
-    for (engine, trace) in engines.iter_mut().zip(super::trace::of(&args.tracing, args.smp)?) {
-        engine.set_trace(Some(trace));
-    }
+    let mut traces = super::trace::of(&args.tracing, args.smp)?.into_iter();
+    let engine = |id| {
+        let mut soft = interpreter(args, &memory, &profile, id)?;
+        soft.set_trace(traces.next());
+        engine::make(choice, &args.accel, &memory, &profile, soft)
+    };
+    let engines: Result<Vec<_>, CliError> = (0..args.smp).map(engine).collect();
+    let engines = engines?;
     let config = MachineConfig { profile, rtc_start: RTC_START };
     let mut machine = Machine::new(memory, &config, engines)?;
     let kind = match &args.kernel {
@@ -66,7 +73,7 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
     };
     let is_embedded = args.kernel.is_none();
     let verdict = is_embedded.then(|| umbra_test_roms::embedded_guest().expect);
-    Ok(Guest { machine, kind, is_embedded, verdict })
+    Ok(Guest { machine, dropped, kind, is_embedded, verdict })
 }
 
 /// The CPU model of that name, as far as this host can execute it.
@@ -82,18 +89,31 @@ fn profile(name: &str) -> Result<CpuidProfile, CliError> {
 ///
 /// # Errors
 /// [`CliError`] when the CPU model or memory can't be had.
-pub fn rom_machine(rom: &Rom, cpu: &str, memory: u64, tracing: &TraceArgs) -> Result<Machine<Interpreter>, CliError> {
-    let profile = profile(cpu)?;
+pub fn rom_machine(
+    rom: &Rom,
+    cpu: &str,
+    memory: u64,
+    accel: &AccelArgs,
+    tracing: &TraceArgs,
+) -> Result<Machine<Engine>, CliError> {
+    let choice = Choice::of(accel, 1)?;
+    let (profile, _) = engine::fitted(choice, profile(cpu)?, 1)?;
     let memory = guest_memory(memory)?;
-    let mut engine = Interpreter::new(Arc::clone(&memory), &profile, 0, &EngineOptions::default())?;
-    engine.set_trace(super::trace::of(tracing, 1)?.pop());
+    let mut soft = Interpreter::new(Arc::clone(&memory), &profile, 0, &EngineOptions::default())?;
+    soft.set_trace(super::trace::of(tracing, 1)?.pop());
+    let engine = engine::make(choice, accel, &memory, &profile, soft)?;
     let mut machine = Machine::new(memory, &MachineConfig { profile, rtc_start: RTC_START }, vec![engine])?;
     load_rom(rom, &mut machine)?;
     Ok(machine)
 }
 
 /// Virtual CPU `id`.
-fn engine(args: &Args, memory: &Arc<GuestMemory>, profile: &CpuidProfile, id: u32) -> Result<Interpreter, CliError> {
+fn interpreter(
+    args: &Args,
+    memory: &Arc<GuestMemory>,
+    profile: &CpuidProfile,
+    id: u32,
+) -> Result<Interpreter, CliError> {
     let mode = match args.mmu {
         MmuChoice::NoUnload => MmuMode::NoUnload,
         MmuChoice::UnloadAlways => MmuMode::UnloadAlways,
@@ -112,7 +132,7 @@ fn seed_of(args: &Args, id: u32) -> u64 {
     args.seed ^ u64::from(id).rotate_right(16)
 }
 
-fn load_kernel(args: &Args, machine: &mut Machine<Interpreter>) -> Result<Option<ImageKind>, CliError> {
+fn load_kernel(args: &Args, machine: &mut Machine<Engine>) -> Result<Option<ImageKind>, CliError> {
     let Some(path) = &args.kernel else { return Ok(None) };
     let kernel = image::read("--kernel", path, args.memory)?;
     let initrd = match &args.initrd {
@@ -143,7 +163,7 @@ fn subject(args: &Args, concern: Concern) -> String {
     path.as_ref().map_or(flag.into(), |path| format!("{flag} {}", path.display()))
 }
 
-fn load_embedded(args: &Args, machine: &mut Machine<Interpreter>) -> Result<(), CliError> {
+fn load_embedded(args: &Args, machine: &mut Machine<Engine>) -> Result<(), CliError> {
     for (flag, given) in [("--initrd", args.initrd.is_some()), ("--append", args.append.is_some())] {
         if given {
             return Err(CliError::NeedsKernel { flag });
@@ -152,7 +172,7 @@ fn load_embedded(args: &Args, machine: &mut Machine<Interpreter>) -> Result<(), 
     load_rom(umbra_test_roms::embedded_guest(), machine)
 }
 
-fn load_rom(rom: &Rom, machine: &mut Machine<Interpreter>) -> Result<(), CliError> {
+fn load_rom(rom: &Rom, machine: &mut Machine<Engine>) -> Result<(), CliError> {
     machine.add_reset_rom(&umbra_firmware::reset_image()?)?;
     machine.memory().write(rom.load(), &rom.image()?);
     machine.pc_mut().set_measurement_port(umbra_test_roms::MEASUREMENT_PORT);

@@ -35,6 +35,10 @@ pub struct ConsoleHost {
     quiet: bool,
     /// The last bytes sent.
     sent: VecDeque<u8>,
+    /// Text at which another engine is to take over.
+    awaited: Option<Vec<u8>>,
+    /// The text was there.
+    is_hand_over_due: bool,
     /// Restores the terminal when it is dropped.
     raw: Option<RawTerminal>,
 }
@@ -63,6 +67,8 @@ impl ConsoleHost {
             stop: None,
             quiet: args.json,
             sent: VecDeque::new(),
+            awaited: args.accel.serial_text().map(|text| text.as_bytes().to_vec()),
+            is_hand_over_due: false,
             raw,
         })
     }
@@ -70,6 +76,18 @@ impl ConsoleHost {
     /// Whether the last few kilobytes of serial output hold `text`.
     pub fn has_sent(&mut self, text: &[u8]) -> bool {
         self.sent.make_contiguous().windows(text.len().max(1)).any(|window| window == text)
+    }
+
+    /// Why the run is over, if it is.
+    fn ended(&mut self) -> Option<Stop> {
+        let signal = self.signal.load(Ordering::Relaxed);
+        if self.stop.is_none() && signal != 0 {
+            self.stop = Some(Stop::Signal(signal as i32));
+        }
+        if self.stop.is_none() && self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            self.stop = Some(Stop::Timeout);
+        }
+        self.stop
     }
 
     /// Waits for at most `limit`; says whether input came.
@@ -102,6 +120,13 @@ impl Host for ConsoleHost {
         self.sent.extend(bytes);
         let excess = self.sent.len().saturating_sub(KEPT_OUTPUT);
         self.sent.drain(..excess);
+        if let Some(text) = self.awaited.take() {
+            if self.has_sent(&text) {
+                self.is_hand_over_due = true;
+            } else {
+                self.awaited = Some(text);
+            }
+        }
     }
 
     fn debug(&mut self, bytes: &[u8]) {
@@ -130,14 +155,7 @@ impl Host for ConsoleHost {
     }
 
     fn stop(&mut self) -> Option<Stop> {
-        let signal = self.signal.load(Ordering::Relaxed);
-        if self.stop.is_none() && signal != 0 {
-            self.stop = Some(Stop::Signal(signal as i32));
-        }
-        if self.stop.is_none() && self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            self.stop = Some(Stop::Timeout);
-        }
-        self.stop
+        self.ended().or_else(|| std::mem::take(&mut self.is_hand_over_due).then_some(Stop::HandOver))
     }
 
     fn pace(&mut self, now: VirtualTime, idle: bool) -> VirtualTime {
@@ -149,7 +167,7 @@ impl Host for ConsoleHost {
                 return now;
             }
             let early = clock.at(host);
-            if self.stop().is_some() || self.wait(ahead.min(NAP)) && idle {
+            if self.ended().is_some() || self.wait(ahead.min(NAP)) && idle {
                 return early.min(now);
             }
         }

@@ -2,6 +2,7 @@
 
 mod args;
 mod clock;
+mod engine;
 mod escape;
 pub mod explain;
 mod guest;
@@ -14,16 +15,17 @@ mod stdin;
 mod terminal;
 mod trace;
 
-pub use args::{Args, TraceArgs};
+pub use args::{AccelArgs, Args, TraceArgs};
 pub use guest::Guest;
 
 use crate::error::CliError;
 use crate::exit_code;
+use engine::Engine;
 use host::ConsoleHost;
 use measure::Measurements;
-use report::Report;
+use report::{Acceleration, Report};
 use std::time::Instant;
-use umbra_machine::End;
+use umbra_machine::{End, Stop};
 
 /// Builds the guest, runs it to its end and says how it went.
 ///
@@ -49,6 +51,7 @@ pub fn finish(args: &Args) -> Result<(Report, Guest), CliError> {
         let end = guest.machine.run(&mut host, None);
         match end {
             End::Mark(id) => measurements.mark(id, &guest.mmu_stats()),
+            End::Stopped(Stop::HandOver) => guest.machine.vcpus_mut().for_each(Engine::hand_over),
             end => break end,
         }
     };
@@ -72,6 +75,7 @@ pub fn finish(args: &Args) -> Result<(Report, Guest), CliError> {
         host: start.elapsed(),
         mmu: Some(guest.mmu_stats()),
         phases: measurements.finish(),
+        acceleration: Acceleration::of(&guest),
         stats: args.stats || guest.is_embedded,
     };
     Ok((report, guest))

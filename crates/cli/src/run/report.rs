@@ -1,5 +1,6 @@
 //! How a run ended, for people and for programs. All of it goes to stderr.
 
+use super::Guest;
 use super::measure::PhaseReport;
 use crate::error::CliError;
 use crate::exit_code;
@@ -36,6 +37,33 @@ pub struct Report {
     pub phases: Vec<PhaseReport>,
     /// Print counters.
     pub stats: bool,
+    /// What the accelerator did, if there is one.
+    pub acceleration: Option<Acceleration>,
+}
+
+/// An accelerator's part in a run.
+pub struct Acceleration {
+    /// The backend's label, which belongs to every result.
+    pub backend: &'static str,
+    /// CPU features that it can't offer.
+    pub dropped: Vec<String>,
+    /// Changes of engines, in words.
+    pub switches: Vec<String>,
+    /// Whether it still had the guest at the end.
+    pub to_the_end: bool,
+}
+
+impl Acceleration {
+    /// The part that it had in this guest's run.
+    pub fn of(guest: &Guest) -> Option<Self> {
+        let engine = guest.machine.vcpu(0)?;
+        Some(Self {
+            backend: engine.backend()?.label(),
+            dropped: guest.dropped.clone(),
+            switches: engine.switches(),
+            to_the_end: engine.is_accelerated(),
+        })
+    }
 }
 
 /// Tells people or programs that nothing was run.
@@ -60,7 +88,19 @@ impl Report {
     fn text(&self) -> String {
         let mut out = String::new();
         // Writing to a String can't fail.
+        if let Some(part) = &self.acceleration {
+            let _ = writeln!(out, "umbra: executed by {}", part.backend);
+            if !part.dropped.is_empty() {
+                let _ = writeln!(out, "umbra: CPU features that it can't offer: {}", part.dropped.join(", "));
+            }
+            for switch in &part.switches {
+                let _ = writeln!(out, "umbra: handed over {switch}");
+            }
+        }
         let _ = writeln!(out, "umbra: {}", sentence(&self.end));
+        if matches!(self.end, End::Refused(_)) {
+            let _ = writeln!(out, "umbra: --handover-at refusal goes on in Umbra's own engine");
+        }
         if self.verdict_missing {
             let _ = writeln!(out, "umbra: the embedded guest's report does not say that all is well");
         }
@@ -124,6 +164,15 @@ impl Report {
             object.insert("causes".into(), explanation.causes.clone().into());
             object.insert("explanation".into(), explanation.text.clone().into());
         }
+        if let Some(part) = &self.acceleration {
+            let part = json!({
+                "backend": part.backend,
+                "dropped_features": part.dropped,
+                "hand_overs": part.switches,
+                "to_the_end": part.to_the_end,
+            });
+            object.insert("acceleration".into(), part);
+        }
         if self.verdict_missing {
             object.insert("verdict".into(), "missing".into());
         }
@@ -158,6 +207,7 @@ fn name(end: &End) -> &'static str {
         End::Stopped(Stop::User) => "user",
         End::Stopped(Stop::Signal(_)) => "signal",
         End::Stopped(Stop::OutputClosed) => "output-closed",
+        End::Stopped(Stop::HandOver) => "hand-over",
     }
 }
 
@@ -182,6 +232,7 @@ pub fn sentence(end: &End) -> String {
         End::Stopped(Stop::User) => "left by Ctrl-A x".into(),
         End::Stopped(Stop::Signal(signal)) => format!("ended by signal {signal}"),
         End::Stopped(Stop::OutputClosed) => "stdout can't be written any more".into(),
+        End::Stopped(Stop::HandOver) => "another engine is to take over".into(),
     }
 }
 

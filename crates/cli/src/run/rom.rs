@@ -1,7 +1,8 @@
 //! Runs a test ROM and reads its report.
 
+use super::engine::Engine;
 use super::guest;
-use super::{TraceArgs, report};
+use super::{AccelArgs, TraceArgs, report};
 use crate::error::CliError;
 use std::collections::VecDeque;
 use std::io::{Write, stdout};
@@ -22,6 +23,10 @@ pub struct Outcome {
     /// In words.
     pub end: String,
     pub retired: u64,
+    /// The accelerator's backend, if one took part.
+    pub backend: Option<&'static str>,
+    /// Changes of engines, in words.
+    pub switches: Vec<String>,
 }
 
 /// One line of a report.
@@ -37,6 +42,8 @@ struct Listener {
     heard: Vec<u8>,
     /// Pass it on to stdout as it comes.
     echo: bool,
+    /// Text at which another engine is to take over.
+    awaited: Option<Vec<u8>>,
 }
 
 impl Host for Listener {
@@ -54,7 +61,9 @@ impl Host for Listener {
         false
     }
     fn stop(&mut self) -> Option<Stop> {
-        None
+        let heard = &self.heard;
+        let is_there = |text: &mut Vec<u8>| heard.windows(text.len()).any(|window| window == text.as_slice());
+        self.awaited.take_if(is_there).map(|_| Stop::HandOver)
     }
     fn pace(&mut self, now: VirtualTime, _: bool) -> VirtualTime {
         now
@@ -65,18 +74,28 @@ impl Host for Listener {
 ///
 /// # Errors
 /// [`CliError`] when it can't be run at all.
-pub fn run(rom: &Rom, cpu: &str, tracing: &TraceArgs, echo: bool) -> Result<Outcome, CliError> {
-    let mut machine = guest::rom_machine(rom, cpu, MEMORY, tracing)?;
-    let mut listener = Listener { heard: Vec::new(), echo };
+pub fn run(rom: &Rom, cpu: &str, accel: &AccelArgs, tracing: &TraceArgs, echo: bool) -> Result<Outcome, CliError> {
+    let mut machine = guest::rom_machine(rom, cpu, MEMORY, accel, tracing)?;
+    let awaited = accel.serial_text().map(|text| text.as_bytes().to_vec());
+    let mut listener = Listener { heard: Vec::new(), echo, awaited };
     let end = loop {
         match machine.run(&mut listener, Some(LIMIT)) {
             End::Mark(_) => {}
+            End::Stopped(Stop::HandOver) => machine.vcpus_mut().for_each(Engine::hand_over),
             end => break end,
         }
     };
     let report = String::from_utf8_lossy(&listener.heard).into_owned();
     let passed = end == End::PowerOff && report.lines().any(|line| line.starts_with(rom.expect));
-    Ok(Outcome { passed, report, end: report::sentence(&end), retired: machine.retired() })
+    let engine = machine.vcpu(0);
+    Ok(Outcome {
+        passed,
+        report,
+        end: report::sentence(&end),
+        retired: machine.retired(),
+        backend: engine.and_then(Engine::backend).map(|backend| backend.label()),
+        switches: engine.map_or_else(Vec::new, Engine::switches),
+    })
 }
 
 impl Outcome {
