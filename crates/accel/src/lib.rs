@@ -7,10 +7,13 @@
 //! [`Exit::Refused`](umbra_arch::Exit::Refused): neither a mistake nor a difference. Every result is to be
 //! labelled with [`Backend`]: /dev/kvm may be software that knows less than a processor ([`defects`]).
 //!
+//! What a backend is known to do wrong is in [`defects`].
+//!
 //! Time is the host's here: virtual time grows with the host's clock while the guest runs, so runs are not
 //! repeatable, and RDTSC shows the host's counter.
 
 pub mod backend;
+pub mod defects;
 mod device_memory;
 pub mod handover;
 mod time;

@@ -6,6 +6,7 @@ use iced_x86::code_asm::*;
 use std::time::Duration;
 use support::*;
 use umbra_accel::kvm::{CaseEnd, CaseLimit, CaseRunner};
+use umbra_arch::cpuid::{FeatureSet, HostOffer};
 use umbra_arch::exit::RefusalKind;
 use umbra_arch::fpu::FpState;
 use umbra_arch::state::{Msrs, Shadow};
@@ -163,4 +164,26 @@ fn shutdown_and_refusals_are_answers_of_their_own() {
         }
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn cpuid_in_long_mode_shows_the_fitted_profile() {
+    let Some(fitted) = kvm() else { return };
+    let Some(mut runner) = runner() else { return };
+    let start = long(runner.memory());
+    load(runner.memory(), 64, |a| {
+        a.cpuid()?;
+        a.hlt()
+    });
+    let seen = HostOffer::from_cpuid(|leaf, subleaf| {
+        let mut state = start.clone();
+        (state.gpr[0], state.gpr[1]) = (leaf.into(), subleaf.into());
+        let outcome = runner.run(&state, &mut Recorder::default(), FREE).unwrap();
+        assert_eq!(outcome.end, CaseEnd::Halted);
+        [0, 3, 1, 2].map(|register| outcome.state.gpr[register] as u32)
+    });
+    let implemented = |features: FeatureSet| features.iter().filter(|f| f.is_implemented()).collect::<FeatureSet>();
+    assert_eq!(implemented(seen.features), fitted.profile.features);
+    assert!(fitted.dropped.iter().all(|feature| !fitted.profile.has(*feature)));
+    assert!(fitted.shown.is_empty() || !runner.backend().is_hardware(), "{:?}", fitted.shown);
 }

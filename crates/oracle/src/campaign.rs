@@ -20,16 +20,20 @@ pub enum Generator {
     /// Random forms and operands of the instruction rows.
     Rows(Box<Rows>),
     /// Control-register sequences.
-    Control,
+    Control(control::Features),
     /// Page-table shapes.
     Shapes,
 }
 
 impl Generator {
     /// Names of all generators, with what they make.
-    pub const NAMES: [(&str, &str); 3] = [
+    pub const NAMES: [(&str, &str); 4] = [
         ("rows", "one ring-3 instruction of any row, with edge values, in 16-, 32- and 64-bit code"),
         ("control", "ring-0 sequences of control-register and EFER writes, page-table edits and accesses"),
+        (
+            "control-plain",
+            "the same in 64-bit mode, without SMEP, SMAP and protection keys: what poor backends have too",
+        ),
         ("shapes", "one access through page tables of any shape, under any rights"),
     ];
 
@@ -37,7 +41,8 @@ impl Generator {
     pub fn named(name: &str) -> Option<Self> {
         Some(match name {
             "rows" => Generator::Rows(Box::new(Rows::new(&engines::profile()))),
-            "control" => Generator::Control,
+            "control" => Generator::Control(control::Features::All),
+            "control-plain" => Generator::Control(control::Features::Plain),
             "shapes" => Generator::Shapes,
             _ => return None,
         })
@@ -49,7 +54,7 @@ impl Generator {
         let mut r = Random::new(r.next() ^ index.wrapping_mul(0xd134_2543_de82_ef95));
         match self {
             Generator::Rows(rows) => rows.case(&mut r),
-            Generator::Control => control::case(&mut r),
+            Generator::Control(features) => control::case_of(*features, &mut r),
             Generator::Shapes => shapes::case(&mut r),
         }
     }

@@ -34,7 +34,7 @@ pub fn control_regs(data: &[u8]) {
     thread_local! {
         static ENGINES: RefCell<(Vec<Box<dyn Engine>>, Blank)> = RefCell::new((
             made(&["interp", "interp-drop", "interp-kvm-role"]),
-            Blank::new(MmuOptions::default()).expect("an interpreter").audited(),
+            Blank::new(&engines::profile(), MmuOptions::default()).expect("an interpreter").audited(),
         ));
     }
     let case = control::case(&mut Random::of(data));

@@ -66,6 +66,7 @@ pub fn report<V: Vcpu, E: std::fmt::Display>(
     };
     match end {
         umbra_machine::End::Unsupported(what) => failed(&format!("unsupported: {}", what.what)),
+        umbra_machine::End::Refused(refusal) => failed(&refusal),
         end => RomAnswer::Report(format!("{}({end:?})\n", String::from_utf8_lossy(&listener.0))),
     }
 }

@@ -44,8 +44,8 @@ fn page_table_shapes_are_as_the_model_says() {
 /// Single instructions end the same when the exception is delivered to ring 0 and taken from there.
 #[test]
 fn a_delivered_exception_is_the_raised_one() {
-    let mut bare = Window::all().unwrap();
-    let mut whole = Blank::new(MmuOptions::default()).unwrap();
+    let mut bare = Window::all(&engines::profile()).unwrap();
+    let mut whole = Blank::new(&engines::profile(), MmuOptions::default()).unwrap();
     let rows = Rows::new(&engines::profile());
     let mut ends = BTreeMap::<String, usize>::new();
     for seed in 0..1500 {

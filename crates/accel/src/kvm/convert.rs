@@ -132,6 +132,18 @@ pub(super) fn sregs_into(k: &kvm_sregs2, s: &mut CpuState) {
     };
 }
 
+/// What differs in the control registers, if anything, in words.
+pub(super) fn control_difference(wanted: &kvm_sregs2, found: &kvm_sregs2) -> Option<String> {
+    let registers = [
+        ("CR0", wanted.cr0, found.cr0),
+        ("CR3", wanted.cr3, found.cr3),
+        ("CR4", wanted.cr4, found.cr4),
+        ("EFER", wanted.efer, found.efer),
+    ];
+    let (name, wanted, found) = registers.into_iter().find(|(_, wanted, found)| wanted != found)?;
+    Some(format!("{name} {wanted:#x} became {found:#x}"))
+}
+
 /// For kernels without KVM_SET_SREGS2: the same without PDPTEs, which KVM then loads from memory.
 pub(super) fn old_sregs(k: &kvm_sregs2) -> kvm_sregs {
     kvm_sregs {

@@ -1,6 +1,7 @@
 //! CPUID: what of a profile KVM can hold, and its leaves.
 
 use super::error::{KvmError, failed};
+use super::probe;
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 use umbra_arch::control::Cr4;
@@ -19,10 +20,22 @@ const RANGES: [(u32, u32); 3] = [(0, 0x16), (0x4000_0000, 0x4000_0000), (0x8000_
 /// A profile as far as KVM can hold it.
 #[derive(Clone, Debug)]
 pub struct Fitted {
-    /// What the guest is offered.
+    /// What the guest sees, and what engines must have that are to continue or to be compared with it.
     pub profile: CpuidProfile,
-    /// What had to go.
+    /// What of the profile asked for had to go.
     pub dropped: Vec<Feature>,
+    /// What KVM doesn't list as supported and the guest sees nevertheless: a backend without a way to intercept
+    /// CPUID shows the host's features.
+    pub shown: Vec<Feature>,
+    /// What KVM is told to offer.
+    pub(super) offered: CpuidProfile,
+}
+
+impl Fitted {
+    /// A profile that a guest is taken to see as it is.
+    pub(super) fn exactly(profile: CpuidProfile) -> Self {
+        Self { offered: profile.clone(), profile, dropped: Vec::new(), shown: Vec::new() }
+    }
 }
 
 /// Takes out of `profile` what KVM on this host doesn't have.
@@ -32,7 +45,11 @@ pub struct Fitted {
 pub fn fit(profile: &CpuidProfile) -> Result<Fitted, KvmError> {
     let kvm = Kvm::new().map_err(|error| KvmError::Open(error.into()))?;
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
-    Ok(fit_to(profile, &answers(supported.as_slice())))
+    let mut fitted = fit_to(profile, &answers(supported.as_slice()));
+    fitted.profile.features = probe::seen(&fitted.offered)?;
+    fitted.shown = fitted.profile.features.iter().filter(|feature| !fitted.offered.has(*feature)).collect();
+    fitted.dropped = profile.features.iter().filter(|feature| !fitted.profile.has(*feature)).collect();
+    Ok(fitted)
 }
 
 type Answer = ((u32, u32), [u32; 4]);
@@ -55,8 +72,7 @@ fn fit_to(profile: &CpuidProfile, supported: &[Answer]) -> Fitted {
     };
     let mut fitted = profile.clone();
     profile.features.iter().filter(|feature| lacks(*feature)).for_each(|feature| fitted.features.remove(feature));
-    let dropped = profile.features.iter().filter(|feature| !fitted.has(*feature)).collect();
-    Fitted { profile: fitted, dropped }
+    Fitted::exactly(fitted)
 }
 
 /// The leaves of a profile, for KVM_SET_CPUID2. KVM itself keeps the bits that mirror control registers.

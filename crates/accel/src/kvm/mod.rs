@@ -8,6 +8,7 @@ mod exits;
 mod ioctls;
 mod kick;
 mod msrs;
+mod probe;
 mod registers;
 mod vcpu;
 mod vm;

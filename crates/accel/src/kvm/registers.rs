@@ -33,7 +33,7 @@ pub(super) struct ApicCopy {
 }
 
 impl Registers {
-    /// vCPU `id` of `vm`, with a profile that [`cpuid::fit`] has passed.
+    /// vCPU `id` of `vm`, with a profile that KVM can hold.
     pub(super) fn new(vm: &Vm, profile: &CpuidProfile, id: u32) -> Result<Self, KvmError> {
         let fd = vm.fd.create_vcpu(id.into()).map_err(failed("KVM_CREATE_VCPU"))?;
         fd.set_cpuid2(&cpuid::entries(profile, id)?).map_err(failed("KVM_SET_CPUID2"))?;
@@ -75,7 +75,12 @@ impl Registers {
     pub(super) fn set(&self, s: &CpuState, apic: ApicCopy, tsc: u64) -> Result<(), KvmError> {
         let running = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
         self.fd.set_mp_state(running).map_err(failed("KVM_SET_MP_STATE"))?;
-        self.set_sregs(&convert::sregs_of(s, apic.cr8, apic.base))?;
+        let sregs = convert::sregs_of(s, apic.cr8, apic.base);
+        self.set_sregs(&sregs)?;
+        if let Some(text) = convert::control_difference(&sregs, &self.sregs()?) {
+            // Software backends drop bits that they can't do, without a word.
+            return Err(KvmError::Request { request: "KVM_SET_SREGS", source: std::io::Error::other(text) });
+        }
         self.fd.set_regs(&convert::regs_of(s)).map_err(failed("KVM_SET_REGS"))?;
         if self.components != 0 {
             self.fd.set_xcrs(&convert::xcrs_of(s)).map_err(failed("KVM_SET_XCRS"))?;

@@ -63,7 +63,7 @@ impl KvmVcpu {
     /// [`KvmError`] when there is no usable KVM.
     pub fn new(memory: Arc<GuestMemory>, fitted: &Fitted) -> Result<Self, KvmError> {
         let vm = Vm::new(memory)?;
-        let registers = Registers::new(&vm, &fitted.profile, 0)?;
+        let registers = Registers::new(&vm, &fitted.offered, 0)?;
         let mut vcpu = Self {
             kick: None,
             registers,

@@ -1,11 +1,11 @@
 //! Whole sequences on the interpreter, with its block cache, delivering exceptions.
 
-use super::profile;
 use crate::case::{Case, Piece, RAM, Run};
 use crate::devices::InputBus;
 use crate::engine::{Answer, End, Outcome};
 use crate::window;
 use std::sync::Arc;
+use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Exit, Gpa, Slice, Vcpu, VirtualTime};
 use umbra_cpu::{EngineOptions, Interpreter};
 use umbra_memory::{GuestMemory, PageFlags};
@@ -24,13 +24,13 @@ pub struct Blank {
 }
 
 impl Blank {
-    /// An interpreter whose MMU is made with these options.
+    /// An interpreter of this CPU model whose MMU is made with these options.
     ///
     /// # Errors
     /// [`WindowError`].
-    pub fn new(mmu: MmuOptions) -> Result<Self, WindowError> {
+    pub fn new(profile: &CpuidProfile, mmu: MmuOptions) -> Result<Self, WindowError> {
         let mem = Arc::new(GuestMemory::new(RAM)?);
-        let engine = Interpreter::new(Arc::clone(&mem), &profile(), 0, &EngineOptions { mmu })?;
+        let engine = Interpreter::new(Arc::clone(&mem), profile, 0, &EngineOptions { mmu })?;
         Ok(Self { engine, mem, audits: false })
     }
 

@@ -18,15 +18,17 @@ pub struct Interp {
     windows: [Window; 3],
     blank: Blank,
     mmu: MmuOptions,
+    profile: CpuidProfile,
 }
 
 impl Interp {
-    /// An interpreter of that name, whose MMU is made with these options.
+    /// An interpreter of that name and CPU model, whose MMU is made with these options.
     ///
     /// # Errors
     /// [`WindowError`].
-    pub fn new(name: &'static str, mmu: MmuOptions) -> Result<Self, WindowError> {
-        Ok(Self { name, windows: Window::all()?, blank: Blank::new(mmu)?, mmu })
+    pub fn new(name: &'static str, profile: &CpuidProfile, mmu: MmuOptions) -> Result<Self, WindowError> {
+        let (windows, blank) = (Window::all(profile)?, Blank::new(profile, mmu)?);
+        Ok(Self { name, windows, blank, mmu, profile: profile.clone() })
     }
 }
 
@@ -50,8 +52,7 @@ impl Engine for Interp {
     }
 
     fn run_rom(&mut self, rom: &Rom) -> RomAnswer {
-        let profile = CpuidProfile::default();
         let options = EngineOptions { mmu: self.mmu };
-        roms::report(rom, profile.clone(), |memory| Interpreter::new(memory, &profile, 0, &options))
+        roms::report(rom, self.profile.clone(), |memory| Interpreter::new(memory, &self.profile, 0, &options))
     }
 }

@@ -3,15 +3,19 @@
 mod blank;
 mod host;
 mod interp;
+mod kvm;
+mod kvm_defects;
 mod window;
 
 pub use blank::Blank;
 pub use host::Host;
 pub use interp::Interp;
+pub use kvm::Kvm;
 pub use window::{Window, WindowError};
 
 use crate::engine::Engine;
 use crate::ring0::model::Model;
+use umbra_accel::kvm::{KvmError, fit};
 use umbra_arch::cpuid::{CpuidProfile, HostOffer};
 use umbra_hostexec::native::NativeError;
 use umbra_mmu::{MmuMode, MmuOptions};
@@ -28,20 +32,39 @@ pub enum MakeError {
     /// The host can't run instructions natively.
     #[error("host: {0}")]
     Host(#[from] NativeError),
+    /// There is no usable KVM.
+    #[error("kvm: {0}")]
+    Kvm(#[from] KvmError),
     /// The interpreter can't be made.
     #[error("interp: {0}")]
     Interp(#[from] WindowError),
 }
 
 /// Names of all engines.
-pub const NAMES: &[&str] = &["interp", "interp-unload", "interp-drop", "interp-kvm-role", "host", "model"];
+pub const NAMES: &[&str] = &["interp", "interp-unload", "interp-drop", "interp-kvm-role", "host", "model", "kvm"];
 
-/// The engine of that name.
+/// The engines of these names, to be compared with each other: all are the CPU that the poorest of them can be.
+///
+/// # Errors
+/// [`MakeError`] says what this host lacks.
+pub fn make_all<S: AsRef<str>>(names: &[S]) -> Result<Vec<Box<dyn Engine>>, MakeError> {
+    let mut profile = profile();
+    if names.iter().any(|name| name.as_ref() == "kvm") {
+        profile = fit(&profile)?.profile;
+    }
+    names.iter().map(|name| make_of(name.as_ref(), &profile)).collect()
+}
+
+/// The engine of that name, on the richest CPU that this host can compare.
 ///
 /// # Errors
 /// [`MakeError`] says what this host lacks.
 pub fn make(name: &str) -> Result<Box<dyn Engine>, MakeError> {
-    let interp = |name, mmu| Interp::new(name, mmu);
+    make_of(name, &profile())
+}
+
+fn make_of(name: &str, profile: &CpuidProfile) -> Result<Box<dyn Engine>, MakeError> {
+    let interp = |name, mmu| Interp::new(name, profile, mmu);
     Ok(match name {
         "interp" => Box::new(interp("interp", MmuOptions::default())?),
         "interp-unload" => {
@@ -55,6 +78,7 @@ pub fn make(name: &str) -> Result<Box<dyn Engine>, MakeError> {
         }
         "host" => Box::new(Host::new()?),
         "model" => Box::new(Model),
+        "kvm" => Box::new(Kvm::new(profile)?),
         _ => return Err(MakeError::Unknown { name: name.to_owned() }),
     })
 }

@@ -1,7 +1,6 @@
 //! Single instructions on the interpreter's core, without its block cache: what the rows themselves do.
 
 use super::host::in_window;
-use super::profile;
 use crate::case::{Case, Layout, Piece, RAM, Run};
 use crate::devices::InputBus;
 use crate::engine::{Answer, End, Outcome};
@@ -48,14 +47,13 @@ impl Window {
         Ok(Self { core, mode, start })
     }
 
-    /// The windows of all modes, on the richest CPU that this host can compare.
+    /// The windows of all modes on one CPU model.
     ///
     /// # Errors
     /// [`WindowError`].
-    pub fn all() -> Result<[Self; 3], WindowError> {
-        let profile = profile();
+    pub fn all(profile: &CpuidProfile) -> Result<[Self; 3], WindowError> {
         let [a, b, c] = Mode::ALL;
-        Ok([Self::new(&profile, a)?, Self::new(&profile, b)?, Self::new(&profile, c)?])
+        Ok([Self::new(profile, a)?, Self::new(profile, b)?, Self::new(profile, c)?])
     }
 
     /// Runs a single-instruction case of this mode.

@@ -15,10 +15,23 @@ use umbra_arch::paging::entry::{A, D, G, P, PS, U, W, XD};
 /// Pages of the arena.
 const PAGES: u64 = 8;
 
-/// A random sequence.
+/// What the sequences of a generator use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Features {
+    /// SMEP, SMAP and protection keys too.
+    All,
+    /// Only what every 64-bit processor has (WP, NXE, PGE, roots and what is illegal), in 64-bit mode.
+    Plain,
+}
+
+/// A random sequence that uses everything.
 pub fn case(r: &mut Random) -> Case {
-    let paging = r.pick(&Paging::ALL);
-    let long = paging.is_long();
+    case_of(Features::All, r)
+}
+
+/// A random sequence.
+pub fn case_of(features: Features, r: &mut Random) -> Case {
+    let paging = if features == Features::All { r.pick(&Paging::ALL) } else { Paging::Long };
     let roots = [Root::new(paging, 0), Root::new(paging, 1)];
     let mut memory = Vec::new();
     for root in roots {
@@ -26,23 +39,23 @@ pub fn case(r: &mut Random) -> Case {
         memory.extend((0..PAGES).map(|page| entry(root, root.arena_page_entry(page), page_value(paging, r))));
     }
     let count = 4 + r.below(20);
-    let steps = (0..count).flat_map(|_| steps(paging, &roots, r)).collect();
+    let steps = (0..count).flat_map(|_| steps(features, paging, &roots, r)).collect();
     let watch = vec![LOG..LOG + 0x1000, TABLES..TABLES_END, DATA..DATA_END];
-    super::case(paging, start(paging, long, r), memory, steps, watch)
+    super::case(paging, start(features, paging, r), memory, steps, watch)
 }
 
-fn start(paging: Paging, long: bool, r: &mut Random) -> CpuState {
+fn start(features: Features, paging: Paging, r: &mut Random) -> CpuState {
     let mut s = super::state(paging);
+    let has_keys = paging.is_long() && features == Features::All;
     let some = |r: &mut Random, bits: &[u64]| bits.iter().filter(|_| r.one_in(2)).sum::<u64>();
     s.cr0 = Cr0::new(s.cr0.raw() & !Cr0::WP | some(r, &[Cr0::WP]));
-    s.cr4 = Cr4::new(
-        s.cr4.raw() | some(r, &[Cr4::SMEP, Cr4::SMAP, Cr4::PGE]) | if long { some(r, &[Cr4::PKE]) } else { 0 },
-    );
+    let bits = if features == Features::All { &[Cr4::SMEP, Cr4::SMAP, Cr4::PGE][..] } else { &[Cr4::PGE] };
+    s.cr4 = Cr4::new(s.cr4.raw() | some(r, bits) | if has_keys { some(r, &[Cr4::PKE]) } else { 0 });
     s.efer = Efer::new(s.efer.raw() | some(r, &[Efer::NXE]));
     if paging == Paging::Pae {
         s.pdpte[0] = Root::new(paging, 0).first_pdpte();
     }
-    if long && r.one_in(3) {
+    if has_keys && r.one_in(3) {
         s.pkru = (r.next() & 0xff) as u32;
     }
     s
@@ -80,18 +93,18 @@ fn page_value(paging: Paging, r: &mut Random) -> u64 {
 }
 
 /// One operation, as one or more steps.
-fn steps(paging: Paging, roots: &[Root; 2], r: &mut Random) -> Vec<Vec<u8>> {
+fn steps(features: Features, paging: Paging, roots: &[Root; 2], r: &mut Random) -> Vec<Vec<u8>> {
     let long = paging.is_long();
     match r.below(32) {
         0..=2 => vec![step::toggle_control(0, Cr0::WP as u32)],
         3 => vec![cr0(long, r)],
-        4..=6 => vec![cr4(paging, r)],
+        4..=6 => vec![cr4(features, paging, r)],
         7 => vec![step::set_control(4, illegal(r), long)],
         8..=10 => vec![step::set_control(3, r.pick(roots).cr3(), long), flush(long)],
         11 => vec![efer(long, r), flush(long)],
         12..=16 => edit(paging, r.pick(roots), r),
         17 | 18 => vec![step::set_ac(r.one_in(2))],
-        19 if long => vec![step::set_pkru((r.next() & 0xff) as u32)],
+        19 if long && features == Features::All => vec![step::set_pkru((r.next() & 0xff) as u32)],
         _ => vec![access(long, r)],
     }
 }
@@ -112,12 +125,13 @@ fn cr0(long: bool, r: &mut Random) -> Vec<u8> {
     }
 }
 
-fn cr4(paging: Paging, r: &mut Random) -> Vec<u8> {
-    let common = [Cr4::SMEP, Cr4::SMAP, Cr4::SMAP, Cr4::PGE];
+fn cr4(features: Features, paging: Paging, r: &mut Random) -> Vec<u8> {
+    let all = [Cr4::SMEP, Cr4::SMAP, Cr4::SMAP, Cr4::PGE];
+    let common = if features == Features::All { &all[..] } else { &all[3..] };
     let bit = match r.below(8) {
         0 if paging.is_long() => r.pick(&[Cr4::PKE, Cr4::PAE, Cr4::LA57, Cr4::PSE]),
         0 if paging == Paging::Pae => r.pick(&[Cr4::PSE, Cr4::PCIDE]),
-        _ => r.pick(&common),
+        _ => r.pick(common),
     };
     step::toggle_control(4, bit as u32)
 }

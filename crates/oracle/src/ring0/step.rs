@@ -41,6 +41,9 @@ impl Access {
     ];
 }
 
+/// How a step of [`Access::Modify`] ends: add dword [rbx], 1.
+pub const MODIFY: [u8; 3] = [0x83, 0x03, 1];
+
 /// What is written.
 pub const WRITTEN: u32 = 0x5a5a_1234;
 
@@ -109,7 +112,7 @@ pub fn access(kind: Access, gva: u64, page: u64, long: bool) -> Vec<u8> {
     match kind {
         Access::Read => join(&[&rbx, &[0x8b, 0x0b], wide, &[0x89, 0x0f, 0x83, 0xc7, 8]]),
         Access::Write => join(&[&rbx, &[0xc7, 0x03], &WRITTEN.to_le_bytes()]),
-        Access::Modify => join(&[&rbx, &[0x83, 0x03, 1]]),
+        Access::Modify => join(&[&rbx, &MODIFY]),
         Access::Fetch => join(&[&rbx, &[0xff, 0xd3]]),
         Access::Descriptor => join(&[&load_ldt(page), &load_fs(IN_LDT)]),
         Access::FreshDescriptor => join(&[&load_ldt(page), &load_fs(IN_LDT + 8)]),

@@ -62,7 +62,7 @@ impl Rig {
 /// Compares every code of `mode`; the codes that were.
 fn compare_all(mode: Mode) -> BTreeSet<Code> {
     let only = std::env::var("UMBRA_ROWS_ONLY").ok();
-    let interp = Interp::new("interp", Default::default()).unwrap();
+    let interp = Interp::new("interp", &umbra_oracle::engines::profile(), Default::default()).unwrap();
     let mut rig = Rig { interp, host: Host::new().unwrap(), seen: BTreeMap::new() };
     let mut r = Random::new(1);
     let wanted = |code: &Code| only.as_ref().is_none_or(|m| format!("{:?}", code.mnemonic()) == *m);

@@ -64,7 +64,7 @@ fn engines_of(args: &Args) -> Result<Vec<Box<dyn Engine>>, DiffError> {
     if args.engines.len() < 2 {
         return Err(DiffError::TooFew);
     }
-    Ok(args.engines.iter().map(|name| engines::make(name)).collect::<Result<_, _>>()?)
+    Ok(engines::make_all(&args.engines)?)
 }
 
 fn compare(args: &Args) -> Result<bool, DiffError> {
@@ -145,7 +145,7 @@ fn replay(args: &Args, path: &Path) -> Result<bool, DiffError> {
     if names.len() < 2 {
         return Err(DiffError::TooFew);
     }
-    let mut engines: Vec<_> = names.iter().map(|name| engines::make(name)).collect::<Result<_, _>>()?;
+    let mut engines = engines::make_all(names)?;
     for step in &case.code.steps {
         println!("    {}", saved::disassemble(case.layout, step));
     }

@@ -1,0 +1,72 @@
+//! Whether the known defects of KVM's software backend explain all of a difference.
+
+use crate::case::{Case, Piece};
+use crate::compare::{Comparison, compare};
+use crate::engine::Outcome;
+use crate::ring0::{TABLES, TABLES_END, step};
+use std::borrow::Cow;
+use umbra_accel::defects::{Defect, EVENT_CLEARS_AC, IRET_KEEPS_SEGMENTS, MODIFY_SETS_ACCESSED, PKE_WITHOUT_PKU};
+use umbra_arch::control::Cr4;
+use umbra_arch::paging::entry::A;
+use umbra_arch::segment::Seg;
+use umbra_arch::{CpuState, rflags};
+
+/// The names of the defects that together are the whole difference; `None` if something is left.
+pub(super) fn explain(case: &Case, ours: &Outcome, theirs: &Outcome) -> Option<Cow<'static, str>> {
+    if case.code.steps.contains(&step::toggle_control(4, Cr4::PKE as u32)) {
+        // What follows differs in all sorts of ways.
+        return Some(PKE_WITHOUT_PKU.name.into());
+    }
+    let mut mended = ours.clone();
+    let mut found = Vec::new();
+    if let (Some(ours), Some(theirs)) = (&mut mended.state, &theirs.state) {
+        note(&mut found, IRET_KEEPS_SEGMENTS, null_segments(ours, theirs));
+        note(&mut found, EVENT_CLEARS_AC, alignment_flag(ours, theirs));
+    }
+    if case.code.steps.iter().any(|step| step.ends_with(&step::MODIFY)) {
+        note(&mut found, MODIFY_SETS_ACCESSED, accessed_bits(&mut mended.memory, &theirs.memory));
+    }
+    let explained = compare(case, ("mended", &mended), ("other", theirs)) == Comparison::Same;
+    (explained && !found.is_empty()).then(|| found.join(", ").into())
+}
+
+fn note(found: &mut Vec<&'static str>, defect: Defect, was_there: bool) {
+    if was_there {
+        found.push(defect.name);
+    }
+}
+
+/// Takes over null selectors where ours kept another one.
+fn null_segments(ours: &mut CpuState, theirs: &CpuState) -> bool {
+    let mut any = false;
+    for seg in [Seg::Ds, Seg::Es, Seg::Fs, Seg::Gs].map(|seg| seg as usize) {
+        if theirs.seg[seg].selector < 4 && ours.seg[seg].selector >= 4 {
+            ours.seg[seg] = theirs.seg[seg];
+            any = true;
+        }
+    }
+    any
+}
+
+/// Takes over RFLAGS.AC where ours lost it.
+fn alignment_flag(ours: &mut CpuState, theirs: &CpuState) -> bool {
+    let lost = theirs.rflags & !ours.rflags & rflags::AC;
+    ours.rflags |= lost;
+    lost != 0
+}
+
+/// Clears accessed bits of table entries that only ours set.
+fn accessed_bits(ours: &mut [Piece], theirs: &[Piece]) -> bool {
+    let tables = |piece: &Piece| (TABLES..TABLES_END).contains(&piece.gpa);
+    let mut any = false;
+    for (ours, theirs) in ours.iter_mut().zip(theirs).filter(|(ours, _)| tables(ours)) {
+        let entries = ours.bytes.chunks_exact_mut(8).zip(theirs.bytes.chunks_exact(8));
+        for (ours, theirs) in entries.filter(|(ours, theirs)| ours != theirs) {
+            if ours[1..] == theirs[1..] && u64::from(ours[0]) == u64::from(theirs[0]) | A {
+                ours[0] = theirs[0];
+                any = true;
+            }
+        }
+    }
+    any
+}
