@@ -3,19 +3,32 @@
 use crate::case::{Case, Piece};
 use crate::compare::{Comparison, compare};
 use crate::engine::Outcome;
-use crate::ring0::{TABLES, TABLES_END, step};
+use crate::ring0::{LOG, TABLES, TABLES_END, step};
 use std::borrow::Cow;
-use umbra_accel::defects::{Defect, EVENT_CLEARS_AC, IRET_KEEPS_SEGMENTS, MODIFY_SETS_ACCESSED, PKE_WITHOUT_PKU};
-use umbra_arch::control::Cr4;
+use umbra_accel::defects::{
+    ALIGNMENT_WITHOUT_AM, Defect, EVENT_CLEARS_AC, IRET_KEEPS_SEGMENTS, MODIFY_SETS_ACCESSED,
+    NXE_OFF_KEEPS_TRANSLATIONS, PKE_WITHOUT_PKU,
+};
+use umbra_arch::control::{Cr4, Efer};
 use umbra_arch::paging::entry::A;
 use umbra_arch::segment::Seg;
 use umbra_arch::{CpuState, rflags};
+
+/// Vectors, as the log has them.
+const AC: u32 = umbra_arch::fault::vector::AC as u32;
+const PF: u32 = umbra_arch::fault::vector::PF as u32;
+/// The error code's bit for reserved bits in tables ("Page-Fault Exceptions").
+const RSVD: u32 = 1 << 3;
 
 /// The names of the defects that together are the whole difference; `None` if something is left.
 pub(super) fn explain(case: &Case, ours: &Outcome, theirs: &Outcome) -> Option<Cow<'static, str>> {
     if case.code.steps.contains(&step::toggle_control(4, Cr4::PKE as u32)) {
         // What follows differs in all sorts of ways.
         return Some(PKE_WITHOUT_PKU.name.into());
+    }
+    if let Some(defect) = other_exception(case, ours, theirs) {
+        // The next step starts from another place.
+        return Some(defect.name.into());
     }
     let mut mended = ours.clone();
     let mut found = Vec::new();
@@ -28,6 +41,33 @@ pub(super) fn explain(case: &Case, ours: &Outcome, theirs: &Outcome) -> Option<C
     }
     let explained = compare(case, ("mended", &mended), ("other", theirs)) == Comparison::Same;
     (explained && !found.is_empty()).then(|| found.join(", ").into())
+}
+
+/// A defect by which the two logs of exceptions part.
+fn other_exception(case: &Case, ours: &Outcome, theirs: &Outcome) -> Option<Defect> {
+    let has = |step: Vec<u8>| case.code.steps.contains(&step);
+    let ([vector, code], [their_vector, their_code]) = first_difference(&ours.memory, &theirs.memory)?;
+    let checks = has(step::set_ac(true));
+    match (vector, their_vector) {
+        (AC, other) if other != AC && checks => Some(ALIGNMENT_WITHOUT_AM),
+        (other, AC) if other != AC && checks => Some(EVENT_CLEARS_AC),
+        (vector, PF) if their_code & RSVD != 0 && (vector != PF || code & RSVD == 0) => {
+            has(step::toggle_efer(Efer::NXE as u32)).then_some(NXE_OFF_KEEPS_TRANSLATIONS)
+        }
+        _ => None,
+    }
+}
+
+/// Vector and error code of the first entries that differ in the two logs: ours, then theirs.
+fn first_difference(ours: &[Piece], theirs: &[Piece]) -> Option<([u32; 2], [u32; 2])> {
+    let log = |pieces: &[Piece]| pieces.iter().find(|piece| piece.gpa == LOG).map(|piece| piece.bytes.clone());
+    let (ours, theirs) = (log(ours)?, log(theirs)?);
+    let entry = |bytes: &[u8]| {
+        let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| bytes[at + n]));
+        [word(0), word(4)]
+    };
+    let mut pairs = ours.chunks_exact(8).zip(theirs.chunks_exact(8));
+    pairs.find(|(ours, theirs)| ours != theirs).map(|(ours, theirs)| (entry(ours), entry(theirs)))
 }
 
 fn note(found: &mut Vec<&'static str>, defect: Defect, was_there: bool) {
