@@ -53,7 +53,7 @@ pub(crate) const fn column_of(view: &View) -> usize {
     if view.user {
         0
     } else {
-        let wp = view.wp || cfg!(umbra_mutant = "column-without-wp");
+        let wp = view.wp && !cfg!(umbra_mutant = "column-without-wp");
         1 + (wp as usize | (view.smap_enforced(false) as usize) << 1 | (view.smep as usize) << 2)
     }
 }

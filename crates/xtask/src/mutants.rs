@@ -98,7 +98,7 @@ impl Bench {
         let text = std::fs::read_to_string(&log).map_err(|e| XtaskError::Read(log, e))?;
         let mut failing = failing(&text);
         if failing.is_empty() && !passed {
-            failing.push("the whole run, which did not end".to_owned());
+            failing.push("the whole run, which ended without a report".to_owned());
         }
         Ok(failing)
     }
