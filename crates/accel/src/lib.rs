@@ -16,6 +16,8 @@ pub mod backend;
 pub mod defects;
 mod device_memory;
 pub mod handover;
+#[cfg(any(feature = "hvf", test))]
+pub mod hvf;
 mod time;
 
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
