@@ -79,8 +79,23 @@ pub const STEP_OVER_HLT: Defect = Defect {
     what: "after a HLT was single-stepped, a later KVM_RUN reports a HLT that the guest didn't reach",
 };
 
+/// Stores across a page boundary.
+pub const PARTIAL_WRITE: Defect = Defect {
+    name: "partial-write",
+    backend: Backend::KvmPvm,
+    what: "a store into an absent page that starts on the page before leaves its first bytes there; \
+           a processor writes nothing",
+};
+
+/// SYSRET.
+pub const SYSRET_SHUTDOWN: Defect = Defect {
+    name: "sysret-shutdown",
+    backend: Backend::KvmPvm,
+    what: "SYSRET to 64-bit code at selector 43h ends in a shutdown; a processor returns",
+};
+
 /// All of them.
-pub const DEFECTS: [Defect; 9] = [
+pub const DEFECTS: [Defect; 11] = [
     LEGACY_PAGING,
     IRET_KEEPS_SEGMENTS,
     EVENT_CLEARS_AC,
@@ -90,4 +105,6 @@ pub const DEFECTS: [Defect; 9] = [
     NXE_OFF_KEEPS_TRANSLATIONS,
     CPUID_SHOWS_HOST,
     STEP_OVER_HLT,
+    PARTIAL_WRITE,
+    SYSRET_SHUTDOWN,
 ];

@@ -5,6 +5,7 @@ mod support;
 use iced_x86::code_asm::*;
 use std::time::Duration;
 use support::*;
+use umbra_accel::defects::PARTIAL_WRITE;
 use umbra_accel::kvm::{CaseEnd, CaseLimit, CaseRunner};
 use umbra_arch::cpuid::{FeatureSet, HostOffer};
 use umbra_arch::exit::RefusalKind;
@@ -186,4 +187,29 @@ fn cpuid_in_long_mode_shows_the_fitted_profile() {
     assert_eq!(implemented(seen.features), fitted.profile.features);
     assert!(fitted.dropped.iter().all(|feature| !fitted.profile.has(*feature)));
     assert!(fitted.shown.is_empty() || !runner.backend().is_hardware(), "{:?}", fitted.shown);
+}
+
+/// What [`umbra_accel::defects`] says of stores across pages, on the backend that it says it of.
+#[test]
+fn a_store_into_an_absent_page_writes_nothing_but_for_the_known_defect() {
+    let Some(mut runner) = runner() else { return };
+    let start = long(runner.memory());
+    let memory = runner.memory().clone();
+    memory.write(Gpa::new(TABLES + 0x2008), &(TABLES + 0x3003).to_le_bytes());
+    memory.write(Gpa::new(TABLES + 0x3000), &0x10_0003_u64.to_le_bytes());
+    // #PF leads to a HLT at 9000h.
+    memory.write(Gpa::new(0x1200 + 14 * 16), &(0x9000_u64 | 8 << 16 | 0x8e << 40).to_le_bytes());
+    memory.write(Gpa::new(0x1108), &0x00af_9b00_0000_ffff_u64.to_le_bytes());
+    memory.write(Gpa::new(0x9000), &[0xf4]);
+    load(&memory, 64, |a| {
+        a.mov(eax, 0x1122_3344u32)?;
+        a.mov(dword_ptr(0x20_0ffe), eax)?;
+        a.hlt()
+    });
+    let outcome = runner.run(&start, &mut Recorder::default(), FREE).unwrap();
+    assert_eq!((outcome.end, outcome.state.rip, outcome.state.cr2), (CaseEnd::Halted, 0x9001, 0x20_1000));
+    let mut bytes = [0; 2];
+    memory.read(Gpa::new(0x10_0ffe), &mut bytes);
+    let is_known = PARTIAL_WRITE.backend == runner.backend();
+    assert_eq!(bytes != [0; 2], is_known, "{bytes:x?} on {}", runner.backend());
 }
