@@ -134,11 +134,16 @@ fn judge(members: &[Member]) -> Findings {
     findings
 }
 
+/// Whether a hyphen comes before the build metadata ("Semantic Versioning").
+fn is_pre_release(version: &str) -> bool {
+    version.split('+').next().is_some_and(|release| release.contains('-'))
+}
+
 /// Packages that workspace members use directly in a version that is not a release.
 fn pre_releases(metadata: &Value) -> Vec<String> {
     let used: Vec<String> = members(metadata).into_iter().flat_map(|m| m.dependencies).collect();
     packages(metadata)
-        .filter(|p| used.contains(&text(&p["name"])) && text(&p["version"]).contains('-'))
+        .filter(|p| used.contains(&text(&p["name"])) && is_pre_release(&text(&p["version"])))
         .map(|p| format!("{} {} is not a released version", text(&p["name"]), text(&p["version"])))
         .collect()
 }
@@ -181,7 +186,7 @@ mod tests {
             "workspace_members": ["a"],
             "packages": [
                 {"id": "a", "name": "umbra-arch", "version": "0.1.0", "dependencies": [{"name": "good"}, {"name": "bad"}]},
-                {"id": "g", "name": "good", "version": "1.0.0+wide", "dependencies": []},
+                {"id": "g", "name": "good", "version": "1.0.0+spec-1.1.0", "dependencies": []},
                 {"id": "b", "name": "bad", "version": "2.0.0-beta.1", "dependencies": []},
                 {"id": "c", "name": "unused", "version": "2.0.0-beta.1", "dependencies": []},
             ],

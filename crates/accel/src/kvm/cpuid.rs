@@ -32,6 +32,11 @@ pub struct Fitted {
 }
 
 impl Fitted {
+    /// What KVM says that it can do: less than the guest sees where CPUID can't be intercepted.
+    pub fn offered(&self) -> &CpuidProfile {
+        &self.offered
+    }
+
     /// A profile that a guest is taken to see as it is.
     pub(super) fn exactly(profile: CpuidProfile) -> Self {
         Self { offered: profile.clone(), profile, dropped: Vec::new(), shown: Vec::new() }

@@ -14,7 +14,7 @@ use umbra_accel::defects;
 use umbra_accel::kvm::{CaseEnd, CaseLimit, CaseRunner, Fitted, KvmError, KvmVcpu, fit};
 use umbra_arch::control::Cr4;
 use umbra_arch::cpuid::CpuidProfile;
-use umbra_arch::exit::Refusal;
+use umbra_arch::exit::{Refusal, RefusalKind};
 use umbra_arch::{CpuState, Gpa};
 use umbra_memory::{GuestMemory, PageFlags};
 use umbra_test_roms::Rom;
@@ -46,9 +46,13 @@ impl Kvm {
     }
 
     fn execute(&mut self, case: &Case) -> Answer {
-        let unknown = case.state.cr4.raw() & !self.fitted.profile.control_limits().cr4_allowed;
+        let unknown = case.state.cr4.raw() & !self.fitted.offered().control_limits().cr4_allowed;
         if unknown != 0 {
-            return self.cannot(format_args!("its CPU has no {}", missing(unknown)));
+            return self.cannot(format_args!("it doesn't offer {}", missing(unknown)));
+        }
+        let has_legacy_paging = case.state.cr0.pg() && !case.state.efer.lma();
+        if has_legacy_paging && defects::LEGACY_PAGING.backend == self.runner.backend() {
+            return self.cannot(format_args!("{}", defects::LEGACY_PAGING.name));
         }
         let start = match case.run {
             Run::Halt { .. } => case.state.clone(),
@@ -81,6 +85,9 @@ impl Kvm {
 
     /// Names the instruction, not its operands, so that reasons can be counted.
     fn refused(&self, refusal: &Refusal, state: &CpuState) -> Answer {
+        if refusal.kind == RefusalKind::State {
+            return self.cannot(format_args!("{}", refusal.kind.name()));
+        }
         let bits = match (state.is_64bit_code(), state.segment(umbra_arch::segment::Seg::Cs).attr.is_big()) {
             (true, _) => 64,
             (false, true) => 32,
