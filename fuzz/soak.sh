@@ -19,11 +19,15 @@ spent() {
 }
 
 cargo +nightly fuzz build "$target" -s none >> "$log" 2>&1
+seeds=() dictionary=()
+[ ! -d "fuzz/seeds/$target" ] || seeds=("fuzz/seeds/$target")
+[ ! -e "fuzz/dictionaries/$target.dict" ] || dictionary=("-dict=fuzz/dictionaries/$target.dict")
 step=300
 while [ "$(spent)" -lt "$total" ]; do
 	left=$((total - $(spent)))
 	now=$((left < step ? left : step))
-	if ! cargo +nightly fuzz run "$target" -s none "$folder/corpus" -- -max_total_time="$now" -timeout=20 \
+	if ! cargo +nightly fuzz run "$target" -s none "$folder/corpus" "${seeds[@]}" -- -max_total_time="$now" -timeout=20 \
+		"${dictionary[@]}" \
 		-rss_limit_mb=4096 -print_final_stats=1 -artifact_prefix="$folder/artifacts/" >> "$log" 2>&1; then
 		echo "finding after $(spent) s; see $log and $folder/artifacts"
 		exit 1

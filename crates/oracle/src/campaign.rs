@@ -7,6 +7,7 @@ use crate::engines;
 use crate::random::Random;
 use crate::ring0::{control, shapes};
 use crate::rows::Rows;
+use crate::trace::{self, Kernel, TraceError};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -23,6 +24,8 @@ pub enum Generator {
     Control(control::Features),
     /// Page-table shapes.
     Shapes,
+    /// Instructions of a booting kernel.
+    Trace(Vec<Case>),
 }
 
 impl Generator {
@@ -36,6 +39,19 @@ impl Generator {
         ),
         ("shapes", "one access through page tables of any shape, under any rights"),
     ];
+
+    /// Instructions that `kernel` executes while it boots.
+    ///
+    /// # Errors
+    /// [`TraceError`] when it can't be booted.
+    pub fn trace(kernel: &Kernel, seed: u64) -> Result<Self, TraceError> {
+        let mut r = Random::new(seed);
+        let cases: Vec<_> = trace::samples(kernel, seed)?.iter().filter_map(|s| trace::case(s, &mut r)).collect();
+        if cases.is_empty() {
+            return Err(TraceError::Nothing("nothing that the host can run".into()));
+        }
+        Ok(Generator::Trace(cases))
+    }
 
     /// The generator of that name.
     pub fn named(name: &str) -> Option<Self> {
@@ -56,6 +72,7 @@ impl Generator {
             Generator::Rows(rows) => rows.case(&mut r),
             Generator::Control(features) => control::case_of(*features, &mut r),
             Generator::Shapes => shapes::case(&mut r),
+            Generator::Trace(cases) => cases[index as usize % cases.len()].clone(),
         }
     }
 }

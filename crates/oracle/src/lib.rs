@@ -26,4 +26,5 @@ pub mod ring0;
 pub mod roms;
 pub mod rows;
 pub mod saved;
+pub mod trace;
 pub mod window;

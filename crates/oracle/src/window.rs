@@ -142,12 +142,17 @@ pub fn arm(case: &Case) -> CpuState {
     s
 }
 
+/// Linear addresses of the HLTs where such an engine ends.
+pub fn stubs() -> impl Iterator<Item = u64> {
+    (0..32).map(|n| SYSTEM + STUBS + 16 * n)
+}
+
 /// What ended a single-instruction case on such an engine: turns the state after HLT into the one before delivery.
 /// `read` loads eight bytes of guest-physical memory. `None` if it isn't in one of the stubs.
-pub fn caught(run: Run, s: &mut CpuState, read: impl Fn(u64) -> u64) -> Option<End> {
+pub fn caught(run: Run, s: &mut CpuState, mut read: impl FnMut(u64) -> u64) -> Option<End> {
     let offset = s.rip.wrapping_sub(SYSTEM + STUBS + 1);
     let number = u8::try_from(offset / 16).ok().filter(|n| *n < 32 && offset.is_multiple_of(16))?;
-    let at = |n: u64| read(s.gpr[4].wrapping_add(8 * n).wrapping_sub(SYSTEM).wrapping_add(SYSTEM_AT));
+    let mut at = |n: u64| read(s.gpr[4].wrapping_add(8 * n).wrapping_sub(SYSTEM).wrapping_add(SYSTEM_AT));
     let coded = matches!(number, vector::DF | vector::TS..=vector::PF | vector::AC | vector::CP);
     let code = coded.then(|| at(0) as u32);
     let frame: [u64; 5] = std::array::from_fn(|n| at(n as u64 + u64::from(coded)));

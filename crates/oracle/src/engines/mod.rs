@@ -1,16 +1,19 @@
 //! Engines by name.
 
 mod blank;
+mod gdb;
 mod host;
 mod interp;
 mod kvm;
 mod kvm_defects;
+mod qemu;
 mod window;
 
 pub use blank::Blank;
 pub use host::Host;
 pub use interp::Interp;
 pub use kvm::Kvm;
+pub use qemu::{Qemu, QemuError};
 pub use window::{Window, WindowError};
 
 use crate::engine::Engine;
@@ -35,13 +38,16 @@ pub enum MakeError {
     /// There is no usable KVM.
     #[error("kvm: {0}")]
     Kvm(#[from] KvmError),
+    /// There is no QEMU.
+    #[error("qemu: {0}")]
+    Qemu(#[from] QemuError),
     /// The interpreter can't be made.
     #[error("interp: {0}")]
     Interp(#[from] WindowError),
 }
 
 /// Names of all engines.
-pub const NAMES: &[&str] = &["interp", "interp-unload", "interp-drop", "interp-kvm-role", "host", "model", "kvm"];
+pub const NAMES: &[&str] = &["interp", "interp-unload", "interp-drop", "interp-kvm-role", "host", "model", "kvm", "qemu"];
 
 /// The engines of these names, to be compared with each other: all are the CPU that the poorest of them can be.
 ///
@@ -79,6 +85,7 @@ fn make_of(name: &str, profile: &CpuidProfile) -> Result<Box<dyn Engine>, MakeEr
         "host" => Box::new(Host::new()?),
         "model" => Box::new(Model),
         "kvm" => Box::new(Kvm::new(profile)?),
+        "qemu" => Box::new(Qemu::new()?),
         _ => return Err(MakeError::Unknown { name: name.to_owned() }),
     })
 }

@@ -4,9 +4,10 @@
 
 use super::step::{Access, WRITTEN};
 use super::{CODE, Paging, shapes};
-use crate::case::{Case, Layout, Piece};
+use crate::case::{Case, Layout, Piece, RAM};
 use crate::engine::{Answer, End, Engine, Outcome};
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 use umbra_arch::{CpuState, rflags};
 
 /// The predictor.
@@ -27,7 +28,7 @@ impl Engine for Model {
         let Some((kind, gva)) = starts.then(|| shapes::accessed(case, paging)).flatten() else {
             return Answer::cannot("the model predicts single accesses only");
         };
-        let mut world = World::of(case);
+        let mut world = World::of(case, paging);
         let fault = world.perform(s, paging, kind, gva);
         if let Some(code) = fault {
             world.put(shapes::FAULT.start, 14, 4);
@@ -44,8 +45,25 @@ impl Engine for Model {
     }
 }
 
-/// Memory as bytes that differ from zero.
-struct World(BTreeMap<u64, u8>);
+/// Memory: the layout's, and what is written over it.
+struct World {
+    layout: &'static [u8],
+    own: BTreeMap<u64, u8>,
+}
+
+/// The memory of a layout from address 0 on.
+fn flat(paging: Paging) -> &'static [u8] {
+    static ALL: LazyLock<[Vec<u8>; 3]> = LazyLock::new(|| {
+        Paging::ALL.map(|paging| {
+            let mut bytes = vec![0; RAM as usize];
+            for piece in Layout::Ring0(paging).pieces() {
+                bytes[piece.gpa as usize..][..piece.bytes.len()].copy_from_slice(&piece.bytes);
+            }
+            bytes
+        })
+    });
+    &ALL[paging as usize]
+}
 
 /// What an access asks for.
 struct Request {
@@ -56,27 +74,35 @@ struct Request {
 }
 
 impl World {
-    fn of(case: &Case) -> Self {
-        let mut world = Self(BTreeMap::new());
-        for piece in case.layout.pieces() {
-            world.0.extend((piece.gpa..).zip(piece.bytes.iter().copied()));
-        }
+    fn of(case: &Case, paging: Paging) -> Self {
+        let mut own = BTreeMap::new();
         for (gpa, bytes) in case.pieces() {
-            world.0.extend((gpa..).zip(bytes.iter().copied()));
+            own.extend((gpa..).zip(bytes.iter().copied()));
         }
-        world
+        Self { layout: flat(paging), own }
+    }
+
+    fn byte(&self, gpa: u64) -> u8 {
+        let layout = || self.layout.get(gpa as usize).copied().unwrap_or(0);
+        self.own.get(&gpa).copied().unwrap_or_else(layout)
     }
 
     fn get(&self, gpa: u64, bytes: u64) -> u64 {
-        (0..bytes).rev().fold(0, |value, n| value << 8 | u64::from(self.0.get(&(gpa + n)).copied().unwrap_or(0)))
+        (0..bytes).rev().fold(0, |value, n| value << 8 | u64::from(self.byte(gpa + n)))
     }
 
     fn put(&mut self, gpa: u64, value: u64, bytes: u64) {
-        self.0.extend((gpa..gpa + bytes).zip(value.to_le_bytes()));
+        self.own.extend((gpa..gpa + bytes).zip(value.to_le_bytes()));
     }
 
     fn piece(&self, range: &std::ops::Range<u64>) -> Piece {
-        let bytes = range.clone().map(|gpa| self.0.get(&gpa).copied().unwrap_or(0)).collect();
+        let layout = self.layout.get(range.start as usize..range.end as usize);
+        let mut bytes = layout.map(<[u8]>::to_vec).unwrap_or_default();
+        for (gpa, byte) in self.own.range(range.clone()) {
+            if let Some(to) = bytes.get_mut((gpa - range.start) as usize) {
+                *to = *byte;
+            }
+        }
         Piece { gpa: range.start, bytes }
     }
 

@@ -11,11 +11,12 @@ pub mod undefined;
 
 use crate::case::{Case, Code as CaseCode, Layout, Piece, Run};
 use crate::random::Random;
-use crate::window::{BYTES, CODE, PHYSICAL};
+use crate::trace::Sample;
+use crate::window::{self, BYTES, CODE, PHYSICAL};
 use form::Wish;
 use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic, OpKind, Register};
-use umbra_arch::CpuState;
 use umbra_arch::cpuid::CpuidProfile;
+use umbra_arch::{CpuState, rflags};
 use umbra_cpu::isa;
 use umbra_hostexec::native::{self, Mode, Until, WINDOW};
 
@@ -74,7 +75,7 @@ pub fn case(mode: Mode, code: Code, r: &mut Random) -> Option<Case> {
     if r.one_in(8) {
         bytes.insert(0, prefix(mode, r));
     }
-    let i = decode(mode, &bytes);
+    let i = decoded(mode, &bytes);
     if !may_compare(&i, mode, &bytes) {
         return None;
     }
@@ -84,6 +85,31 @@ pub fn case(mode: Mode, code: Code, r: &mut Random) -> Option<Case> {
     }
     let memory = fill(mode, target, &i, &state, r);
     Some(assemble(mode, &i, bytes, state, memory))
+}
+
+/// A sampled instruction with its registers, its operands moved into the window.
+pub(crate) fn moved(sample: &Sample, r: &mut Random) -> Option<Case> {
+    let Sample { mode, bytes, gpr, rflags, fp, data } = sample;
+    let i = decoded(*mode, bytes);
+    if !is_comparable(*mode, i.code()) || !may_compare(&i, *mode, bytes) {
+        return None;
+    }
+    let target = place::target(i.memory_size().size().clamp(2, 64) as u64, r);
+    let mut state = window::state(*mode);
+    state.gpr = *gpr;
+    state.rflags |= rflags & (rflags::STATUS | rflags::DF);
+    if uses_fp(i.code()) {
+        state.fp = *fp;
+    }
+    let state = place::put(&i, *mode, target, state, r)?;
+    if undefined::result(&i, state.gpr[1]) || processors::differ_with(&i, &state) {
+        return None;
+    }
+    let mut memory = fill(*mode, target, &i, &state, r);
+    if let (Some(data), Some(operand)) = (data, memory.first_mut()) {
+        *operand = around(target, *data);
+    }
+    Some(assemble(*mode, &i, bytes.clone(), state, memory))
 }
 
 fn may_compare(i: &Instruction, mode: Mode, bytes: &[u8]) -> bool {
@@ -110,7 +136,7 @@ pub fn instruction(case: &Case, mode: Mode) -> Instruction {
     native::decode(mode, &bytes, case.state.rip)
 }
 
-fn decode(mode: Mode, bytes: &[u8]) -> Instruction {
+pub(crate) fn decoded(mode: Mode, bytes: &[u8]) -> Instruction {
     let mut padded = [0xcc; 32];
     padded.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
     native::decode(mode, &padded, CODE + WINDOW - mode.base())

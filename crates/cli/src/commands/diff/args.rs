@@ -17,6 +17,7 @@ Generators:
   rows              one ring-3 instruction of any row, with edge values, in 16-, 32- and 64-bit code
   control           ring-0 sequences of control-register and EFER writes, page-table edits and accesses
   shapes            one access through page tables of any shape, under any rights
+  (with --kernel)   up to 20000 instructions that the kernel executes while it boots, with their operands
 
 Each case ends the same, different, or with an engine that cannot answer it, whose reasons are counted.
 
@@ -29,6 +30,8 @@ Examples:
   umbra diff --engines interp,host --cases 10000000
   umbra diff --engines interp,model --generator shapes --seed 7 --shard 3/16 --json shard-3.json
   umbra diff --merge shard-*.json
+  umbra diff --engines interp,host --kernel vmlinuz --cases 20000
+  umbra diff --engines interp,qemu --rom all
   umbra diff --replay diff-rows-1-4711.toml";
 
 /// Run generated cases on several engines and compare registers, flags, memory, exceptions and page tables with
@@ -63,6 +66,15 @@ pub struct Args {
     /// Compare the reports of a test ROM, or of all
     #[arg(long, value_name = "NAME", conflicts_with_all = ["generator", "shard", "json"])]
     pub rom: Option<String>,
+    /// Boot this kernel under the interpreter and take its instructions as the cases
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["generator", "rom", "replay", "merge"])]
+    pub kernel: Option<PathBuf>,
+    /// Its initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// Its command line
+    #[arg(long, value_name = "STRING", requires = "kernel", default_value = "console=ttyS0")]
+    pub append: String,
     /// Run a written case again, on the engines that it names unless --engines is given
     #[arg(long, value_name = "CASE", conflicts_with_all = ["generator", "shard", "json", "rom"])]
     pub replay: Option<PathBuf>,

@@ -65,6 +65,11 @@ fn put(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
     std::fs::write(path, bytes).map_err(|error| FileError::new(path, error))
 }
 
+/// A file's bytes.
+pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
+    std::fs::read(path).map_err(|error| FileError::new(path, error))
+}
+
 /// A written case.
 pub fn read_case(path: &Path) -> Result<(Case, Origin), FileError> {
     let text = std::fs::read_to_string(path).map_err(|error| FileError::new(path, error))?;

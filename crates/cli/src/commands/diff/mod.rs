@@ -18,6 +18,7 @@ use umbra_oracle::engine::Engine;
 use umbra_oracle::engines::{self, MakeError};
 use umbra_oracle::minimise::minimise;
 use umbra_oracle::saved::{self, Origin};
+use umbra_oracle::trace::{Kernel, TraceError};
 
 /// A difference, or too few answers to say that there is none.
 const DIFFERENT: u8 = 1;
@@ -31,6 +32,8 @@ enum DiffError {
     Engine(#[from] MakeError),
     #[error(transparent)]
     File(#[from] FileError),
+    #[error("--kernel: {0}")]
+    Trace(#[from] TraceError),
     #[error("--engines: name at least two, for example interp,host")]
     TooFew,
     #[error("no generator is called {name:?}: use {}", names())]
@@ -68,13 +71,12 @@ fn engines_of(args: &Args) -> Result<Vec<Box<dyn Engine>>, DiffError> {
 }
 
 fn compare(args: &Args) -> Result<bool, DiffError> {
-    let generator =
-        Generator::named(&args.generator).ok_or_else(|| DiffError::Generator { name: args.generator.clone() })?;
+    let (name, generator) = generator(args)?;
     let mut engines = engines_of(args)?;
     let (shard, of) = args.shard;
     let mut tally = Tally {
         engines: args.engines.clone(),
-        generator: args.generator.clone(),
+        generator: name,
         seed: args.seed,
         shards: vec![format!("{shard}/{of}")],
         ..Tally::default()
@@ -102,6 +104,18 @@ fn compare(args: &Args) -> Result<bool, DiffError> {
     Ok(tally.is_good())
 }
 
+/// What makes the cases, and its name.
+fn generator(args: &Args) -> Result<(String, Generator), DiffError> {
+    let Some(image) = &args.kernel else {
+        let made = Generator::named(&args.generator);
+        let generator = made.ok_or_else(|| DiffError::Generator { name: args.generator.clone() })?;
+        return Ok((args.generator.clone(), generator));
+    };
+    let initrd = args.initrd.as_deref().map(files::read).transpose()?;
+    let kernel = Kernel { image: files::read(image)?, initrd, command_line: args.append.clone() };
+    Ok(("trace".into(), Generator::trace(&kernel, args.seed)?))
+}
+
 /// Minimises a finding, prints and writes it.
 fn smaller(
     args: &Args,
@@ -118,7 +132,7 @@ fn smaller(
     }
     let origin = Origin {
         engines: args.engines.clone(),
-        generator: args.generator.clone(),
+        generator: if args.kernel.is_some() { "trace".into() } else { args.generator.clone() },
         seed: args.seed.to_string(),
         index: finding.index,
         difference: text,
