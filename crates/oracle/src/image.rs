@@ -1,7 +1,7 @@
 //! A case as a self-contained image that any Multiboot loader starts: it puts memory and registers in place and
 //! runs the case, which ends in HLT with interrupts off.
 
-use crate::case::{Case, Layout, Piece};
+use crate::case::{Case, Layout, Piece, RAM};
 use crate::window;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -38,8 +38,8 @@ struct Launch {
     physical: u64,
     /// Linear and physical address of an XSAVE area.
     fp: Option<(u64, u64)>,
-    /// An entry that maps `enter` and that goes again: its physical and linear address.
-    scaffold: Option<(u64, u64)>,
+    /// Address of an entry that maps the low memory one to one, itself included, and that goes again.
+    scaffold: Option<u64>,
 }
 
 const RING0: Launch = Launch { enter: 0x6000, linear: 0x6200, physical: 0x6200, fp: None, scaffold: None };
@@ -99,6 +99,15 @@ fn flat(pieces: &[Piece], enter: u64) -> Result<Vec<u8>, ImageError> {
 fn copying(pieces: &[Piece], starts: &[u64], enter: u64) -> Result<Vec<u8>, ImageError> {
     let mut a = CodeAssembler::new(32)?;
     a.cld()?;
+    // Firmware may have left a timer running.
+    a.mov(al, 0xff)?;
+    a.out(0x21, al)?;
+    a.out(0xa1, al)?;
+    // Firmware has left things where cases have zeros.
+    a.xor(eax, eax)?;
+    a.xor(edi, edi)?;
+    a.mov(ecx, (RAM / 4) as u32)?;
+    a.rep().stosd()?;
     for (piece, start) in pieces.iter().zip(starts) {
         a.mov(esi, *start as u32)?;
         a.mov(edi, piece.gpa as u32)?;
@@ -134,9 +143,8 @@ fn system_descriptors(case: &Case, launch: Launch) -> Vec<Piece> {
     if ldt.selector != 0 {
         all.push(place(ldt, 2));
     }
-    if let Some((physical, _)) = launch.scaffold {
-        all.push(Piece { gpa: physical, bytes: (window::SCAFFOLD | 3).to_le_bytes().to_vec() });
-        all.push(Piece { gpa: window::SCAFFOLD, bytes: 0x83u64.to_le_bytes().to_vec() });
+    if let Some(entry) = launch.scaffold {
+        all.push(Piece { gpa: entry, bytes: 0x83u64.to_le_bytes().to_vec() });
     }
     all
 }
@@ -193,7 +201,7 @@ fn launch64(case: &Case, launch: Launch) -> Result<Vec<u8>, ImageError> {
     let selector = |seg: Seg| u32::from(s.seg[seg as usize].selector);
     let mut a = CodeAssembler::new(64)?;
     a.lidt(ptr(launch.linear + 16))?;
-    if let Some((_, entry)) = launch.scaffold {
+    if let Some(entry) = launch.scaffold {
         a.mov(rax, entry)?;
         a.mov(qword_ptr(rax), 0)?;
         a.mov(rax, cr3)?;

@@ -1,39 +1,46 @@
 //! Makes a differing case smaller as long as it still differs: fewer steps, less memory, plainer registers.
 
 use crate::case::Case;
+use std::time::{Duration, Instant};
 use umbra_arch::control::{Cr0, Cr4, Efer};
 use umbra_arch::fpu::FpState;
 
-/// Attempts after which it is small enough.
+/// Attempts after which it is small enough, and time after which it has to be: some engines are slow.
 const ATTEMPTS: usize = 20_000;
+const PATIENCE: Duration = Duration::from_secs(8);
 
 struct Search<'a> {
     case: Case,
     differs: &'a mut dyn FnMut(&Case) -> bool,
     left: usize,
+    start: Instant,
 }
 
 /// The smallest case that was found for which `differs` still holds.
 pub fn minimise(case: &Case, differs: &mut dyn FnMut(&Case) -> bool) -> Case {
-    let mut search = Search { case: case.clone(), differs, left: ATTEMPTS };
+    let mut search = Search { case: case.clone(), differs, left: ATTEMPTS, start: Instant::now() };
     loop {
         let before = search.case.clone();
         search.steps();
         search.memory();
         search.registers();
         search.control();
-        if search.case == before || search.left == 0 {
+        if search.case == before || search.is_spent() {
             return search.case;
         }
     }
 }
 
 impl Search<'_> {
+    fn is_spent(&self) -> bool {
+        self.left == 0 || self.start.elapsed() > PATIENCE
+    }
+
     /// Keeps a change if the case still differs.
     fn attempt(&mut self, change: impl FnOnce(&mut Case)) -> bool {
         let mut smaller = self.case.clone();
         change(&mut smaller);
-        if smaller == self.case || self.left == 0 {
+        if smaller == self.case || self.is_spent() {
             return false;
         }
         self.left -= 1;
@@ -79,7 +86,9 @@ impl Search<'_> {
     fn registers(&mut self) {
         let plain = self.case.layout.state();
         for n in 0..16 {
-            if !self.attempt(|case| case.state.gpr[n] = plain.gpr[n]) {
+            // In ring 0 they have meanings: the log's end, the stack.
+            let is_free = self.case.layout.is_window();
+            if !self.attempt(|case| case.state.gpr[n] = plain.gpr[n]) && is_free {
                 for shift in [32, 16, 8] {
                     self.attempt(|case| case.state.gpr[n] &= (1 << shift) - 1);
                 }

@@ -32,28 +32,24 @@ const STACK_END: u64 = 0x3000;
 /// Kernel code, as [`selectors`] has it.
 pub(crate) const KERNEL_CS: u64 = 0x10;
 
-/// Where an image's starting code puts the page directory that maps it one to one for a moment.
-pub(crate) const SCAFFOLD: u64 = 0x9000;
-
 /// Places for an image's starting code.
 pub(crate) struct Launch {
     pub(crate) enter: u64,
     pub(crate) linear: u64,
     pub(crate) physical: u64,
     pub(crate) fp: (u64, u64),
-    pub(crate) scaffold: (u64, u64),
+    pub(crate) scaffold: u64,
 }
 
 pub(crate) fn launch() -> Launch {
     const AT: u64 = 0x1b00;
     const FP: u64 = 0x2000;
-    // Ring 3 doesn't reach the page directory pointer table: the entry is cleared by its own mapping.
     Launch {
         enter: 0xa000,
         linear: SYSTEM + AT,
         physical: SYSTEM_AT + AT,
         fp: (SYSTEM + FP, SYSTEM_AT + FP),
-        scaffold: (0x2000, 0x2000),
+        scaffold: 0x3000,
     }
 }
 

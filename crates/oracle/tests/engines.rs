@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use umbra_hostexec::native::Mode;
 use umbra_mmu::MmuOptions;
+use umbra_oracle::campaign::{Verdict, judge};
 use umbra_oracle::case::Case;
 use umbra_oracle::compare::{Comparison, compare};
 use umbra_oracle::engine::{Answer, Outcome};
@@ -11,6 +12,7 @@ use umbra_oracle::engines::{self, Blank, Window, make};
 use umbra_oracle::random::Random;
 use umbra_oracle::ring0::{control, shapes};
 use umbra_oracle::rows::Rows;
+use umbra_oracle::saved;
 
 fn outcome(answer: Answer, case: &Case) -> Outcome {
     match answer {
@@ -58,4 +60,20 @@ fn a_delivered_exception_is_the_raised_one() {
         *ends.entry(format!("{:?}", a.end).chars().take(20).collect()).or_default() += 1;
     }
     assert!(ends.len() > 5, "{ends:?}");
+}
+
+/// Differences that were found once, each on its engines.
+#[test]
+fn saved_cases_stay_the_same() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cases");
+    let mut count = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let (case, origin) = saved::read(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!(saved::read(&saved::write(&case, &origin)).unwrap(), (case.clone(), origin.clone()));
+        let mut engines: Vec<_> = origin.engines.iter().map(|name| make(name).unwrap()).collect();
+        assert_eq!(judge(&mut engines, &case), Verdict::Same, "{}", path.display());
+        count += 1;
+    }
+    assert!(count > 0, "no cases in {folder}");
 }
