@@ -47,7 +47,8 @@ pub enum MakeError {
 }
 
 /// Names of all engines.
-pub const NAMES: &[&str] = &["interp", "interp-unload", "interp-drop", "interp-kvm-role", "host", "model", "kvm", "qemu"];
+pub const NAMES: &[&str] =
+    &["interp", "interp-unload", "interp-drop", "interp-kvm-role", "host", "model", "kvm", "qemu"];
 
 /// The engines of these names, to be compared with each other: all are the CPU that the poorest of them can be.
 ///
