@@ -10,6 +10,7 @@ use umbra_accel::kvm::{CaseEnd, CaseLimit, CaseRunner};
 use umbra_arch::cpuid::{FeatureSet, HostOffer};
 use umbra_arch::exit::RefusalKind;
 use umbra_arch::fpu::FpState;
+use umbra_arch::segment::{Attr, Segment};
 use umbra_arch::state::{Msrs, Shadow};
 use umbra_arch::{CpuState, Gpa, GpaPage};
 
@@ -29,6 +30,8 @@ fn with_everything(mut s: CpuState) -> CpuState {
     s.nmi_blocked = true;
     s.shadow = Shadow::MovSs;
     (s.xcr0, s.pkru) = (7, 0);
+    s.seg[umbra_arch::segment::Seg::Ldtr as usize] =
+        Segment { base: 0x80_0041_8100, limit: 0x1f, attr: Attr(0x82), selector: 0x40 };
     s.msr.lstar = 0xffff_8000_0000_1000;
     s.msr.star = 0x0023_0010_0000_0000;
     s.msr.fmask = 0x4_7700;

@@ -214,3 +214,22 @@ fn roms_are_listed_and_pass() {
     }
     assert_eq!(umbra(&["rom", "run", "no-such-rom"]).status.code(), Some(125));
 }
+
+/// `auto` never means a slow or absent backend, and everything says who executed the guest.
+#[test]
+fn auto_takes_hardware_only_and_reports_name_the_backend() {
+    let doctor: serde_json::Value = serde_json::from_str(&text(&umbra(&["doctor", "--json"]).stdout)).unwrap();
+    let kvm = &doctor["kvm"];
+    let usable = kvm["device"] == "usable";
+    let is_accelerated = usable && kvm["hardware"] == true;
+    let result: serde_json::Value =
+        serde_json::from_str(&text(&umbra(&["rom", "run", "strings", "--accel", "auto", "--json"]).stdout)).unwrap();
+    assert_eq!(result["backend"].is_string(), is_accelerated, "{result}");
+    if !usable {
+        eprintln!("SKIPPED in part, nothing was run under KVM: {}", kvm["device"]);
+        return;
+    }
+    let output = umbra(&["rom", "run", "embedded", "--accel", "kvm", "--handover-at", "refusal", "--json"]);
+    let result: serde_json::Value = serde_json::from_str(&text(&output.stdout)).unwrap();
+    assert_eq!((&result["passed"], &result["backend"]), (&true.into(), &kvm["backend"]), "{result}");
+}

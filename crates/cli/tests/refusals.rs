@@ -166,3 +166,11 @@ fn help_lists_every_exit_code() {
         assert!(help.contains(part), "no {part:?} in the help");
     }
 }
+
+#[test]
+fn hand_overs_without_an_accelerator_and_accelerated_machines_of_many() {
+    refused(&["run", "--handover-at", "refusal"], &["--handover-at", "--accel kvm"]);
+    refused(&["rom", "run", "strings", "--handover-at", "0x1000"], &["--handover-at", "--accel kvm"]);
+    refused(&["run", "--accel", "kvm", "--smp", "2"], &["--accel kvm", "--smp"]);
+    refused(&["run", "--accel", "kvm", "--handover-at", "later"], &["later", "refusal"]);
+}
