@@ -12,5 +12,5 @@ mod profile;
 pub mod xsave;
 
 pub use feature::{Feature, FeatureSet, Place, Register};
-pub use leaves::{CpuidDynamic, HYPERVISOR_SIGNATURE};
+pub use leaves::{CpuidDynamic, HYPERVISOR_SIGNATURE, KVM_SIGNATURE};
 pub use profile::{BadProfile, CpuidProfile, HostOffer, MissingFeature, PROFILE_NAMES, Vendor};

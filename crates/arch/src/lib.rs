@@ -28,4 +28,4 @@ pub use exit::Exit;
 pub use fault::Fault;
 pub use state::CpuState;
 pub use time::VirtualTime;
-pub use vcpu::{AccessWidth, Bus, Reply, Slice, Stopped, Vcpu};
+pub use vcpu::{AccessWidth, Bus, PageAnswer, PageContext, Reply, Slice, Stopped, Vcpu};

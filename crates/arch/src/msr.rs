@@ -1,6 +1,8 @@
 //! MSR numbers ("Model-Specific Registers").
 #![allow(missing_docs, reason = "the names are the manual's")]
 
+use crate::cpuid::Feature;
+
 pub const IA32_TSC: u32 = 0x10;
 pub const IA32_PLATFORM_ID: u32 = 0x17;
 pub const IA32_APIC_BASE: u32 = 0x1b;
@@ -33,6 +35,12 @@ pub const IA32_TSC_DEADLINE: u32 = 0x6e0;
 pub const X2APIC_FIRST: u32 = 0x800;
 pub const X2APIC_LAST: u32 = 0x8ff;
 pub const IA32_XSS: u32 = 0xda0;
+/// KVM: control of asynchronous page faults.
+pub const KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
+/// KVM: vector of "page ready" interrupts.
+pub const KVM_ASYNC_PF_INT: u32 = 0x4b56_4d06;
+/// KVM: acknowledgement of a "page ready" interrupt.
+pub const KVM_ASYNC_PF_ACK: u32 = 0x4b56_4d07;
 pub const IA32_EFER: u32 = 0xc000_0080;
 pub const IA32_STAR: u32 = 0xc000_0081;
 pub const IA32_LSTAR: u32 = 0xc000_0082;
@@ -42,6 +50,15 @@ pub const IA32_FS_BASE: u32 = 0xc000_0100;
 pub const IA32_GS_BASE: u32 = 0xc000_0101;
 pub const IA32_KERNEL_GS_BASE: u32 = 0xc000_0102;
 pub const IA32_TSC_AUX: u32 = 0xc000_0103;
+
+/// The feature without which this MSR of KVM's doesn't exist.
+pub const fn kvm_feature(msr: u32) -> Option<Feature> {
+    match msr {
+        KVM_ASYNC_PF_EN => Some(Feature::KvmAsyncPf),
+        KVM_ASYNC_PF_INT | KVM_ASYNC_PF_ACK => Some(Feature::KvmAsyncPfInt),
+        _ => None,
+    }
+}
 
 /// Whether the MSR lives in the local APIC, behind [`Bus`](crate::Bus).
 pub const fn is_apic(msr: u32) -> bool {

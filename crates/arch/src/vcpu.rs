@@ -1,6 +1,6 @@
 //! The two borders of an engine: [`Vcpu`] towards the machine, [`Bus`] towards devices.
 
-use crate::{CpuState, Exit, Fault, Gpa, VirtualTime};
+use crate::{CpuState, Exit, Fault, Gpa, GpaPage, VirtualTime};
 
 /// Width of one device access.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -58,6 +58,28 @@ impl<T> Reply<T> {
     }
 }
 
+/// The state of a CPU whose instruction came to a page of RAM that has yet to arrive.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PageContext {
+    /// Current privilege level.
+    pub cpl: u8,
+    /// CR0.PG.
+    pub paging: bool,
+    /// A maskable interrupt would be taken before this instruction: RFLAGS.IF is set and no shadow is in force.
+    pub interruptible: bool,
+}
+
+/// What a CPU does about a page of RAM that has yet to arrive.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PageAnswer {
+    /// The engine loads it at once and executes the instruction again.
+    Now,
+    /// It arrives at this time: the CPU does nothing until then but take interrupts.
+    Wait(VirtualTime),
+    /// The guest wants to be told: #PF with error code 0 and this in CR2, as KVM's "page not present" event.
+    Event(u32),
+}
+
 /// What a virtual CPU reaches outside its registers and RAM. Called in the middle of an instruction,
 /// exactly once per architectural access. `now` is the virtual time of the calling instruction.
 pub trait Bus {
@@ -69,7 +91,8 @@ pub trait Bus {
     fn port_read(&mut self, now: VirtualTime, port: u16, width: AccessWidth) -> Reply<u32>;
     /// Writes an I/O port.
     fn port_write(&mut self, now: VirtualTime, port: u16, width: AccessWidth, value: u32) -> Reply<()>;
-    /// RDMSR of an MSR that lives in the local APIC: IA32_APIC_BASE, IA32_TSC_DEADLINE, x2APIC's.
+    /// RDMSR of an MSR that lives outside of the CPU: the local APIC's (IA32_APIC_BASE, IA32_TSC_DEADLINE,
+    /// x2APIC's) and those of KVM's asynchronous page faults.
     fn apic_msr_read(&mut self, now: VirtualTime, msr: u32) -> Result<Reply<u64>, Fault>;
     /// WRMSR of such an MSR.
     fn apic_msr_write(&mut self, now: VirtualTime, msr: u32, value: u64) -> Result<Reply<()>, Fault>;
@@ -90,6 +113,10 @@ pub trait Bus {
     /// The guest moved its TSC: it is `offset` ahead of virtual time now (modulo 2^64).
     fn tsc_moved(&mut self, _now: VirtualTime, _offset: u64) -> Reply<()> {
         Reply::quiet(())
+    }
+    /// The instruction about to be executed again came to a page of RAM that has yet to arrive.
+    fn page_absent(&mut self, _now: VirtualTime, _page: GpaPage, _context: PageContext) -> PageAnswer {
+        PageAnswer::Now
     }
     /// PAUSE: this CPU probably waits for another.
     fn pause(&mut self, _now: VirtualTime) -> Reply<()> {

@@ -47,6 +47,10 @@ fn every_feature_shows_exactly_where_its_place_says() {
             if feature.place().leaf == 0xd {
                 with.features = [feature, Feature::Xsave].into_iter().collect();
             }
+            // Leaf 40000001h exists with what it is about only.
+            if feature.place().leaf == 0x4000_0001 {
+                with.features.insert(feature);
+            }
             assert!(shows(&with, feature, at_reset()), "{feature}");
             let mut without = with.clone();
             without.features.remove(feature);
@@ -212,6 +216,22 @@ fn names_read_back() {
     assert_eq!(characters(&brand), "Umbra virtual CPU (umbra-v3)");
     assert_eq!(p.signature(), 0x806f8);
     assert_eq!(p.cpuid(0x8000_0008, 0, now)[0], 48 << 8 | 46);
+}
+
+#[test]
+fn kvm_is_named_only_where_a_feature_of_its_is_offered() {
+    use Feature::{Hypervisor, KvmAsyncPf, KvmAsyncPfInt};
+    for name in PROFILE_NAMES {
+        assert!(!profile(name).has(KvmAsyncPf) && !profile(name).has(KvmAsyncPfInt), "{name}");
+        assert_eq!(profile(name).cpuid(0x4000_0001, 0, at_reset()), [0; 4], "{name}");
+    }
+    let p = CpuidProfile::parse("umbra-v3,+kvm-asyncpf-int", &full_host()).expect("offered");
+    assert_eq!(p.cpuid(0x4000_0000, 0, at_reset()), [0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d]);
+    assert_eq!(p.cpuid(0x4000_0001, 0, at_reset()), [1 << 4 | 1 << 14, 0, 0, 0]);
+    for off in ["kvm-asyncpf", "hypervisor"] {
+        let p = CpuidProfile::parse(&format!("umbra-v3,+kvm-asyncpf-int,-{off}"), &full_host()).expect("taken away");
+        assert!(!p.has(KvmAsyncPf) && !p.has(KvmAsyncPfInt) && p.has(Hypervisor) == (off == "kvm-asyncpf"), "{off}");
+    }
 }
 
 #[test]

@@ -38,6 +38,12 @@ pub enum CliError {
         /// The path.
         path: PathBuf,
     },
+    /// The guest is offered news of pages that arrive later, and none do.
+    #[error("--cpu: +kvm-asyncpf means nothing without --memory-file: give one, or take it away")]
+    NeedsMemoryFile,
+    /// An accelerator reaches RAM without asking.
+    #[error("--memory-file needs Umbra's own engine: leave --accel kvm away")]
+    AccelMemoryFile,
     /// The file alone is larger than RAM.
     #[error("{flag} {}: the file is larger than the guest's RAM ({ram} bytes): enlarge it with -m", path.display())]
     LargerThanRam {

@@ -48,7 +48,7 @@ pub fn of(end: &End, expecting: bool) -> u8 {
         End::Stopped(Stop::Timeout) => TIMEOUT,
         End::Stopped(Stop::User) => USER,
         End::Stopped(Stop::Signal(signal)) => 128u8.wrapping_add(*signal as u8),
-        End::Stopped(Stop::OutputClosed | Stop::HandOver) | End::Limit | End::Mark(_) => HOST,
+        End::Stopped(Stop::OutputClosed | Stop::HandOver) | End::MemoryFile(_) | End::Limit | End::Mark(_) => HOST,
     }
 }
 

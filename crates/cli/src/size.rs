@@ -34,6 +34,24 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(seconds * unit).map_err(|_| wrong())
 }
 
+/// Reads nanoseconds of guest time: a number with `ns`, `us`, `ms` or `s`.
+///
+/// # Errors
+/// Says what such a time looks like.
+pub fn parse_latency(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is not a time: write for example 100us or 2ms");
+    let digits = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
+    let number: u64 = text[..digits].parse().map_err(|_| wrong())?;
+    let unit = match &text[digits..] {
+        "ns" => 1,
+        "us" => 1_000,
+        "ms" => 1_000_000,
+        "s" => 1_000_000_000,
+        _ => return Err(wrong()),
+    };
+    number.checked_mul(unit).ok_or_else(wrong)
+}
+
 /// Reads an address: hexadecimal with `0x`, else decimal.
 ///
 /// # Errors
@@ -87,6 +105,16 @@ mod tests {
         assert_eq!(parse_range("..0xffff_0000"), Ok(0..0xffff_0000));
         for text in ["", "5", "2..1", "1..1", "a..b", "0x..0xg"] {
             assert!(parse_range(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn latencies() {
+        for (text, ns) in [("0ns", 0), ("100us", 100_000), ("2ms", 2_000_000), ("1s", 1_000_000_000)] {
+            assert_eq!(parse_latency(text), Ok(ns), "{text}");
+        }
+        for text in ["", "5", "us", "1.5ms", "-1s", "1h", "99999999999999s"] {
+            assert!(parse_latency(text).is_err(), "{text}");
         }
     }
 

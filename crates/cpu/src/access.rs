@@ -245,8 +245,7 @@ impl Core {
     }
 
     fn place_as(&mut self, lin: u64, bytes: u64, access: Access, legacy: bool) -> Result<Place, Stop> {
-        let first = self.mmu.translate(Gva::new(lin), access);
-        let first = self.check(first)?;
+        let first = self.translate(lin, access)?;
         // The walk may have set A or D bits on a page that holds code.
         self.break_block |= self.mmu.watcher().is_pending();
         if self.trace.is_some() {
@@ -260,9 +259,20 @@ impl Core {
         if legacy {
             next &= 0xffff_ffff;
         }
-        let second = self.mmu.translate(Gva::new(next), access);
-        let second = self.check(second)?;
+        let second = self.translate(next, access)?;
         Ok(Place::Split(first, second, room))
+    }
+
+    /// Translates one byte for the running instruction, which starts again if the page has yet to arrive.
+    /// That never happens to implicit accesses, so that no event is lost half-way in its delivery.
+    pub fn translate(&mut self, lin: u64, access: Access) -> Result<Translation, Stop> {
+        let found = self.mmu.translate(Gva::new(lin), access);
+        let found = self.check(found)?;
+        if found.absent {
+            self.absent = found.gpa.page();
+            return Err(Stop::Absent);
+        }
+        Ok(found)
     }
 
     fn load_place(&mut self, bus: &mut dyn Bus, op: &Op, place: Place, bytes: u64) -> u64 {

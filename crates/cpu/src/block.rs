@@ -310,11 +310,11 @@ fn fetch_page(c: &mut Core, lin: u64) -> Result<RamOffset, Stop> {
         return Ok(offset);
     }
     let access = Access::explicit(AccessKind::Fetch, c.s.cpl);
-    let found = c.mmu.translate(Gva::new(lin), access);
+    let found = c.translate(lin, access);
     if c.trace.is_some() {
         c.trace_mmu();
     }
-    match c.check(found)?.backing {
+    match found?.backing {
         Backing::Ram(offset) | Backing::Rom(offset) => Ok(offset),
         Backing::Mmio => {
             let rip = c.next_rip;

@@ -7,7 +7,7 @@ use umbra_arch::control::{CodeContext, ControlLimits, ControlRegs, Effects};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::segment::Seg;
 use umbra_arch::state::{Activity, Shadow};
-use umbra_arch::{Bus, CpuState, Exit, Fault, VirtualTime, rflags};
+use umbra_arch::{Bus, CpuState, Exit, Fault, GpaPage, VirtualTime, rflags};
 use umbra_hostexec::HostExec;
 use umbra_memory::{GuestMemory, MemoryError, Watcher};
 use umbra_mmu::{Mmu, MmuOptions};
@@ -78,6 +78,8 @@ pub struct Core {
     pub extra_cost: u64,
     /// The raised fault, valid after [`Stop::Fault`].
     pub fault: Fault,
+    /// The page, valid after [`Stop::Absent`].
+    pub absent: GpaPage,
     /// The exit, valid after [`Stop::Exit`].
     pub exit: Option<Exit>,
     /// Stores to lines that hold decoded code: (RAM offset, length).
@@ -144,6 +146,7 @@ impl Core {
             clock: VirtualTime(0),
             extra_cost: 0,
             fault: Fault::UNDEFINED,
+            absent: GpaPage::new(0),
             exit: None,
             code_writes: Vec::new(),
             code_size: CodeSize::Bits16,

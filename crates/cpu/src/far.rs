@@ -82,6 +82,7 @@ impl Core {
                 if self.s.efer.lma() && !Gva::new(at).is_canonical(self.s.linear_bits()) {
                     return self.raise(Fault::SS0);
                 }
+                // An absent page is loaded by the write itself.
                 let probe = self.mmu.translate(Gva::new(at), access);
                 self.check(probe)?;
             }

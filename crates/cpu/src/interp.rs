@@ -10,7 +10,7 @@ use crate::op::Stop;
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::state::{Activity, Shadow};
-use umbra_arch::{Bus, CpuState, Exit, Gpa, Slice, Stopped, Vcpu, VirtualTime, rflags};
+use umbra_arch::{Bus, CpuState, Exit, Fault, Gpa, PageAnswer, PageContext, Slice, Stopped, Vcpu, VirtualTime, rflags};
 use umbra_memory::{Backing, Change, GuestMemory, PageFlags};
 
 /// The reference engine.
@@ -20,6 +20,8 @@ pub struct Interpreter {
     retired: u64,
     /// TF or a shadow: run one instruction at a time.
     single: bool,
+    /// End of the running slice.
+    until: VirtualTime,
 }
 
 impl Interpreter {
@@ -34,7 +36,7 @@ impl Interpreter {
         options: &EngineOptions,
     ) -> Result<Self, EngineError> {
         let core = Core::new(mem, profile, apic_id, options)?;
-        Ok(Self { core, cache: BlockCache::default(), retired: 0, single: false })
+        Ok(Self { core, cache: BlockCache::default(), retired: 0, single: false, until: VirtualTime(0) })
     }
 
     /// The MMU's counters.
@@ -173,7 +175,13 @@ impl Interpreter {
     /// After a block: shadows, traps, faults, attention.
     #[inline(never)]
     fn after(&mut self, bus: &mut dyn Bus, stop: Option<Stop>, rip: u64) -> Option<Exit> {
-        self.core.s.shadow = std::mem::take(&mut self.core.shadow_next);
+        let shadow = std::mem::take(&mut self.core.shadow_next);
+        if stop == Some(Stop::Absent) {
+            // It starts again under the shadow that it started under.
+            self.core.forget_hits();
+            return self.page_absent(bus, rip);
+        }
+        self.core.s.shadow = shadow;
         if let Some(stop) = stop {
             self.core.s.shadow = Shadow::None;
             self.core.forget_hits();
@@ -194,6 +202,9 @@ impl Interpreter {
 
     /// Delivers a fault of the instruction at `rip`, or hands out an exit.
     fn stopped(&mut self, bus: &mut dyn Bus, stop: Stop, rip: u64) -> Option<Exit> {
+        if stop == Stop::Absent {
+            return self.page_absent(bus, rip);
+        }
         let c = &mut self.core;
         if stop == Stop::Fault {
             c.check_events = true;
@@ -204,6 +215,34 @@ impl Interpreter {
             }
         }
         Some(c.exit.take().unwrap_or(Exit::Attention))
+    }
+
+    /// The instruction at `rip` needs a page that has yet to arrive: it starts again when the bus says so.
+    #[cold]
+    fn page_absent(&mut self, bus: &mut dyn Bus, rip: u64) -> Option<Exit> {
+        let c = &mut self.core;
+        c.check_events = true;
+        let interruptible = c.s.rflags & rflags::IF != 0 && c.s.shadow == Shadow::None;
+        let context = PageContext { cpl: c.s.cpl, paging: c.s.cr0.pg(), interruptible };
+        match bus.page_absent(c.clock, c.absent, context) {
+            PageAnswer::Now => {
+                c.mem.map(c.absent);
+                return None;
+            }
+            PageAnswer::Wait(time) => c.clock = c.clock.max(time.min(self.until)),
+            PageAnswer::Event(token) => {
+                c.fault = Fault::page(token.into(), 0);
+                // The bus may have written where the frame goes, or to a table.
+                if c.mmu.watcher().is_pending() {
+                    self.memory_changed();
+                }
+                if let Some(exit) = self.stopped(bus, Stop::Fault, rip) {
+                    return Some(exit);
+                }
+            }
+        }
+        // There is a new event to come.
+        Some(Exit::Attention)
     }
 
     /// Raises a #DB before the next instruction.
@@ -288,6 +327,7 @@ impl Interpreter {
 impl Vcpu for Interpreter {
     fn run(&mut self, bus: &mut dyn Bus, slice: Slice) -> Stopped {
         self.core.clock = slice.now;
+        self.until = slice.until;
         self.core.check_events = true;
         let exit = match self.core.io_trace() {
             None => self.run_until(bus, slice.until),

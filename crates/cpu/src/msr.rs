@@ -11,7 +11,7 @@ use umbra_arch::{Bus, Fault};
 impl Core {
     /// The value of MSR `number`.
     pub fn read_msr(&mut self, bus: &mut dyn Bus, op: &Op, number: u32) -> Result<u64, Stop> {
-        if is_apic(number) {
+        if self.is_outside(number) {
             let reply = bus.apic_msr_read(self.now(op.prefix), number);
             let reply = self.check(reply)?;
             return Ok(self.settle(reply));
@@ -55,7 +55,7 @@ impl Core {
 
     /// Writes MSR `number`.
     pub fn write_msr(&mut self, bus: &mut dyn Bus, op: &Op, number: u32, value: u64) -> Flow {
-        if is_apic(number) {
+        if self.is_outside(number) {
             let reply = bus.apic_msr_write(self.now(op.prefix), number, value);
             let reply = self.check(reply)?;
             self.settle(reply);
@@ -161,6 +161,11 @@ impl Core {
         let offset = m.tsc_offset;
         let reply = bus.tsc_moved(self.now(op.prefix), offset);
         self.settle(reply);
+    }
+
+    /// Whether the MSR exists and lives behind the bus.
+    fn is_outside(&self, number: u32) -> bool {
+        is_apic(number) || kvm_feature(number).is_some_and(|feature| self.profile.has(feature))
     }
 
     /// AMD's first four performance counters and their selectors, which software clears without asking CPUID.

@@ -11,6 +11,9 @@ pub enum Stop {
     Fault,
     /// It did a part (a `rep` chunk) and starts again at its own address; counts as retired.
     Again,
+    /// It came to the page of RAM [`Core::absent`], which has yet to arrive; nothing of it is visible, and it
+    /// starts again.
+    Absent,
     /// Triple fault or an unsupported feature: see [`Core::exit`].
     Exit,
 }

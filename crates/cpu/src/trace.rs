@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use umbra_arch::control::Effects;
 use umbra_arch::paging::{Access, AccessKind};
 use umbra_arch::segment::Seg;
-use umbra_arch::{AccessWidth, Bus, Fault, Gpa, Gva, Reply, VirtualTime};
+use umbra_arch::{AccessWidth, Bus, Fault, Gpa, GpaPage, Gva, PageAnswer, PageContext, Reply, VirtualTime};
 use umbra_memory::Backing;
 
 /// Branches kept.
@@ -129,8 +129,12 @@ impl Core {
         let mut bytes = Vec::with_capacity(15);
         for n in 0..15 {
             let Ok(found) = self.mmu.peek(Gva::new(lin.wrapping_add(n)), access) else { break };
-            let (Backing::Ram(offset) | Backing::Rom(offset)) = found.backing else { break };
-            bytes.push(self.mem.load::<u8>(offset));
+            if found.backing == Backing::Mmio {
+                break;
+            }
+            let mut byte = [0];
+            self.mem.peek(found.gpa, &mut byte);
+            bytes.extend(byte);
         }
         let decoded = Decoder::with_ip(self.code_size as u32, &bytes, rip, DecoderOptions::NONE).decode();
         (!bytes.is_empty()).then_some(decoded)
@@ -317,6 +321,12 @@ impl Bus for TracedBus<'_> {
 
     fn tsc_moved(&mut self, now: VirtualTime, offset: u64) -> Reply<()> {
         self.bus.tsc_moved(now, offset)
+    }
+
+    fn page_absent(&mut self, now: VirtualTime, page: GpaPage, context: PageContext) -> PageAnswer {
+        let answer = self.bus.page_absent(now, page, context);
+        self.trace.record(now, "io", format_args!("absent {} = {answer:?}", page.base()));
+        answer
     }
 
     fn pause(&mut self, now: VirtualTime) -> Reply<()> {

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod acpi_pm;
+pub mod async_pf;
 mod bytes;
 pub mod debug_console;
 pub mod debug_exit;
@@ -34,6 +35,7 @@ pub mod test_device;
 pub mod uart;
 
 pub use acpi_pm::{AcpiPm, PowerRequest};
+pub use async_pf::{AsyncPf, PageArrivals};
 pub use debug_console::DebugConsole;
 pub use debug_exit::DebugExit;
 pub use device::{Device, MmioDevice, PortDevice};

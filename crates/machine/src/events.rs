@@ -21,12 +21,14 @@ pub enum Source {
     Hpet,
     /// The host's input is looked at.
     HostInput,
+    /// A page of RAM arrives.
+    Pages,
     /// The timer of one local APIC.
     Lapic(u32),
 }
 
 /// Sources before the first local APIC.
-const FIXED_SOURCES: usize = 7;
+const FIXED_SOURCES: usize = 8;
 
 impl Source {
     fn index(self) -> usize {
@@ -38,6 +40,7 @@ impl Source {
             Self::AcpiPm => 4,
             Self::Hpet => 5,
             Self::HostInput => 6,
+            Self::Pages => 7,
             Self::Lapic(n) => FIXED_SOURCES + n as usize,
         }
     }

@@ -14,5 +14,6 @@ pub mod snapshot;
 
 pub use machine::{Machine, MachineConfig, MachineError, guest_memory, map_of};
 pub use outcome::{End, Halted, Stop};
+pub use pc::PageStats;
 pub use run::Host;
 pub use snapshot::SnapshotError;

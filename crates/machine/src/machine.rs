@@ -3,7 +3,7 @@
 use crate::acpi::{self, AcpiConfig};
 use crate::boot::{BootPlan, ImageKind, bios};
 use crate::memory_map::{CONVENTIONAL_END, FOUR_GIB, MemoryMap};
-use crate::pc::{Pc, PcConfig};
+use crate::pc::{LazyRam, PageStats, Pc, PcConfig};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -122,6 +122,7 @@ impl<V: Vcpu> Machine<V> {
             return Err(MachineError::VcpuCount(engines.len()));
         }
         let map = map_of(&memory);
+        let lazy = LazyRam::of(&memory, engines.len());
         let low = map.low_ram_end();
         let high =
             memory.ram_ranges().iter().filter(|(start, _)| start.raw() >= FOUR_GIB).map(|&(_, bytes)| bytes).sum();
@@ -131,10 +132,12 @@ impl<V: Vcpu> Machine<V> {
         memory.write(tables.rsdp, &tables.bytes);
         memory.write(BDA_EXTENDED_SEGMENT, &((CONVENTIONAL_END >> 4) as u16).to_le_bytes());
         memory.write(BDA_MEMORY_KIB, &((CONVENTIONAL_END >> 10) as u16).to_le_bytes());
+        let mut pc = Pc::new(&pc_config);
+        pc.lazy = lazy;
         Ok(Self {
             memory,
             map,
-            pc: Pc::new(&pc_config),
+            pc,
             cpus: engines.into_iter().enumerate().map(|(index, engine)| powered_on(index, engine)).collect(),
             profile: config.profile.clone(),
             rsdp: tables.rsdp,
@@ -202,6 +205,11 @@ impl<V: Vcpu> Machine<V> {
     /// As [`vcpus`](Self::vcpus), to change what no guest sees.
     pub fn vcpus_mut(&mut self) -> impl Iterator<Item = &mut V> {
         self.cpus.iter_mut().map(|cpu| &mut cpu.engine)
+    }
+
+    /// Counts of what happened to RAM that arrives on demand; `None` if no RAM does.
+    pub fn page_stats(&self) -> Option<PageStats> {
+        self.pc.page_stats()
     }
 
     /// The PC's devices and agenda.

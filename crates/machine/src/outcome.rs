@@ -2,8 +2,9 @@
 
 use serde::Serialize;
 use umbra_arch::exit::{Refusal, TripleFault, Unsupported};
+use umbra_memory::PageFailure;
 
-/// Why a run ended. All but [`End::Stopped`] depend on the guest alone.
+/// Why a run ended. All but [`End::Stopped`] and [`End::MemoryFile`] depend on the guest alone.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum End {
     /// The guest powered itself off.
@@ -26,6 +27,8 @@ pub enum End {
     Unsupported(Unsupported),
     /// An accelerator can't execute the next instruction.
     Refused(Refusal),
+    /// RAM that should have come from a file didn't.
+    MemoryFile(PageFailure),
     /// The virtual time limit was reached.
     Limit,
     /// The host ended the run.

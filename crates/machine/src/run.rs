@@ -51,6 +51,9 @@ impl<V: Vcpu> Machine<V> {
             if let Some(end) = self.requested() {
                 break end;
             }
+            if let Some(failure) = self.memory.page_failure() {
+                break End::MemoryFile(failure.clone());
+            }
             if let Some(stop) = host.stop() {
                 break End::Stopped(stop);
             }

@@ -13,7 +13,7 @@ use umbra_arch::{CpuState, Gpa, GpaPage, PAGE_SIZE, Vcpu, VirtualTime};
 use umbra_memory::{Backing, GuestMemory, PageFlags};
 
 const MAGIC: &[u8; 8] = b"UMBRASAV";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const PAGE: usize = PAGE_SIZE as usize;
 
 /// Why a machine can't be saved or restored.
@@ -55,6 +55,8 @@ struct Header {
     ram_bytes: u64,
     profile: String,
     vcpus: u32,
+    /// Bytes of RAM that arrive on demand, and how long a page takes.
+    lazy: Option<(u64, u64)>,
     now: VirtualTime,
     idle_since: Option<VirtualTime>,
 }
@@ -90,6 +92,7 @@ impl<V: Vcpu> Machine<V> {
             ram_bytes: self.memory.ram_bytes(),
             profile: self.profile.name.clone(),
             vcpus: self.cpus.len() as u32,
+            lazy: self.lazy(),
             now: self.now,
             idle_since: self.idle_since,
         };
@@ -151,13 +154,21 @@ impl<V: Vcpu> Machine<V> {
         Ok(())
     }
 
+    /// Bytes that the memory's page source covers, and the time that a page takes.
+    fn lazy(&self) -> Option<(u64, u64)> {
+        Some((self.memory.page_source_bytes()?, self.pc.devices.arrivals.latency()))
+    }
+
     fn check(&self, header: &Header) -> Result<(), SnapshotError> {
         let differ = |what, saved: String, here: String| {
             if saved == here { Ok(()) } else { Err(SnapshotError::OtherMachine { what, saved, here }) }
         };
         differ("RAM bytes", header.ram_bytes.to_string(), self.memory.ram_bytes().to_string())?;
         differ("CPU profile", header.profile.clone(), self.profile.name.clone())?;
-        differ("virtual CPUs", header.vcpus.to_string(), self.cpus.len().to_string())
+        differ("virtual CPUs", header.vcpus.to_string(), self.cpus.len().to_string())?;
+        let lazy =
+            |l: Option<(u64, u64)>| l.map_or("none".into(), |(bytes, ns)| format!("of {bytes} bytes, {ns} ns a page"));
+        differ("a memory file", lazy(header.lazy), lazy(self.lazy()))
     }
 }
 
@@ -246,16 +257,21 @@ fn ram_pages(memory: &GuestMemory) -> impl Iterator<Item = GpaPage> {
 }
 
 fn is_dirty(memory: &GuestMemory, page: GpaPage) -> bool {
-    matches!(memory.map(page), Backing::Ram(off) if memory.page_flags(off).intersects(PageFlags::DIRTY))
+    matches!(memory.locate(page), Backing::Ram(off) if memory.page_flags(off).intersects(PageFlags::DIRTY))
 }
 
-/// Page number and contents of every page that was written and isn't all zero.
+/// Whether a page that isn't written is one that has yet to arrive.
+fn is_lazy(memory: &GuestMemory, page: GpaPage) -> bool {
+    memory.page_source_bytes().is_some_and(|bytes| page.base().raw() < bytes)
+}
+
+/// Page number and contents of every page that was written and isn't all zero, or could have been absent.
 fn save_memory(memory: &GuestMemory) -> Vec<u8> {
     let mut out = Vec::new();
     let mut buffer = [0; PAGE];
     for page in ram_pages(memory).filter(|&page| is_dirty(memory, page)) {
         memory.read(page.base(), &mut buffer);
-        if buffer.iter().any(|&byte| byte != 0) {
+        if is_lazy(memory, page) || buffer.iter().any(|&byte| byte != 0) {
             out.extend_from_slice(&page.raw().to_le_bytes());
             out.extend_from_slice(&buffer);
         }
@@ -277,12 +293,15 @@ fn parse_pages(section: &[u8]) -> Result<Vec<(u64, &[u8])>, SnapshotError> {
     Ok(pages)
 }
 
-/// Writes the saved pages and zeroes those that were written since power-on and aren't among them.
+/// Writes the saved pages. Those that were written since power-on and aren't among them become zero, or absent
+/// again.
 fn restore_memory(memory: &GuestMemory, pages: &[(u64, &[u8])]) {
     let stale: Vec<GpaPage> = ram_pages(memory)
         .filter(|&page| is_dirty(memory, page) && pages.binary_search_by_key(&page.raw(), |saved| saved.0).is_err())
         .collect();
-    for page in stale {
+    let (absent, zero): (Vec<_>, Vec<_>) = stale.into_iter().partition(|&page| is_lazy(memory, page));
+    memory.forget_pages(absent);
+    for page in zero {
         memory.write(page.base(), &[0; PAGE]);
     }
     for &(number, contents) in pages {

@@ -32,6 +32,9 @@ pub enum MemoryError {
         /// Bytes left.
         left: u64,
     },
+    /// A memory has one page source for its life.
+    #[error("the memory already has a page source: give one file only")]
+    SecondSource,
     /// Engines watch the memory they run on.
     #[error("more than {0} virtual CPUs on one memory: use fewer")]
     TooManyWatchers(usize),

@@ -17,6 +17,8 @@ impl PageFlags {
     pub const CODE: PageFlags = PageFlags(2);
     /// The MMU holds entries derived from it: stores must be reported.
     pub const WATCHED: PageFlags = PageFlags(4);
+    /// The page source has its contents: nobody may use the bytes before they are loaded.
+    pub const ABSENT: PageFlags = PageFlags(8);
 
     /// Whether any of `other`'s flags is set.
     #[inline(always)]

@@ -3,6 +3,7 @@
 use crate::flags::FlagTable;
 use crate::host::HostMapping;
 use crate::layout::{Layout, PlainRam, Region};
+use crate::lazy::Lazy;
 use crate::watcher::Watchers;
 use crate::{Backing, MemoryError, PageFlags, RamOffset, Scalar};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -40,6 +41,7 @@ pub struct GuestMemory {
     pub(crate) watchers: Watchers,
     generation: AtomicU64,
     extra_used: AtomicU64,
+    pub(crate) lazy: Lazy,
 }
 
 impl GuestMemory {
@@ -63,6 +65,7 @@ impl GuestMemory {
             watchers: Watchers::default(),
             generation: AtomicU64::new(0),
             extra_used: AtomicU64::new(0),
+            lazy: Lazy::default(),
         })
     }
 
@@ -82,8 +85,9 @@ impl GuestMemory {
     }
 
     /// The map of regions as the host sees it: sorted, without overlaps, until
-    /// [`generation`](Self::generation) changes.
+    /// [`generation`](Self::generation) changes. Loads all absent pages: who uses it doesn't ask for them.
     pub fn host_regions(&self) -> Vec<HostRegion> {
+        self.load_all();
         let layout = self.layout.read().unwrap_or_else(PoisonError::into_inner);
         let region = |r: Region| HostRegion {
             gpa: GpaPage::new(r.start).base(),
@@ -159,24 +163,32 @@ impl GuestMemory {
         Ok(removed)
     }
 
-    fn map_changed(&self) {
+    pub(crate) fn map_changed(&self) {
         self.generation.fetch_add(1, Relaxed);
         self.watchers.map_changed();
     }
 
-    /// What lies behind a physical page; offsets are the page's first byte's.
+    /// What lies behind a physical page, loaded if it was absent; offsets are the page's first byte's.
     #[inline]
     pub fn map(&self, page: GpaPage) -> Backing {
+        let backing = self.locate(page);
+        self.ensure_loaded(page, backing);
+        backing
+    }
+
+    /// As [`map`](Self::map), but leaves an absent page absent.
+    #[inline]
+    pub fn locate(&self, page: GpaPage) -> Backing {
         if self.is_plain.load(Relaxed)
             && let Some(off) = self.plain.map(page.raw())
         {
             return Backing::Ram(off);
         }
-        self.map_slow(page)
+        self.locate_slow(page)
     }
 
     #[cold]
-    fn map_slow(&self, page: GpaPage) -> Backing {
+    fn locate_slow(&self, page: GpaPage) -> Backing {
         self.layout.read().unwrap_or_else(PoisonError::into_inner).map(page)
     }
 
@@ -262,7 +274,12 @@ impl GuestMemory {
     pub fn write(&self, gpa: Gpa, from: &[u8]) {
         for (at, chunk) in pages_of(gpa, from.len()) {
             let piece = &from[chunk];
-            if let Backing::Ram(off) = self.map(at.page()).at(at.offset()) {
+            if piece.len() as u64 == PAGE_SIZE && self.is_absent(at.page()) {
+                // Nothing of the old contents remains: no need to load them.
+                if let Backing::Ram(off) = self.locate(at.page()) {
+                    self.fill_absent(off, piece);
+                }
+            } else if let Backing::Ram(off) = self.map(at.page()).at(at.offset()) {
                 self.host.store_bytes(off, piece);
                 self.written(off, at, piece.len() as u32);
             }
@@ -300,7 +317,7 @@ impl std::fmt::Debug for GuestMemory {
 }
 
 /// Splits `[gpa, gpa + len)` at page borders into addresses and index ranges.
-fn pages_of(gpa: Gpa, len: usize) -> impl Iterator<Item = (Gpa, std::ops::Range<usize>)> {
+pub(crate) fn pages_of(gpa: Gpa, len: usize) -> impl Iterator<Item = (Gpa, std::ops::Range<usize>)> {
     let mut done = 0;
     std::iter::from_fn(move || {
         if done == len {

@@ -26,7 +26,8 @@ struct Found {
 
 impl Mmu {
     /// Translates one byte: sets A and D bits, marks the page of a write dirty, fills the fast tables.
-    /// `gva` is canonical, in legacy modes of 32 bits.
+    /// `gva` is canonical, in legacy modes of 32 bits. An explicit access to an absent page is answered
+    /// without loading it; what the processor does by itself loads it at once.
     ///
     /// # Errors
     /// #PF with its error code and the address for CR2.
@@ -222,17 +223,23 @@ impl Mmu {
 
     #[inline]
     fn answer(&mut self, gpa: Gpa, access: Access) -> Translation {
-        let backing = self.mem.map(gpa.page()).at(gpa.offset());
-        if let (Backing::Ram(off), AccessKind::Write) = (backing, access.kind) {
-            self.mem.note_store(off, 1);
+        let page = gpa.page();
+        let backing = if access.implicit { self.mem.map(page) } else { self.mem.locate(page) }.at(gpa.offset());
+        let mut absent = false;
+        if let Backing::Ram(off) = backing {
+            absent = self.mem.page_flags(off).intersects(PageFlags::ABSENT);
+            if access.kind == AccessKind::Write && !absent {
+                self.mem.note_store(off, 1);
+            }
         }
-        Translation { gpa, backing }
+        Translation { gpa, backing, absent }
     }
 
     #[inline]
     fn finish(&mut self, gva: Gva, access: Access, found: &Found) -> Translation {
         let translation = self.answer(found.gpa, access);
         match translation.backing {
+            _ if translation.absent => {}
             Backing::Ram(off) => {
                 let writable = is_written(found) && is_quiet(self.mem.page_flags(off));
                 // A store to a table or to code: what can be cached is cached.

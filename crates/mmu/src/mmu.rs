@@ -8,7 +8,7 @@ use crate::role::{CpuRole, View};
 use crate::roots::{Root, RootCache};
 use crate::shadow::ShadowPages;
 use crate::stats::{COUNTED_SLOTS, MmuStats};
-use crate::tables::MemoryTables;
+use crate::tables::PeekedTables;
 use crate::walk::{self, Regime, Top};
 use crate::writers::Writers;
 use std::sync::Arc;
@@ -53,6 +53,9 @@ pub struct Translation {
     pub gpa: Gpa,
     /// Its backing; the offset is the byte's own.
     pub backing: Backing,
+    /// The page has yet to be loaded: the bytes behind `backing` mean nothing, and nothing was filled or
+    /// marked for it.
+    pub absent: bool,
 }
 
 /// The column that the fast paths read.
@@ -465,10 +468,10 @@ impl Mmu {
     /// # Errors
     /// As [`translate`](Self::translate).
     pub fn peek(&self, gva: Gva, access: Access) -> Result<Translation, Fault> {
-        let mut tables = MemoryTables { watcher: &self.watcher, reads: 0 };
-        let found = walk::look(&mut tables, &self.regime(), gva, access, &self.full_view())?;
-        let backing = self.mem.map(found.gpa.page()).at(found.gpa.offset());
-        Ok(Translation { gpa: found.gpa, backing })
+        let found = walk::look(&mut PeekedTables(&self.mem), &self.regime(), gva, access, &self.full_view())?;
+        let page = found.gpa.page();
+        let backing = self.mem.locate(page).at(found.gpa.offset());
+        Ok(Translation { gpa: found.gpa, backing, absent: self.mem.is_absent(page) })
     }
 
     /// INVLPG: counted. Entries are never stale, so nothing needs dropping.

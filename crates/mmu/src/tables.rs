@@ -20,6 +20,21 @@ pub(crate) fn read_entry(mem: &GuestMemory, gpa: Gpa, bytes: u64) -> u64 {
     }
 }
 
+/// Entry reads that leave no trace, not even in absent pages.
+pub(crate) struct PeekedTables<'a>(pub &'a GuestMemory);
+
+impl Tables for PeekedTables<'_> {
+    fn read(&mut self, gpa: Gpa, bytes: u64) -> u64 {
+        let mut raw = [0; 8];
+        self.0.peek(gpa, &mut raw[..bytes as usize]);
+        u64::from_le_bytes(raw)
+    }
+
+    fn exchange(&mut self, _: Gpa, _: u64, _: u64, _: u64) -> Exchange {
+        Exchange::Ignored
+    }
+}
+
 impl Tables for MemoryTables<'_> {
     fn read(&mut self, gpa: Gpa, bytes: u64) -> u64 {
         self.reads += 1;

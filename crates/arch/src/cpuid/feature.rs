@@ -141,6 +141,10 @@ features! {
     Xsavec "xsavec" 0xd:1 Eax 1;
     Xgetbv1 "xgetbv1" 0xd:1 Eax 2;
     Xsaves "xsaves" 0xd:1 Eax 3;
+    /// KVM's asynchronous page faults, for RAM that arrives on demand.
+    KvmAsyncPf "kvm-asyncpf" 0x4000_0001:0 Eax 4;
+    /// Their "page ready" interrupt, without which nothing is delivered.
+    KvmAsyncPfInt "kvm-asyncpf-int" 0x4000_0001:0 Eax 14;
     /// LAHF and SAHF in 64-bit mode.
     LahfLm "lahf_lm" 0x8000_0001:0 Ecx 0;
     Lzcnt "lzcnt" 0x8000_0001:0 Ecx 5;
@@ -213,6 +217,8 @@ impl Feature {
             Pku | Xsaveopt | Xsavec | Xgetbv1 => &[Xsave],
             Xsaves => &[Xsavec],
             X2apic | TscDeadline | Arat => &[Apic],
+            KvmAsyncPf => &[Hypervisor, Apic],
+            KvmAsyncPfInt => &[KvmAsyncPf],
             Pse36 => &[Pse],
             Mca => &[Mce],
             Lm => &[Pae, Fxsr, Sse2, Msr],

@@ -8,9 +8,12 @@ use crate::time::{CRYSTAL_HZ, TSC_HZ};
 
 /// EBX, ECX, EDX of leaf 40000000h.
 pub const HYPERVISOR_SIGNATURE: &[u8; 12] = b"UmbraUmbraUm";
+/// The same where one of KVM's paravirtual features is offered ("KVM CPUID bits").
+pub const KVM_SIGNATURE: &[u8; 12] = b"KVMKVMKVM\0\0\0";
 
 const LAST_BASIC: u32 = 0x16;
 const HYPERVISOR_BASE: u32 = 0x4000_0000;
+const KVM_FEATURES: u32 = 0x4000_0001;
 const HYPERVISOR_END: u32 = 0x4000_ffff;
 const EXTENDED_BASE: u32 = 0x8000_0000;
 const LAST_EXTENDED: u32 = 0x8000_0008;
@@ -49,7 +52,7 @@ impl CpuidProfile {
     pub fn cpuid(&self, leaf: u32, subleaf: u32, now: CpuidDynamic) -> [u32; 4] {
         match leaf {
             0..=LAST_BASIC => self.basic(leaf, subleaf, now),
-            HYPERVISOR_BASE..=HYPERVISOR_END if self.has(Feature::Hypervisor) => hypervisor(leaf),
+            HYPERVISOR_BASE..=HYPERVISOR_END if self.has(Feature::Hypervisor) => self.hypervisor(leaf),
             EXTENDED_BASE..=LAST_EXTENDED => self.extended(leaf, now),
             // Intel answers a leaf that doesn't exist with the highest basic one, AMD with zeros.
             _ if self.vendor == Vendor::Intel => self.basic(LAST_BASIC, subleaf, now),
@@ -124,6 +127,17 @@ impl CpuidProfile {
         }
     }
 
+    fn hypervisor(&self, leaf: u32) -> [u32; 4] {
+        let kvm = self.has(Feature::KvmAsyncPf);
+        let (last, signature) =
+            if kvm { (KVM_FEATURES, KVM_SIGNATURE) } else { (HYPERVISOR_BASE, HYPERVISOR_SIGNATURE) };
+        match leaf {
+            HYPERVISOR_BASE => [last, text(signature, 0), text(signature, 4), text(signature, 8)],
+            KVM_FEATURES if kvm => self.plain(leaf, 0),
+            _ => [0; 4],
+        }
+    }
+
     fn extended(&self, leaf: u32, now: CpuidDynamic) -> [u32; 4] {
         let vendor = self.vendor.signature().as_bytes();
         let amd = self.vendor == Vendor::Amd;
@@ -162,16 +176,6 @@ const RATIO_UNIT: u64 = 1_000_000;
 const _: () = assert!(
     CRYSTAL_HZ.is_multiple_of(RATIO_UNIT) && TSC_HZ.is_multiple_of(RATIO_UNIT) && CRYSTAL_HZ <= u32::MAX as u64
 );
-
-fn hypervisor(leaf: u32) -> [u32; 4] {
-    match leaf {
-        HYPERVISOR_BASE => {
-            let s = HYPERVISOR_SIGNATURE;
-            [HYPERVISOR_BASE, text(s, 0), text(s, 4), text(s, 8)]
-        }
-        _ => [0; 4],
-    }
-}
 
 /// Leaf 4: (type, level, ways, sets) of each cache; lines are 64 bytes.
 fn caches(subleaf: u32, now: CpuidDynamic) -> [u32; 4] {

@@ -1,7 +1,7 @@
 //! The arguments of `umbra run`.
 
 use crate::exit_code;
-use crate::size::{parse_address, parse_duration, parse_range, parse_size};
+use crate::size::{parse_address, parse_duration, parse_latency, parse_range, parse_size};
 use clap::{Args as ClapArgs, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -24,6 +24,13 @@ pub struct Args {
     /// Guest RAM, for example 512M or 1G; a bare number is MiB
     #[arg(short = 'm', long = "memory", value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     pub memory: u64,
+    /// Fill RAM from this file as the guest comes to it; offsets are physical addresses, RAM beyond its end is zero
+    #[arg(long, value_name = "FILE")]
+    pub memory_file: Option<PathBuf>,
+    /// Guest time that a page takes to arrive from it, for example 100us or 2ms; the guest is told by KVM's
+    /// asynchronous page faults unless --cpu says -kvm-asyncpf
+    #[arg(long, value_name = "TIME", default_value = "100us", value_parser = parse_latency, requires = "memory_file")]
+    pub memory_latency: u64,
     /// Number of virtual CPUs, 1 to 32; they take turns, deterministically
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=32))]
     pub smp: u32,

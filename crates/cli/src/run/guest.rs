@@ -1,15 +1,15 @@
 //! Builds the machine that the arguments describe, with its image loaded.
 
-use super::args::{AccelArgs, Args, MmuChoice, RoleChoice, TraceArgs};
+use super::args::{Accel, AccelArgs, Args, MmuChoice, RoleChoice, TraceArgs};
 use super::engine::{self, Choice, Engine};
 use super::image;
 use crate::error::CliError;
 use std::sync::Arc;
 use umbra_arch::PAGE_SIZE;
-use umbra_arch::cpuid::{CpuidProfile, HostOffer};
+use umbra_arch::cpuid::{CpuidProfile, Feature, HostOffer};
 use umbra_cpu::{EngineOptions, Interpreter};
 use umbra_machine::boot::{self, BootRequest, Concern, ImageKind};
-use umbra_machine::{Machine, MachineConfig, guest_memory};
+use umbra_machine::{Machine, MachineConfig, MachineError, guest_memory};
 use umbra_memory::{GuestMemory, PageFlags};
 use umbra_mmu::{MmuMode, MmuOptions, MmuStats};
 use umbra_test_roms::Rom;
@@ -51,9 +51,12 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
     if args.expect.as_deref() == Some("") {
         return Err(CliError::EmptyExpect);
     }
-    let choice = Choice::of(&args.accel, args.smp)?;
-    let (profile, dropped) = engine::fitted(choice, profile(&args.cpu)?, args.smp)?;
+    let choice = choice(args)?;
+    let (profile, dropped) = engine::fitted(choice, lazy_profile(args)?, args.smp)?;
     let memory = guest_memory(args.memory)?;
+    if let Some(path) = &args.memory_file {
+        memory.set_page_source(Box::new(image::open_source(path)?)).map_err(MachineError::from)?;
+    }
     let mut traces = super::trace::of(&args.tracing, args.smp)?.into_iter();
     let engine = |id| {
         let mut soft = interpreter(args, &memory, &profile, id)?;
@@ -64,6 +67,7 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
     let engines = engines?;
     let config = MachineConfig { profile, rtc_start: RTC_START };
     let mut machine = Machine::new(memory, &config, engines)?;
+    machine.pc_mut().set_page_latency(args.memory_latency);
     let kind = match &args.kernel {
         Some(_) => load_kernel(args, &mut machine)?,
         None => {
@@ -74,6 +78,27 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
     let is_embedded = args.kernel.is_none();
     let verdict = is_embedded.then(|| umbra_test_roms::embedded_guest().expect);
     Ok(Guest { machine, dropped, kind, is_embedded, verdict })
+}
+
+/// The engine, which must be Umbra's own where pages come from a file: an accelerator reaches RAM without asking.
+fn choice(args: &Args) -> Result<Choice, CliError> {
+    match Choice::of(&args.accel, args.smp)? {
+        Choice::Kvm if args.memory_file.is_none() => Ok(Choice::Kvm),
+        Choice::Kvm if args.accel.accel == Accel::Kvm => Err(CliError::AccelMemoryFile),
+        _ => Ok(Choice::Soft),
+    }
+}
+
+/// The CPU model, which offers asynchronous page faults where pages come from a file.
+fn lazy_profile(args: &Args) -> Result<CpuidProfile, CliError> {
+    if args.memory_file.is_none() {
+        let profile = profile(&args.cpu)?;
+        return if profile.has(Feature::KvmAsyncPf) { Err(CliError::NeedsMemoryFile) } else { Ok(profile) };
+    }
+    // Behind the model's name, so that what the user says has the last word.
+    let (model, changes) = args.cpu.split_once(',').map_or((&*args.cpu, None), |(model, rest)| (model, Some(rest)));
+    let offered = format!("{model},+{}", Feature::KvmAsyncPfInt);
+    profile(&changes.map_or(offered.clone(), |changes| format!("{offered},{changes}")))
 }
 
 /// The CPU model of that name, as far as this host can execute it.

@@ -4,6 +4,7 @@ use crate::error::CliError;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
+use umbra_memory::FileSource;
 
 /// Reads a file of at most `ram` bytes.
 ///
@@ -27,4 +28,18 @@ pub fn read(flag: &'static str, path: &Path, ram: u64) -> Result<Vec<u8>, CliErr
         return Err(too_large());
     }
     Ok(bytes)
+}
+
+/// Opens the file of `--memory-file`.
+///
+/// # Errors
+/// Names the flag and the file.
+pub fn open_source(path: &Path) -> Result<FileSource, CliError> {
+    const FLAG: &str = "--memory-file";
+    let failed = |source| CliError::Read { flag: FLAG, path: path.into(), source };
+    let file = File::open(path).map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(CliError::NotAFile { flag: FLAG, path: path.into() });
+    }
+    FileSource::new(file).map_err(failed)
 }

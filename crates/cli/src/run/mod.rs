@@ -74,6 +74,7 @@ pub fn finish(args: &Args) -> Result<(Report, Guest), CliError> {
         written_bytes: guest.written_bytes(),
         host: start.elapsed(),
         mmu: Some(guest.mmu_stats()),
+        pages: guest.machine.page_stats(),
         phases: measurements.finish(),
         acceleration: Acceleration::of(&guest),
         stats: args.stats || guest.is_embedded,

@@ -12,7 +12,7 @@ use umbra_arch::exit::TripleFault;
 use umbra_arch::segment::Seg;
 use umbra_machine::boot::ImageKind;
 use umbra_machine::explain::Explanation;
-use umbra_machine::{End, Stop};
+use umbra_machine::{End, PageStats, Stop};
 use umbra_mmu::MmuStats;
 
 /// Everything about a finished run.
@@ -34,6 +34,8 @@ pub struct Report {
     /// Host time from start to end.
     pub host: Duration,
     pub mmu: Option<MmuStats>,
+    /// Of RAM that arrives on demand, if any does.
+    pub pages: Option<PageStats>,
     pub phases: Vec<PhaseReport>,
     /// Print counters.
     pub stats: bool,
@@ -138,6 +140,11 @@ impl Report {
         if let Some(mmu) = &self.mmu {
             let _ = write!(out, "{mmu}");
         }
+        if let Some(PageStats { loaded, events, waits }) = self.pages {
+            let _ = writeln!(out, "pages loaded              {loaded:>16}");
+            let _ = writeln!(out, "asynchronous page faults  {events:>16}");
+            let _ = writeln!(out, "waits for pages           {waits:>16}");
+        }
         for phase in &self.phases {
             let _ = writeln!(out, "{} ({}):", phase.name, phase.count);
             for (name, value) in &phase.counters {
@@ -179,6 +186,9 @@ impl Report {
         if let Some(mmu) = &self.mmu {
             object.insert("mmu".into(), counters(mmu.fields().collect()));
         }
+        if let Some(PageStats { loaded, events, waits }) = self.pages {
+            object.insert("pages".into(), json!({ "loaded": loaded, "events": events, "waits": waits }));
+        }
         if !self.phases.is_empty() {
             let phases = self.phases.iter().map(
                 |phase| json!({ "name": phase.name, "count": phase.count, "counters": counters(phase.counters.clone()) }),
@@ -201,6 +211,7 @@ fn name(end: &End) -> &'static str {
         End::ShutdownUnseen(_) => "shutdown",
         End::Unsupported(_) => "unsupported",
         End::Refused(_) => "refused",
+        End::MemoryFile(_) => "memory-file",
         End::Limit => "limit",
         End::Mark(_) => "mark",
         End::Stopped(Stop::Timeout) => "timeout",
@@ -226,6 +237,7 @@ pub fn sentence(end: &End) -> String {
         End::Unsupported(what) => format!("not implemented: {} at {:#x}", what.what, what.rip),
         End::ShutdownUnseen(rip) => format!("triple fault under the accelerator, which doesn't say why, at {rip:#x}"),
         End::Refused(refusal) => format!("the accelerator can't go on: {refusal}"),
+        End::MemoryFile(failure) => failure.to_string(),
         End::Limit => "the virtual time limit was reached".into(),
         End::Mark(id) => format!("measurement mark {id}"),
         End::Stopped(Stop::Timeout) => "timeout".into(),

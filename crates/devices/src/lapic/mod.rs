@@ -180,7 +180,7 @@ impl Lapic {
 
     /// A fixed interrupt arrives. Vectors below 16 are an error; a software-disabled APIC takes none.
     pub fn accept(&mut self, vector: u8, level: bool) {
-        if !self.is_enabled() || !self.is_software_enabled() {
+        if !self.takes_vectors() {
             return;
         }
         if vector < 16 {
@@ -263,6 +263,11 @@ impl Lapic {
         self.reset_registers();
         self.init_requested = false;
         self.nmi = false;
+    }
+
+    /// Whether it takes vectors at all: enabled in IA32_APIC_BASE and in its spurious-interrupt register.
+    pub fn takes_vectors(&self) -> bool {
+        self.is_enabled() && self.is_software_enabled()
     }
 
     fn is_software_enabled(&self) -> bool {

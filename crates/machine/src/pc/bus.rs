@@ -4,7 +4,8 @@ use super::Pc;
 use super::ports::PORT_NS;
 use crate::events::Source;
 use crate::memory_map::{HPET_BASE, IOAPIC_BASE};
-use umbra_arch::{AccessWidth, Bus, Fault, Gpa, PAGE_SIZE, Reply, VirtualTime};
+use umbra_arch::msr::kvm_feature;
+use umbra_arch::{AccessWidth, Bus, Fault, Gpa, GpaPage, PAGE_SIZE, PageAnswer, PageContext, Reply, VirtualTime};
 use umbra_devices::{InterruptMessage, MmioDevice, hpet, lapic, test_device};
 
 /// Virtual time of an access to a local APIC, in nanoseconds.
@@ -145,6 +146,9 @@ impl Bus for PcBus<'_> {
 
     fn apic_msr_read(&mut self, now: VirtualTime, msr: u32) -> Result<Reply<u64>, Fault> {
         let now = self.time(now);
+        if kvm_feature(msr).is_some() {
+            return self.pc.async_pf_read(self.vcpu, msr);
+        }
         let lapic = self.pc.devices.lapics.get_mut(self.vcpu).ok_or(Fault::GP0)?;
         let value = lapic.msr_read(now, msr)?;
         self.pc.settle(self.lapic_source());
@@ -153,6 +157,9 @@ impl Bus for PcBus<'_> {
 
     fn apic_msr_write(&mut self, now: VirtualTime, msr: u32, value: u64) -> Result<Reply<()>, Fault> {
         let now = self.time(now);
+        if kvm_feature(msr).is_some() {
+            return self.pc.async_pf_write(self.vcpu, msr, value);
+        }
         let lapic = self.pc.devices.lapics.get_mut(self.vcpu).ok_or(Fault::GP0)?;
         lapic.msr_write(now, msr, value)?;
         self.pc.settle(self.lapic_source());
@@ -197,6 +204,11 @@ impl Bus for PcBus<'_> {
         }
         self.pc.settle(self.lapic_source());
         self.reply((), 0)
+    }
+
+    fn page_absent(&mut self, now: VirtualTime, page: GpaPage, context: PageContext) -> PageAnswer {
+        let now = self.time(now);
+        self.pc.need_page(self.vcpu, now, page, context)
     }
 
     fn pause(&mut self, _: VirtualTime) -> Reply<()> {

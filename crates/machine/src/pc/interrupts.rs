@@ -68,6 +68,7 @@ impl Pc {
                 self.settle_interrupts();
                 self.devices.lapics.get(n as usize).and_then(Device::next_event)
             }
+            Source::Pages => devices.arrivals.next_event(),
             Source::HostInput => return,
         };
         self.enter(source, next);
@@ -203,6 +204,9 @@ impl Pc {
         let lapic = self.devices.lapics.get_mut(vcpu)?;
         if lapic.take_init() {
             lapic.init();
+            if let Some(apf) = self.devices.async_pf.get_mut(vcpu) {
+                apf.init();
+            }
             self.settle(Source::Lapic(vcpu as u32));
             return Some(CpuSignal::Init);
         }

@@ -6,10 +6,13 @@
 
 mod bus;
 mod interrupts;
+mod lazy;
 mod ports;
 mod serial;
 
 pub use bus::PcBus;
+pub(crate) use lazy::LazyRam;
+pub use lazy::PageStats;
 pub use serial::SerialOutput;
 
 use crate::events::{Events, Source};
@@ -17,8 +20,9 @@ use serde::{Deserialize, Serialize};
 use umbra_arch::VirtualTime;
 use umbra_arch::cpuid::{CpuidProfile, Feature};
 use umbra_devices::{
-    AcpiPm, DebugConsole, DebugExit, Device, FwCfg, Hpet, I8042, IoApic, Lapic, LapicConfig, PciBus, PicPair, Pit,
-    Port92, PortDevice, PostPort, PowerRequest, ResetControl, Rtc, TestDevice, Uart, fw_cfg, uart,
+    AcpiPm, AsyncPf, DebugConsole, DebugExit, Device, FwCfg, Hpet, I8042, IoApic, Lapic, LapicConfig, PageArrivals,
+    PciBus, PicPair, Pit, Port92, PortDevice, PostPort, PowerRequest, ResetControl, Rtc, TestDevice, Uart, fw_cfg,
+    uart,
 };
 
 /// Something that ends or restarts the guest.
@@ -67,6 +71,8 @@ pub(crate) struct Devices {
     pub(crate) fw_cfg: FwCfg,
     pub(crate) ioapic: IoApic,
     pub(crate) lapics: Vec<Lapic>,
+    pub(crate) async_pf: Vec<AsyncPf>,
+    pub(crate) arrivals: PageArrivals,
 }
 
 /// How a [`Pc`] is built.
@@ -94,6 +100,8 @@ pub struct Pc {
     lines: u32,
     /// Lines that an HPET timer's edge holds high.
     held: u32,
+    /// RAM, where it arrives on demand.
+    pub(crate) lazy: Option<LazyRam>,
     /// Per CPU: an interrupt waits.
     pending: Vec<bool>,
     /// End of the running slice: an event before it needs attention.
@@ -135,6 +143,8 @@ impl Pc {
             fw_cfg: firmware_configuration(config),
             ioapic: IoApic::new(crate::acpi::IOAPIC_ID),
             lapics,
+            async_pf: (0..config.vcpus).map(AsyncPf::new).collect(),
+            arrivals: PageArrivals::default(),
         };
         let mut pc = Self {
             devices,
@@ -143,6 +153,7 @@ impl Pc {
             latest: VirtualTime(0),
             lines: 0,
             held: 0,
+            lazy: None,
             pending,
             slice_end: VirtualTime(0),
             attention: false,
@@ -197,7 +208,9 @@ impl Pc {
 
     /// Reads every output anew and passes it on; after construction and restore.
     pub(crate) fn refresh(&mut self) {
-        for source in [Source::Pit, Source::Rtc, Source::Com1, Source::Keyboard, Source::AcpiPm, Source::Hpet] {
+        for source in
+            [Source::Pit, Source::Rtc, Source::Com1, Source::Keyboard, Source::AcpiPm, Source::Hpet, Source::Pages]
+        {
             self.settle(source);
         }
         for n in 0..self.devices.lapics.len() {
@@ -225,6 +238,7 @@ impl Pc {
                 Source::Keyboard => self.devices.keyboard.advance(time),
                 Source::AcpiPm => self.devices.acpi_pm.advance(time),
                 Source::Hpet => self.devices.hpet.advance(time),
+                Source::Pages => self.pages_arrive(time),
                 Source::HostInput => host_input = true,
                 Source::Lapic(n) => {
                     if let Some(lapic) = self.devices.lapics.get_mut(n as usize) {

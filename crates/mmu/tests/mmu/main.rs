@@ -1,5 +1,6 @@
 //! The MMU's tests, in one binary.
 
+mod absent;
 mod acceptance;
 mod checked;
 mod counters;

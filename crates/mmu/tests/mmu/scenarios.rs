@@ -17,14 +17,13 @@ const FILES: [&str; 6] = [
 ];
 
 /// Scenarios of features that are not offered, or not here.
-const NOT_HERE: [(u32, &str); 3] = [
-    (79, "asynchronous page faults: the machine's, with the paravirtual feature"),
-    (80, "asynchronous page faults: the machine's, with the paravirtual feature"),
-    (81, "nested guests are not offered; 82 is tested as far as page roles keep guests apart"),
-];
+const NOT_HERE: [(u32, &str); 1] =
+    [(81, "nested guests are not offered; 82 is tested as far as page roles keep guests apart")];
 
 /// Scenarios proven by tests of other names, and what else sees a scenario from a guest: file, function, numbers.
-const ALSO: [(&str, &str, &[u32]); 10] = [
+const ALSO: [(&str, &str, &[u32]); 12] = [
+    ("crates/machine/tests/async_pf/main.rs", "scenario_79_without_paging_or_at_cpl_0_the_cpu_waits", &[79]),
+    ("crates/machine/tests/async_pf/main.rs", "scenario_80_events_survive_an_excursion_without_paging", &[80]),
     ("crates/mmu/tests/mmu/sequences/mod.rs", "every_mode_does_what_the_manual_says", &[84]),
     ("crates/mmu/tests/mmu/sequences/mod.rs", "two_processors_do_what_the_manual_says", &[83, 84]),
     (
