@@ -101,6 +101,7 @@ pub(crate) fn moved(sample: &Sample, r: &mut Random) -> Option<Case> {
     if uses_fp(i.code()) {
         state.fp = *fp;
     }
+    place::stack_pointer(*mode, &mut state, r);
     let state = place::put(&i, *mode, target, state, r)?;
     if undefined::result(&i, state.gpr[1]) || processors::differ_with(&i, &state) {
         return None;

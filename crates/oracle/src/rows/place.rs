@@ -55,17 +55,22 @@ pub fn state(i: &Instruction, mode: Mode, target: u64, with_fp: bool, r: &mut Ra
     if with_fp {
         s.fp = floating(r);
     }
+    stack_pointer(mode, &mut s, r);
     special(i, mode, &mut s, r)?;
     put(i, mode, target, s, r)
 }
 
-/// The same state with the stack and the operands where the case wants them; `None` as above.
-pub fn put(i: &Instruction, mode: Mode, target: u64, mut s: CpuState, r: &mut Random) -> Option<CpuState> {
+/// RSP in a part of the window that is for stacks.
+pub fn stack_pointer(mode: Mode, s: &mut CpuState, r: &mut Random) {
     s.gpr[4] = stack(r) - mode.base();
     if mode == Mode::Bits16 && r.one_in(2) {
         // Only SP counts.
         s.gpr[4] |= r.next() << 16 & 0xffff_0000;
     }
+}
+
+/// The same state with the operands where the case wants them; `None` as above.
+pub fn put(i: &Instruction, mode: Mode, target: u64, mut s: CpuState, r: &mut Random) -> Option<CpuState> {
     strings(i, mode, target, &mut s, r);
     operand(i, mode, target, &mut s, r)?;
     if mode != Mode::Bits64 {

@@ -1,7 +1,7 @@
 //! Which parts of the window an instruction may write.
 
 use crate::window::{BYTES, PHYSICAL};
-use iced_x86::{Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 use std::cell::RefCell;
 use std::ops::Range;
 use umbra_arch::{CpuState, rflags};
@@ -35,7 +35,8 @@ pub fn ranges(i: &Instruction, mode: Mode, s: &CpuState) -> Vec<Range<u64>> {
             if let Some(at) = m.virtual_address(0, |r, _, _| Some(value(r, mode, s)))
                 && !reads
             {
-                add(&mut ranges, (at & mode.mask()).wrapping_sub(MARGIN), m.memory_size().size() as u64 + 2 * MARGIN);
+                let at = (at & mode.mask()).wrapping_add(bit_offset(i, s));
+                add(&mut ranges, at.wrapping_sub(MARGIN), m.memory_size().size() as u64 + 2 * MARGIN);
             }
         }
     });
@@ -53,6 +54,17 @@ fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
         overlaps
     });
     ranges
+}
+
+/// How many bytes from its operand on a bit in a register lies.
+fn bit_offset(i: &Instruction, s: &CpuState) -> u64 {
+    let writes = matches!(i.mnemonic(), Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
+    if !writes || i.op0_kind() != OpKind::Memory || i.op1_kind() != OpKind::Register {
+        return 0;
+    }
+    let r = i.op1_register();
+    let unused = 64 - 8 * r.size() as u32;
+    ((s.gpr[r.full_register().number() & 15] << unused) as i64 >> unused >> 3) as u64
 }
 
 /// Adds what of a linear range is in the window.
