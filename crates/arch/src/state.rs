@@ -25,12 +25,14 @@ pub enum Activity {
     /// Executing instructions.
     #[default]
     Running,
-    /// After HLT or MWAIT.
+    /// After HLT.
     Halted,
     /// After INIT on an application processor.
     WaitForSipi,
     /// After a triple fault.
     Shutdown,
+    /// After MWAIT.
+    Waiting,
 }
 
 /// Which events the instruction just executed holds back for one instruction.
@@ -141,6 +143,8 @@ pub struct CpuState {
     pub cpl: u8,
     /// Running, halted, ...
     pub activity: Activity,
+    /// MONITOR was executed, and nobody else can have stored anything since.
+    pub monitor_armed: bool,
     /// Interrupt shadow of the last instruction.
     pub shadow: Shadow,
     /// An NMI is being handled: further ones wait for IRET.
@@ -210,6 +214,7 @@ impl CpuState {
             pkru: 0,
             cpl: 0,
             activity: Activity::Running,
+            monitor_armed: false,
             shadow: Shadow::None,
             nmi_blocked: false,
             pending_debug: 0,

@@ -157,4 +157,6 @@ pub trait Vcpu {
     fn set_state(&mut self, state: &CpuState);
     /// Instructions retired since the engine was made.
     fn retired(&self) -> u64;
+    /// Somebody else, another processor or a device, may have stored to memory since the last run: MWAIT ends.
+    fn disturbed(&mut self) {}
 }

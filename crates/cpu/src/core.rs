@@ -362,9 +362,9 @@ impl Core {
         }
     }
 
-    /// Stops executing until an interrupt.
-    pub fn halt(&mut self) {
-        self.s.activity = Activity::Halted;
+    /// Stops executing: [`Activity::Halted`] or [`Activity::Waiting`].
+    pub fn halt(&mut self, activity: Activity) {
+        self.s.activity = activity;
         self.check_events = true;
         self.break_block = true;
     }

@@ -262,7 +262,7 @@ impl Interpreter {
         match c.s.activity {
             Activity::Shutdown => return Some(c.exit.take().unwrap_or(Exit::Halted)),
             Activity::WaitForSipi => return Some(Exit::WaitForSipi),
-            Activity::Running | Activity::Halted => {}
+            Activity::Running | Activity::Halted | Activity::Waiting => {}
         }
         let mut event = None;
         if c.s.shadow == Shadow::None && !c.s.nmi_blocked && bus.take_nmi() {
@@ -280,7 +280,7 @@ impl Interpreter {
             }
         }
         let c = &mut self.core;
-        if c.s.activity == Activity::Halted {
+        if matches!(c.s.activity, Activity::Halted | Activity::Waiting) {
             c.check_events = true;
             return Some(Exit::Halted);
         }
@@ -347,5 +347,12 @@ impl Vcpu for Interpreter {
 
     fn retired(&self) -> u64 {
         self.retired
+    }
+
+    fn disturbed(&mut self) {
+        self.core.s.monitor_armed = false;
+        if self.core.s.activity == Activity::Waiting {
+            self.core.s.activity = Activity::Running;
+        }
     }
 }

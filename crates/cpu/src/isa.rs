@@ -30,6 +30,7 @@ pub mod flag;
 pub mod host_data;
 pub mod io;
 pub mod mmx;
+pub mod monitor;
 pub mod mov;
 pub mod muldiv;
 pub mod nop;
@@ -63,6 +64,7 @@ const FAMILIES: &[&[Row]] = &[
     io::ROWS,
     mmx::ROWS,
     mmx::STATE_ROWS,
+    monitor::ROWS,
     mov::ROWS,
     muldiv::ROWS,
     nop::ROWS,

@@ -9,6 +9,7 @@ use umbra_arch::control::Efer;
 use umbra_arch::fault::vector;
 use umbra_arch::rflags;
 use umbra_arch::segment::{Attr, Seg, Segment};
+use umbra_arch::state::Activity;
 
 const GDT: u64 = 0x5000;
 const TASK: u16 = 0x28;
@@ -37,6 +38,37 @@ fn task_and_ldt_registers_take_canonical_bases_only() {
             }
         }
     }
+}
+
+#[test]
+fn monitor_and_mwait() {
+    // ECX of MONITOR, of MWAIT; what happens.
+    for (hints, extensions, fault) in [(1, 0, Some(vector::GP)), (0, 2, Some(vector::GP)), (0, 0, None), (0, 1, None)] {
+        let mut g = Guest::new();
+        g.s.gpr[0] = long_mode::DATA;
+        let got = g.run(|a| {
+            a.mov(ecx, hints).unwrap();
+            a.monitor().unwrap();
+            a.mov(ecx, extensions).unwrap();
+            a.mwait().unwrap();
+        });
+        assert_eq!(got, fault, "{hints} {extensions}");
+        assert_eq!(g.s.activity == Activity::Waiting, fault.is_none());
+    }
+    // Not armed, it falls through; an address that can't be read is a fault.
+    let mut g = Guest::new();
+    g.s.gpr[1] = 0;
+    assert_eq!(g.run(|a| a.mwait().unwrap()), None);
+    assert_eq!(g.s.activity, Activity::Halted, "the HLT behind it");
+    g.s.gpr[0] = long_mode::ABSENT;
+    assert_eq!(g.run(|a| a.monitor().unwrap()), Some(vector::PF));
+    // Outside ring 0 they are undefined.
+    let mut g = guest_with_rings();
+    g.s.cpl = 3;
+    g.s.gpr[0] = long_mode::DATA;
+    g.s.gpr[1] = 0;
+    g.write(TSS + 4, &0x31_0000u64.to_le_bytes());
+    assert_eq!(g.run(|a| a.monitor().unwrap()), Some(vector::UD));
 }
 
 #[test]

@@ -49,10 +49,11 @@ pub struct MachineConfig {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) enum Rest {
     Running,
-    /// After HLT: whether RFLAGS.IF is 0, and whether NMIs are blocked too.
+    /// After HLT or MWAIT: whether RFLAGS.IF is 0, whether NMIs are blocked too, and whether it was MWAIT.
     Halted {
         masked: bool,
         nmi_blocked: bool,
+        watching: bool,
     },
     WaitForSipi,
 }
@@ -63,6 +64,8 @@ pub(crate) struct Cpu<V> {
     pub(crate) engine: V,
     pub(crate) time: VirtualTime,
     pub(crate) rest: Rest,
+    /// Another CPU ran or an event happened since this one ran.
+    pub(crate) disturbed: bool,
     /// Instructions retired before the engine was made (in the run that was restored), wrapping.
     pub(crate) retired_offset: u64,
 }
@@ -108,7 +111,7 @@ fn powered_on<V: Vcpu>(index: usize, mut engine: V) -> Cpu<V> {
         rest = Rest::WaitForSipi;
         engine.set_state(&CpuState { activity: Activity::WaitForSipi, ..engine.state() });
     }
-    Cpu { engine, time: VirtualTime(0), rest, retired_offset: 0 }
+    Cpu { engine, time: VirtualTime(0), rest, disturbed: false, retired_offset: 0 }
 }
 
 impl<V: Vcpu> Machine<V> {

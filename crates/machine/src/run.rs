@@ -102,8 +102,10 @@ impl<V: Vcpu> Machine<V> {
     fn next_to_run(&self) -> Option<usize> {
         let awake = |index: &usize| match self.cpus[*index].rest {
             Rest::Running => true,
-            Rest::Halted { masked, nmi_blocked } => {
-                !nmi_blocked && self.pc.nmi_pending(*index) || !masked && self.pc.interrupt_pending(*index)
+            Rest::Halted { masked, nmi_blocked, watching } => {
+                !nmi_blocked && self.pc.nmi_pending(*index)
+                    || (!masked || watching) && self.pc.interrupt_pending(*index)
+                    || watching && self.cpus[*index].disturbed
             }
             Rest::WaitForSipi => false,
         };
@@ -114,6 +116,9 @@ impl<V: Vcpu> Machine<V> {
     fn turn(&mut self, index: usize, host: &mut dyn Host, limit: Option<VirtualTime>) -> Option<End> {
         self.idle_since = None;
         let cpu = &mut self.cpus[index];
+        if std::mem::take(&mut cpu.disturbed) || matches!(cpu.rest, Rest::Halted { watching: true, .. }) {
+            cpu.engine.disturbed();
+        }
         if cpu.rest != Rest::Running {
             cpu.rest = Rest::Running;
             cpu.time = cpu.time.max(self.now).max(self.pc.latest);
@@ -133,9 +138,15 @@ impl<V: Vcpu> Machine<V> {
         self.pc.set_rivals(has_rivals);
         let stopped = self.cpus[index].engine.run(&mut self.pc.bus(index, until), Slice { now: start, until });
         let now = stopped.now.max(start);
+        self.disturb(|other| other != index);
         self.cpus[index].time = if self.pc.take_yield() { self.after_pause(index, now) } else { now };
         host.pace(now, false);
         self.after(index, stopped.exit)
+    }
+
+    /// CPUs whose memory may have changed behind their back.
+    fn disturb(&mut self, concerns: impl Fn(usize) -> bool) {
+        self.cpus.iter_mut().enumerate().filter(|(at, _)| concerns(*at)).for_each(|(_, cpu)| cpu.disturbed = true);
     }
 
     fn slice_end(&self, index: usize, start: VirtualTime, limit: Option<VirtualTime>) -> VirtualTime {
@@ -160,6 +171,7 @@ impl<V: Vcpu> Machine<V> {
     /// Lets the events up to `now` happen, the host's input among them.
     fn happen(&mut self, now: VirtualTime, host: &mut dyn Host) {
         self.now = self.now.max(now);
+        self.disturb(|_| true);
         if self.pc.deliver_due(now) {
             host.input(&mut self.input);
             while let Some(&byte) = self.input.front() {
@@ -178,7 +190,11 @@ impl<V: Vcpu> Machine<V> {
             Exit::BudgetSpent | Exit::Attention => None,
             Exit::Halted => {
                 let state = engine.state();
-                *rest = Rest::Halted { masked: state.rflags & rflags::IF == 0, nmi_blocked: state.nmi_blocked };
+                *rest = Rest::Halted {
+                    masked: state.rflags & rflags::IF == 0,
+                    nmi_blocked: state.nmi_blocked,
+                    watching: state.activity == Activity::Waiting,
+                };
                 None
             }
             Exit::WaitForSipi => {
@@ -221,7 +237,9 @@ impl<V: Vcpu> Machine<V> {
 
     /// Whether nothing but an NMI could wake a CPU.
     fn deaf(&self) -> bool {
-        self.cpus.iter().all(|cpu| !matches!(cpu.rest, Rest::Running | Rest::Halted { masked: false, .. }))
+        use Rest::{Halted, Running};
+        let hears = |rest| matches!(rest, Running | Halted { masked: false, .. } | Halted { watching: true, .. });
+        !self.cpus.iter().any(|cpu| hears(cpu.rest))
     }
 
     fn halted(&self) -> Halted {

@@ -31,6 +31,8 @@ enum Step {
     Mmio(u64, u64),
     Spin(u64),
     Hlt,
+    /// Waits as MWAIT does.
+    Mwait,
     Sti,
     Log(&'static str),
     Add(usize),
@@ -53,6 +55,7 @@ struct Script {
     at: usize,
     spun: u64,
     halted: bool,
+    watching: bool,
     enabled: bool,
     waiting: bool,
     retired: u64,
@@ -82,6 +85,7 @@ impl Script {
                 again = self.spun < ns;
             }
             Hlt => self.halted = true,
+            Mwait => self.watching = true,
             Sti => self.enabled = true,
             Log(what) => self.log(what, *now),
             Add(flag) => self.world.borrow_mut().flags[flag] += 1,
@@ -121,7 +125,7 @@ impl Vcpu for Script {
                 self.halted = false;
                 bus.mmio_write(now, Gpa::new(EOI), AccessWidth::Dword, 0);
             }
-            if self.halted {
+            if self.halted || self.watching {
                 return Stopped { exit: Exit::Halted, now };
             }
             if now >= slice.until {
@@ -136,7 +140,11 @@ impl Vcpu for Script {
         let mut state = CpuState::reset();
         state.rip = self.at as u64;
         state.rflags |= if self.enabled { rflags::IF } else { 0 };
-        state.activity = if self.waiting { Activity::WaitForSipi } else { Activity::Running };
+        state.activity = match (self.waiting, self.watching) {
+            (true, _) => Activity::WaitForSipi,
+            (_, true) => Activity::Waiting,
+            _ => Activity::Running,
+        };
         state
     }
     fn set_state(&mut self, state: &CpuState) {
@@ -149,6 +157,9 @@ impl Vcpu for Script {
     }
     fn retired(&self) -> u64 {
         self.retired
+    }
+    fn disturbed(&mut self) {
+        self.watching = false;
     }
 }
 
@@ -180,6 +191,7 @@ fn machine(scripts: &[Vec<Step>]) -> (Machine<Script>, Rc<RefCell<World>>) {
         at: 0,
         spun: 0,
         halted: false,
+        watching: false,
         enabled: false,
         waiting: false,
         retired: 0,
@@ -229,6 +241,17 @@ fn an_interrupt_wakes_a_halted_cpu_at_once() {
     let world = run(&[starting(&[&[Spin(300_000)], &send[..]].concat()), vec![Mmio(SVR, 0x1ff), Sti, Hlt, Hlt]]);
     let late = when(&world, 1, "ipi") - when(&world, 0, "sent");
     assert!(late < 100, "after {late} ns");
+}
+
+/// It goes on when the other CPU had its turn or an event happened, and not before.
+#[test]
+fn who_waits_with_mwait_goes_on_after_the_others_turn() {
+    let world = run(&[starting(&[Spin(300_000), Log("waits"), Mwait, Log("goes on")]), vec![Spin(3_000_000), Hlt]]);
+    let late = when(&world, 0, "goes on") - when(&world, 0, "waits");
+    assert!((1_000..2 * AHEAD).contains(&late), "after {late} ns");
+    let (mut alone, _) = machine(&[vec![Mwait, Out(0xf4, 0)]]);
+    let end = alone.run(&mut Interfering(0, 0), None);
+    assert!(matches!(end, End::HaltedForever(_)), "nothing can have stored anything: {end:?}");
 }
 
 #[test]

@@ -159,7 +159,7 @@ features! {
 }
 
 /// Known by name so that asking for them is answered clearly; never offered.
-const NOT_IMPLEMENTED: &[Feature] = &[Feature::Vme, Feature::Monitor, Feature::Waitpkg, Feature::Shstk];
+const NOT_IMPLEMENTED: &[Feature] = &[Feature::Vme, Feature::Waitpkg, Feature::Shstk];
 
 /// Features whose instructions the host executes for the guest.
 const LENT_BY_HOST: &[Feature] = &[

@@ -70,6 +70,8 @@ impl CpuidProfile {
             // Cache and TLB descriptors: "see leaf 4", "see leaf 18h", 64-byte prefetch.
             0x2 if self.vendor == Vendor::Intel => [0x00fe_ff01, 0xf0, 0, 0],
             0x4 if self.vendor == Vendor::Intel => caches(subleaf, now),
+            // Lines of 64 bytes; interrupts end MWAIT though IF is 0 (ECX bits 0 and 1); C1 has one state.
+            0x5 if self.has(Feature::Monitor) => [64, 64, 3, 0x10],
             0x7 if subleaf == 0 => self.structured(now),
             0xb if self.has(Feature::X2apic) => topology(subleaf, now),
             0xd if self.has(Feature::Xsave) => self.xsave(subleaf, now),

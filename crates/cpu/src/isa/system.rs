@@ -7,7 +7,7 @@ use crate::op::{Flow, Op};
 use crate::word::Word;
 use iced_x86::Mnemonic as M;
 use umbra_arch::cpuid::{CpuidDynamic, Feature};
-use umbra_arch::state::reg;
+use umbra_arch::state::{Activity, reg};
 use umbra_arch::{Bus, Fault};
 
 /// The rows.
@@ -22,7 +22,7 @@ pub const ROWS: &[Row] = &[
     Row::new(M::Hlt, "HLT-Halt", |_| {
         Some(|c, _, _| {
             c.need_ring0()?;
-            c.halt();
+            c.halt(Activity::Halted);
             Ok(())
         })
     })

@@ -53,7 +53,7 @@ impl Guest {
             mem.write(Gpa::new(handler), &[0xf4]);
         }
         let mut profile = CpuidProfile::default();
-        for feature in [Feature::Sha, Feature::Gfni, Feature::Vaes, Feature::Vpclmulqdq] {
+        for feature in [Feature::Sha, Feature::Gfni, Feature::Vaes, Feature::Vpclmulqdq, Feature::Monitor] {
             profile.features.insert(feature);
         }
         let cpu = Interpreter::new(mem.clone(), &profile, 0, options).unwrap();
