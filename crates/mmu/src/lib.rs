@@ -16,6 +16,7 @@ pub mod role;
 pub mod stats;
 pub mod walk;
 
+mod active;
 mod audit;
 mod context;
 mod fill;

@@ -1,0 +1,124 @@
+//! The fast paths: one lookup in the column that the current root and view select.
+
+use crate::context::{Column, Entry, Pool, column_of};
+use crate::mmu::Mmu;
+use umbra_arch::Gva;
+use umbra_memory::RamOffset;
+
+/// A base beyond every pool: no slot is found.
+const NOWHERE: usize = usize::MAX / 2;
+
+/// The column that the fast paths read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Active {
+    base: usize,
+    mask: u64,
+    generation: u64,
+}
+
+impl Active {
+    /// No slot is found.
+    pub(crate) const NONE: Active = Active { base: NOWHERE, mask: 0, generation: 0 };
+
+    fn of(column: &Column) -> Active {
+        Active { base: column.base as usize, mask: column.mask(), generation: column.generation }
+    }
+
+    #[inline(always)]
+    fn slot<'a>(&self, pool: &'a Pool, gva: Gva) -> Option<&'a Entry> {
+        pool.entries.get(self.base + (gva.raw() >> 12 & self.mask) as usize)
+    }
+
+    /// The tag of the page that an access ends in: equal to its slot's tag only if that is the page it
+    /// starts in, since the next page has another slot.
+    #[inline(always)]
+    fn tag(&self, gva: Gva, bytes: u64) -> u64 {
+        gva.raw().wrapping_add(bytes.wrapping_sub(1)) & !0xfff | self.generation
+    }
+
+    #[inline(always)]
+    fn read(&self, pool: &Pool, gva: Gva, bytes: u64) -> Option<RamOffset> {
+        let slot = self.slot(pool, gva)?;
+        (slot.tag_read == self.tag(gva, bytes)).then(|| RamOffset::new(gva.raw().wrapping_add(slot.addend)))
+    }
+
+    #[inline(always)]
+    fn write(&self, pool: &Pool, gva: Gva, bytes: u64) -> Option<RamOffset> {
+        let slot = self.slot(pool, gva)?;
+        (slot.tag_write == self.tag(gva, bytes)).then(|| RamOffset::new(gva.raw().wrapping_add(slot.addend)))
+    }
+}
+
+impl Mmu {
+    /// After anything that can move or clear the columns that are read.
+    #[inline]
+    pub(crate) fn sync_active(&mut self) {
+        let Some(root) = self.roots.slots[self.current].as_ref() else { return };
+        let column = &root.columns[column_of(&self.view)];
+        if !column.exists() {
+            return;
+        }
+        if self.guarded {
+            (self.active, self.system) = (Active::NONE, Active::NONE);
+            return;
+        }
+        self.active = Active::of(column);
+        self.system = match column_of(&self.view.implicit()) {
+            same if same == column_of(&self.view) => self.active,
+            other => {
+                let other = &root.columns[other];
+                if other.exists() && other.keys & self.restricted == 0 { Active::of(other) } else { Active::NONE }
+            }
+        };
+    }
+
+    /// Makes the fast paths miss every access, for a caller that has to look at each (breakpoints,
+    /// alignment checks), or lets them hit again.
+    pub fn set_guarded(&mut self, guarded: bool) {
+        self.guarded = guarded;
+        self.sync_active();
+    }
+
+    /// Whether the fast paths read `column`, for the audit.
+    pub(crate) fn reads_column(&self, column: &Column) -> bool {
+        self.guarded || column.exists() && self.active == Active::of(column)
+    }
+
+    /// Whether implicit accesses read `column` or none, for the audit.
+    pub(crate) fn reads_for_system(&self, column: &Column) -> bool {
+        self.system == Active::NONE || column.exists() && self.system == Active::of(column)
+    }
+
+    /// The fast translation of `bytes` (1..=8192) bytes at `gva` for a read; `None` on a miss and for
+    /// an access that crosses a page's end.
+    #[inline(always)]
+    pub fn lookup_read(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {
+        self.active.read(&self.pool, gva, bytes)
+    }
+
+    /// As [`lookup_read`](Self::lookup_read) for a write that nobody has to be told of: the page is
+    /// RAM, dirty already, no code and no table.
+    #[inline(always)]
+    pub fn lookup_write(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {
+        self.active.write(&self.pool, gva, bytes)
+    }
+
+    /// As [`lookup_read`](Self::lookup_read) for an implicit supervisor access.
+    #[inline(always)]
+    pub fn lookup_system_read(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {
+        self.system.read(&self.pool, gva, bytes)
+    }
+
+    /// As [`lookup_write`](Self::lookup_write) for an implicit supervisor access.
+    #[inline(always)]
+    pub fn lookup_system_write(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {
+        self.system.write(&self.pool, gva, bytes)
+    }
+
+    /// As [`lookup_read`](Self::lookup_read) for one byte of an instruction fetch.
+    #[inline(always)]
+    pub fn lookup_fetch(&self, gva: Gva) -> Option<RamOffset> {
+        let slot = self.active.slot(&self.pool, gva)?;
+        (slot.tag_fetch == self.active.tag(gva, 1)).then(|| RamOffset::new(gva.raw().wrapping_add(slot.addend)))
+    }
+}
