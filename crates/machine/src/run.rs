@@ -115,15 +115,8 @@ impl<V: Vcpu> Machine<V> {
     /// One slice of one CPU, or the events before it.
     fn turn(&mut self, index: usize, host: &mut dyn Host, limit: Option<VirtualTime>) -> Option<End> {
         self.idle_since = None;
-        let cpu = &mut self.cpus[index];
-        if std::mem::take(&mut cpu.disturbed) || matches!(cpu.rest, Rest::Halted { watching: true, .. }) {
-            cpu.engine.disturbed();
-        }
-        if cpu.rest != Rest::Running {
-            cpu.rest = Rest::Running;
-            cpu.time = cpu.time.max(self.now).max(self.pc.latest);
-        }
-        let start = cpu.time;
+        self.wake(index);
+        let start = self.cpus[index].time;
         if limit.is_some_and(|limit| start >= limit) {
             self.now = self.now.max(start);
             return Some(End::Limit);
@@ -144,13 +137,33 @@ impl<V: Vcpu> Machine<V> {
         self.after(index, stopped.exit)
     }
 
+    /// Ends a rest. Who waited by MWAIT goes on behind those for whose stores it waited, as after PAUSE.
+    fn wake(&mut self, index: usize) {
+        let caught_up = self.after_pause(index, self.cpus[index].time);
+        let (now, latest) = (self.now, self.pc.latest);
+        let cpu = &mut self.cpus[index];
+        let watching = matches!(cpu.rest, Rest::Halted { watching: true, .. });
+        if std::mem::take(&mut cpu.disturbed) || watching {
+            cpu.engine.disturbed();
+        }
+        if watching {
+            cpu.time = caught_up;
+        }
+        if cpu.rest != Rest::Running {
+            cpu.rest = Rest::Running;
+            cpu.time = cpu.time.max(now).max(latest);
+        }
+    }
+
     /// CPUs whose memory may have changed behind their back.
     fn disturb(&mut self, concerns: impl Fn(usize) -> bool) {
         self.cpus.iter_mut().enumerate().filter(|(at, _)| concerns(*at)).for_each(|(_, cpu)| cpu.disturbed = true);
     }
 
     fn slice_end(&self, index: usize, start: VirtualTime, limit: Option<VirtualTime>) -> VirtualTime {
-        let turn = self.rivals(index).map(|time| time.max(start).plus(TURN_NS)).min();
+        let watched = self.cpus.iter().any(|cpu| matches!(cpu.rest, Rest::Halted { watching: true, .. }));
+        let turn = self.rivals(index).map(|time| time.max(start)).chain(watched.then_some(start)).min();
+        let turn = turn.map(|time| time.plus(TURN_NS));
         let limit = limit.filter(|_| self.cpus.len() == 1);
         [Some(start.plus(SLICE_NS)), self.pc.next_event(), limit, turn].into_iter().flatten().min().unwrap_or(start)
     }

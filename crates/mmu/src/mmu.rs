@@ -16,7 +16,7 @@ use std::sync::Arc;
 use umbra_arch::control::{ControlLimits, ControlRegs, Effects, FlushScope};
 use umbra_arch::paging::{Access, PagingMode, entry};
 use umbra_arch::{Fault, Gpa, Gva};
-use umbra_memory::{Backing, Change, GuestMemory, RamOffset, Watcher};
+use umbra_memory::{Backing, Change, GuestMemory, Watcher};
 
 /// What a change of role or root does to the others.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
