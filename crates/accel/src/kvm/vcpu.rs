@@ -101,7 +101,8 @@ impl KvmVcpu {
         match self.held.activity {
             Activity::Shutdown => return self.shutdown(),
             Activity::WaitForSipi => return Exit::WaitForSipi,
-            Activity::Running | Activity::Halted => {}
+            // MWAIT may end at any time.
+            Activity::Running | Activity::Halted | Activity::Waiting => {}
         }
         let exit = self.until_exit(bus, clock);
         if let Some(kick) = &self.kick {

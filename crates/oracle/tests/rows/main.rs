@@ -118,7 +118,7 @@ fn rows_agree_with_the_host() {
 
 /// User code can't complete it: that it faults alike is all there is to see.
 fn always_faults(code: Code) -> bool {
-    let port = matches!(
+    let kernel_only = matches!(
         code.mnemonic(),
         Mnemonic::In
             | Mnemonic::Out
@@ -130,6 +130,8 @@ fn always_faults(code: Code) -> bool {
             | Mnemonic::Outsd
             | Mnemonic::Cli
             | Mnemonic::Sti
+            | Mnemonic::Monitor
+            | Mnemonic::Mwait
     );
-    code.is_privileged() || port
+    code.is_privileged() || kernel_only
 }
