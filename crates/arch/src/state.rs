@@ -1,5 +1,6 @@
 //! [`CpuState`]: everything architectural about one virtual CPU, and nothing else.
 
+use crate::addr::Gpa;
 use crate::control::{Cr0, Cr3, Cr4, Efer};
 use crate::fpu::FpState;
 use crate::segment::{Attr, Seg, Segment, TableRegister};
@@ -143,8 +144,8 @@ pub struct CpuState {
     pub cpl: u8,
     /// Running, halted, ...
     pub activity: Activity,
-    /// MONITOR was executed, and nobody else can have stored anything since.
-    pub monitor_armed: bool,
+    /// The line (physical address) that MONITOR named, unless somebody has stored to it since.
+    pub monitor: Option<Gpa>,
     /// Interrupt shadow of the last instruction.
     pub shadow: Shadow,
     /// An NMI is being handled: further ones wait for IRET.
@@ -214,7 +215,7 @@ impl CpuState {
             pkru: 0,
             cpl: 0,
             activity: Activity::Running,
-            monitor_armed: false,
+            monitor: None,
             shadow: Shadow::None,
             nmi_blocked: false,
             pending_debug: 0,

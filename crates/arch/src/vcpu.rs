@@ -157,6 +157,8 @@ pub trait Vcpu {
     fn set_state(&mut self, state: &CpuState);
     /// Instructions retired since the engine was made.
     fn retired(&self) -> u64;
-    /// Somebody else, another processor or a device, may have stored to memory since the last run: MWAIT ends.
-    fn disturbed(&mut self) {}
+    /// For a processor that waits by MWAIT: whether a store by another one or a device has ended that.
+    fn wait_is_over(&mut self) -> bool {
+        false
+    }
 }

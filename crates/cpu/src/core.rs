@@ -9,7 +9,7 @@ use umbra_arch::segment::Seg;
 use umbra_arch::state::{Activity, Shadow};
 use umbra_arch::{Bus, CpuState, Exit, Fault, GpaPage, VirtualTime, rflags};
 use umbra_hostexec::HostExec;
-use umbra_memory::{GuestMemory, MemoryError, Watcher};
+use umbra_memory::{GuestMemory, MemoryError, RamOffset, Watcher};
 use umbra_mmu::{Mmu, MmuOptions};
 
 /// What makes an engine impossible to build on this host.
@@ -108,6 +108,8 @@ pub struct Core {
     pub host: HostExec,
     /// Recent branches, as far as they were noticed at no cost.
     pub recent: crate::trace::Recent,
+    /// The page claimed for MONITOR.
+    pub(crate) monitored: Option<RamOffset>,
     /// What is traced, if anything.
     pub trace: Option<Box<crate::trace::Trace>>,
     /// Code bytes lines: which 64-byte lines of a RAM page hold decoded code.
@@ -160,6 +162,7 @@ impl Core {
             host: HostExec::new()?,
             mem,
             recent: crate::trace::Recent::default(),
+            monitored: None,
             trace: None,
             code_lines: hashbrown::HashMap::new(),
             s,
@@ -193,6 +196,7 @@ impl Core {
         self.view_changed();
         self.forget_hits();
         self.debug_changed();
+        self.restore_monitor();
         self.check_events = true;
     }
 

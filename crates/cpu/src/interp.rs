@@ -280,6 +280,10 @@ impl Interpreter {
             }
         }
         let c = &mut self.core;
+        // Masked ones end MWAIT, too: it may end at any time.
+        if c.s.activity == Activity::Waiting && bus.interrupt_pending() {
+            c.s.activity = Activity::Running;
+        }
         if matches!(c.s.activity, Activity::Halted | Activity::Waiting) {
             c.check_events = true;
             return Some(Exit::Halted);
@@ -305,6 +309,7 @@ impl Interpreter {
                 Change::Written { gpa, bytes } => self.written(gpa, bytes),
                 Change::Flagged(_) => self.core.mmu.memory_changed(change),
                 Change::Everything => {
+                    self.core.disarm_monitor();
                     self.cache.clear(&mut self.core);
                     self.core.mmu.memory_changed(change);
                 }
@@ -315,6 +320,9 @@ impl Interpreter {
     fn written(&mut self, gpa: Gpa, bytes: u32) {
         let Backing::Ram(offset) = self.core.mem.map(gpa.page()).at(gpa.offset()) else { return };
         let flags = self.core.mem.page_flags(offset);
+        if flags.contains(PageFlags::MONITORED) {
+            self.core.monitored_page_written(gpa, bytes);
+        }
         if flags.contains(PageFlags::WATCHED) {
             self.core.mmu.table_written(gpa, bytes);
         }
@@ -341,6 +349,8 @@ impl Vcpu for Interpreter {
     }
 
     fn set_state(&mut self, state: &CpuState) {
+        // What happened to memory before concerns the old state.
+        self.memory_changed();
         self.core.set_state(state);
         self.single = false;
     }
@@ -349,10 +359,10 @@ impl Vcpu for Interpreter {
         self.retired
     }
 
-    fn disturbed(&mut self) {
-        self.core.s.monitor_armed = false;
-        if self.core.s.activity == Activity::Waiting {
-            self.core.s.activity = Activity::Running;
+    fn wait_is_over(&mut self) -> bool {
+        if self.core.mmu.watcher().is_pending() {
+            self.memory_changed();
         }
+        self.core.s.activity != Activity::Waiting
     }
 }

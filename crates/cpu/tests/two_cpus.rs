@@ -6,23 +6,26 @@ mod long_mode;
 
 use long_mode::{Guest, OneInterrupt};
 use proptest::prelude::*;
-use umbra_arch::cpuid::CpuidProfile;
+use umbra_arch::cpuid::{CpuidProfile, Feature};
 use umbra_arch::state::Activity;
 use umbra_arch::{Exit, Gpa, Slice, Vcpu, VirtualTime};
 use umbra_cpu::{EngineOptions, Interpreter};
 
 const CPUS: usize = 3;
-/// `mov [rdi], rsi; hlt`, the same through a locked instruction, `mov rax, [rdi]; hlt`, `call rdi; hlt`.
-const ROUTINES: [(u64, &[u8]); 4] = [
+/// `mov [rdi], rsi; hlt`, the same through a locked instruction, `mov rax, [rdi]; hlt`, `call rdi; hlt`,
+/// `monitor; mwait; hlt`.
+const ROUTINES: [(u64, &[u8]); 5] = [
     (STORE, &[0x48, 0x89, 0x37, 0xf4]),
     (EXCHANGE, &[0x48, 0x87, 0x37, 0xf4]),
     (LOAD, &[0x48, 0x8b, 0x07, 0xf4]),
     (CALL, &[0xff, 0xd7, 0xf4]),
+    (WAIT, &[0x0f, 0x01, 0xc8, 0x0f, 0x01, 0xc9, 0xf4]),
 ];
 const STORE: u64 = 0x10_0000;
 const EXCHANGE: u64 = 0x10_0100;
 const LOAD: u64 = 0x10_0200;
 const CALL: u64 = 0x10_0300;
+const WAIT: u64 = 0x10_0400;
 /// Functions of 16 bytes that load a constant and return: four share a line.
 const FUNCTIONS: u64 = 0x12_0000;
 const SLOTS: usize = 6;
@@ -80,10 +83,21 @@ impl Rig {
             guest.write(FUNCTIONS + 16 * slot, &[0xb8, 0, 0, 0, 0, 0xc3, 0x90, 0x90, 0x90]);
         }
         guest.write(0x3000 + 16, &(TABLE | 7).to_le_bytes());
-        let cpu =
-            |id| Interpreter::new(guest.mem.clone(), &CpuidProfile::default(), id, &EngineOptions::default()).unwrap();
+        let mut profile = CpuidProfile::default();
+        profile.features.insert(Feature::Monitor);
+        let cpu = |id| Interpreter::new(guest.mem.clone(), &profile, id, &EngineOptions::default()).unwrap();
         let cpus = (0..CPUS as u32).map(cpu).collect();
         Self { guest, cpus }
+    }
+
+    /// One CPU waits for a store to the line of `at`.
+    fn wait(&mut self, cpu: usize, at: u64) {
+        let mut s = self.guest.s.clone();
+        (s.rip, s.gpr[0], s.gpr[1], s.activity) = (WAIT, at, 0, Activity::Running);
+        let cpu = &mut self.cpus[cpu];
+        cpu.set_state(&s);
+        let stopped = cpu.run(&mut OneInterrupt::default(), Slice { now: VirtualTime(0), until: VirtualTime(1000) });
+        assert_eq!((stopped.exit, cpu.state().activity), (Exit::Halted, Activity::Waiting));
     }
 
     /// Runs a routine on one CPU: RAX afterwards, or the vector of the fault.
@@ -101,6 +115,28 @@ impl Rig {
             _ => Ok(s.gpr[0]),
         }
     }
+}
+
+#[test]
+fn a_store_to_the_line_ends_mwait() {
+    let line = FRAMES[0] + 0x40;
+    let mut rig = Rig::new();
+    rig.wait(0, line + 8);
+    rig.run(1, STORE, line - 8, 1).expect("mapped");
+    rig.run(1, STORE, line + 64, 1).expect("mapped");
+    rig.guest.write(line - 1, &[1]);
+    assert!(!rig.cpus[0].wait_is_over(), "other lines of the page");
+    rig.run(1, EXCHANGE, line + 56, 1).expect("mapped");
+    assert!(rig.cpus[0].wait_is_over());
+    // A device's, and one between a saved and a restored state.
+    rig.wait(0, line);
+    let waiting = rig.cpus[0].state();
+    rig.guest.write(line + 63, &[1]);
+    assert!(rig.cpus[0].wait_is_over());
+    rig.cpus[2].set_state(&waiting);
+    assert!(!rig.cpus[2].wait_is_over());
+    rig.run(1, STORE, line - 4, 1).expect("mapped");
+    assert!(rig.cpus[2].wait_is_over(), "across the line's start");
 }
 
 proptest! {

@@ -64,8 +64,6 @@ pub(crate) struct Cpu<V> {
     pub(crate) engine: V,
     pub(crate) time: VirtualTime,
     pub(crate) rest: Rest,
-    /// Another CPU ran or an event happened since this one ran.
-    pub(crate) disturbed: bool,
     /// Instructions retired before the engine was made (in the run that was restored), wrapping.
     pub(crate) retired_offset: u64,
 }
@@ -111,7 +109,7 @@ fn powered_on<V: Vcpu>(index: usize, mut engine: V) -> Cpu<V> {
         rest = Rest::WaitForSipi;
         engine.set_state(&CpuState { activity: Activity::WaitForSipi, ..engine.state() });
     }
-    Cpu { engine, time: VirtualTime(0), rest, disturbed: false, retired_offset: 0 }
+    Cpu { engine, time: VirtualTime(0), rest, retired_offset: 0 }
 }
 
 impl<V: Vcpu> Machine<V> {

@@ -105,7 +105,6 @@ impl<V: Vcpu> Machine<V> {
             Rest::Halted { masked, nmi_blocked, watching } => {
                 !nmi_blocked && self.pc.nmi_pending(*index)
                     || (!masked || watching) && self.pc.interrupt_pending(*index)
-                    || watching && self.cpus[*index].disturbed
             }
             Rest::WaitForSipi => false,
         };
@@ -115,8 +114,12 @@ impl<V: Vcpu> Machine<V> {
     /// One slice of one CPU, or the events before it.
     fn turn(&mut self, index: usize, host: &mut dyn Host, limit: Option<VirtualTime>) -> Option<End> {
         self.idle_since = None;
-        self.wake(index);
-        let start = self.cpus[index].time;
+        let cpu = &mut self.cpus[index];
+        if cpu.rest != Rest::Running {
+            cpu.rest = Rest::Running;
+            cpu.time = cpu.time.max(self.now).max(self.pc.latest);
+        }
+        let start = cpu.time;
         if limit.is_some_and(|limit| start >= limit) {
             self.now = self.now.max(start);
             return Some(End::Limit);
@@ -131,33 +134,20 @@ impl<V: Vcpu> Machine<V> {
         self.pc.set_rivals(has_rivals);
         let stopped = self.cpus[index].engine.run(&mut self.pc.bus(index, until), Slice { now: start, until });
         let now = stopped.now.max(start);
-        self.disturb(|other| other != index);
+        self.wake_watchers(now);
         self.cpus[index].time = if self.pc.take_yield() { self.after_pause(index, now) } else { now };
         host.pace(now, false);
         self.after(index, stopped.exit)
     }
 
-    /// Ends a rest. Who waited by MWAIT goes on behind those for whose stores it waited, as after PAUSE.
-    fn wake(&mut self, index: usize) {
-        let caught_up = self.after_pause(index, self.cpus[index].time);
-        let (now, latest) = (self.now, self.pc.latest);
-        let cpu = &mut self.cpus[index];
-        let watching = matches!(cpu.rest, Rest::Halted { watching: true, .. });
-        if std::mem::take(&mut cpu.disturbed) || watching {
-            cpu.engine.disturbed();
+    /// CPUs that wait by MWAIT for what was stored before `now` go on.
+    fn wake_watchers(&mut self, now: VirtualTime) {
+        for cpu in self.cpus.iter_mut().filter(|cpu| matches!(cpu.rest, Rest::Halted { watching: true, .. })) {
+            if cpu.engine.wait_is_over() {
+                cpu.rest = Rest::Running;
+                cpu.time = cpu.time.max(now);
+            }
         }
-        if watching {
-            cpu.time = caught_up;
-        }
-        if cpu.rest != Rest::Running {
-            cpu.rest = Rest::Running;
-            cpu.time = cpu.time.max(now).max(latest);
-        }
-    }
-
-    /// CPUs whose memory may have changed behind their back.
-    fn disturb(&mut self, concerns: impl Fn(usize) -> bool) {
-        self.cpus.iter_mut().enumerate().filter(|(at, _)| concerns(*at)).for_each(|(_, cpu)| cpu.disturbed = true);
     }
 
     fn slice_end(&self, index: usize, start: VirtualTime, limit: Option<VirtualTime>) -> VirtualTime {
@@ -184,7 +174,6 @@ impl<V: Vcpu> Machine<V> {
     /// Lets the events up to `now` happen, the host's input among them.
     fn happen(&mut self, now: VirtualTime, host: &mut dyn Host) {
         self.now = self.now.max(now);
-        self.disturb(|_| true);
         if self.pc.deliver_due(now) {
             host.input(&mut self.input);
             while let Some(&byte) = self.input.front() {
@@ -195,6 +184,7 @@ impl<V: Vcpu> Machine<V> {
             }
             self.pc.schedule_host_input(Some(now.plus(INPUT_NS)));
         }
+        self.wake_watchers(now);
     }
 
     fn after(&mut self, index: usize, exit: Exit) -> Option<End> {

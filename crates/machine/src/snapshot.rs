@@ -67,7 +67,6 @@ struct SavedCpu {
     state: CpuState,
     time: VirtualTime,
     rest: Rest,
-    disturbed: bool,
     retired: u64,
 }
 
@@ -104,7 +103,6 @@ impl<V: Vcpu> Machine<V> {
                 state: cpu.engine.state(),
                 time: cpu.time,
                 rest: cpu.rest,
-                disturbed: cpu.disturbed,
                 retired: cpu.retired_offset.wrapping_add(cpu.engine.retired()),
             })
             .collect();
@@ -148,7 +146,6 @@ impl<V: Vcpu> Machine<V> {
             cpu.engine.set_state(&saved.state);
             cpu.time = saved.time;
             cpu.rest = saved.rest;
-            cpu.disturbed = saved.disturbed;
             cpu.retired_offset = saved.retired.wrapping_sub(cpu.engine.retired());
         }
         self.now = header.now;

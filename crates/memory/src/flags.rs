@@ -20,6 +20,9 @@ impl PageFlags {
     /// The page source has its contents: nobody may use the bytes before they are loaded.
     pub const ABSENT: PageFlags = PageFlags(8);
 
+    /// A processor waits by MWAIT for stores to it.
+    pub const MONITORED: PageFlags = PageFlags(0x10);
+
     /// Whether any of `other`'s flags is set.
     #[inline(always)]
     pub const fn intersects(self, other: PageFlags) -> bool {
@@ -41,7 +44,7 @@ impl PageFlags {
         PageFlags(self.0 & other.0)
     }
     /// Stores to such a page must be reported to the engine and the MMU.
-    pub const REPORTED: PageFlags = PageFlags::CODE.union(PageFlags::WATCHED);
+    pub const REPORTED: PageFlags = PageFlags::CODE.union(PageFlags::WATCHED).union(PageFlags::MONITORED);
 }
 
 /// The flags of all pages.

@@ -6,20 +6,17 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use umbra_arch::Gpa;
 
-/// For each page, which watchers need CODE and which need WATCHED: a bit each.
-struct Owners {
-    code: Box<[AtomicU32]>,
-    watched: Box<[AtomicU32]>,
-}
+/// Flags that watchers claim.
+const CLAIMED: [PageFlags; 3] = [PageFlags::CODE, PageFlags::WATCHED, PageFlags::MONITORED];
+
+/// For each of [`CLAIMED`] and each page, which watchers need it: a bit each.
+struct Owners([Box<[AtomicU32]>; CLAIMED.len()]);
 
 impl Owners {
     /// What the flags say while only `sole` has set them.
     fn of_one(mem: &GuestMemory, sole: u32) -> Self {
         let owned = |flag| mem.pages().map(move |off| if mem.page_flags(off).intersects(flag) { sole } else { 0 });
-        Self {
-            code: owned(PageFlags::CODE).map(AtomicU32::new).collect(),
-            watched: owned(PageFlags::WATCHED).map(AtomicU32::new).collect(),
-        }
+        Self(CLAIMED.map(|flag| owned(flag).map(AtomicU32::new).collect()))
     }
 
     fn cell(cells: &[AtomicU32], off: RamOffset) -> Option<&AtomicU32> {
@@ -29,8 +26,8 @@ impl Owners {
     /// Watchers that need one of `flags` of this page.
     fn of(&self, off: RamOffset, flags: PageFlags) -> u32 {
         let mut owners = 0;
-        for (flag, cells) in [(PageFlags::CODE, &self.code), (PageFlags::WATCHED, &self.watched)] {
-            if flags.intersects(flag) {
+        for (flag, cells) in CLAIMED.iter().zip(&self.0) {
+            if flags.intersects(*flag) {
                 owners |= Self::cell(cells, off).map_or(0, |cell| cell.load(Relaxed));
             }
         }
@@ -38,7 +35,8 @@ impl Owners {
     }
 
     fn cells_of(&self, flag: PageFlags) -> &[AtomicU32] {
-        if flag == PageFlags::CODE { &self.code } else { &self.watched }
+        let at = CLAIMED.iter().position(|&claimed| claimed == flag);
+        at.map_or(&[], |at| &self.0[at])
     }
 }
 
@@ -121,7 +119,7 @@ impl Watcher {
         self.all().everybody() & !(1 << self.id)
     }
 
-    /// Claims CODE or WATCHED for the page that holds `off`. True if this watcher had not claimed it:
+    /// Claims CODE, WATCHED or MONITORED for the page that holds `off`. True if this watcher had not claimed it:
     /// its own fast writes to the page must go; the others' will hear of it.
     pub fn claim(&self, off: RamOffset, flag: PageFlags) -> bool {
         let before = self.mem.page_flags(off);
@@ -203,7 +201,7 @@ impl Drop for Watcher {
         if !self.registered {
             return;
         }
-        for flag in [PageFlags::CODE, PageFlags::WATCHED] {
+        for flag in CLAIMED {
             let claimed: Vec<RamOffset> = self.mem.pages_with(flag).filter(|&o| self.has_claimed(o, flag)).collect();
             claimed.into_iter().for_each(|off| self.release(off, flag));
         }

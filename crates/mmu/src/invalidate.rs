@@ -205,7 +205,7 @@ impl Mmu {
         }
     }
 
-    /// CODE or WATCHED was set for the page that holds `off`: no fast write may hit it any more.
+    /// CODE, WATCHED or MONITORED was set for the page that holds `off`: no fast write may hit it any more.
     pub fn code_page_changed(&mut self, off: RamOffset) {
         self.drop_write_tags(off);
     }
