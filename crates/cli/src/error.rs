@@ -44,6 +44,9 @@ pub enum CliError {
     /// An accelerator reaches RAM without asking.
     #[error("--memory-file needs Umbra's own engine: leave --accel kvm away")]
     AccelMemoryFile,
+    /// So few pages that a single instruction could need more.
+    #[error("--memory-resident: {0} bytes are too few: give at least 4M")]
+    TooLittleResident(u64),
     /// The file alone is larger than RAM.
     #[error("{flag} {}: the file is larger than the guest's RAM ({ram} bytes): enlarge it with -m", path.display())]
     LargerThanRam {

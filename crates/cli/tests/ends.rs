@@ -170,3 +170,25 @@ fn a_signal_ends_the_run_with_its_number() {
     assert_eq!(output.stdout, b"hi\n");
     std::fs::remove_file(image).unwrap();
 }
+
+#[test]
+fn ram_comes_from_a_file() {
+    let ram = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("ram-{}.bin", std::process::id()));
+    let mut contents = vec![0; 0x3_0010];
+    contents[0x3_000f] = 0x21;
+    std::fs::write(&ram, &contents).unwrap();
+    let ram = ram.display().to_string();
+    let guest = |a: &mut CodeAssembler| {
+        a.mov(ax, 0x3000).unwrap();
+        a.mov(ds, ax).unwrap();
+        a.mov(al, byte_ptr(0xf)).unwrap();
+        // What lies behind the file's end is zero.
+        a.add(al, byte_ptr(0x10)).unwrap();
+        a.out(0xf4, al).unwrap();
+    };
+    let json = ends("memory-file", &["--memory-file", &ram, "--memory-latency", "3ms"], 0x43, "debug-exit", guest);
+    // In real-address mode nobody is told: the CPU waits.
+    assert_eq!((&json["pages"]["waits"], &json["pages"]["events"]), (&1.into(), &0.into()));
+    assert!(json["guest_ns"].as_u64().unwrap() > 3_000_000);
+    std::fs::remove_file(ram).unwrap();
+}

@@ -148,6 +148,21 @@ fn arguments_that_make_no_sense() {
 }
 
 #[test]
+fn memory_files_that_cannot_be_used() {
+    let scratch = Scratch::new("memory-file");
+    let (file, directory) = (scratch.file("ram", b"x"), scratch.0.display().to_string());
+    refused(&["run", "--memory-file", "/no/such/ram"], &["--memory-file /no/such/ram", "check the path"]);
+    for other in [&*directory, "/dev/zero"] {
+        refused(&["run", "--memory-file", other], &["--memory-file", other, "not a file"]);
+    }
+    refused(&["run", "--memory-file", &file, "--memory-latency", "soon"], &["soon", "100us"]);
+    refused(&["run", "--memory-latency", "1ms"], &["--memory-file"]);
+    refused(&["run", "--memory-resident", "64M"], &["--memory-file"]);
+    refused(&["run", "--memory-file", &file, "--memory-resident", "1M"], &["--memory-resident", "4M"]);
+    refused(&["run", "--cpu", "umbra-v3,+kvm-asyncpf"], &["--cpu", "--memory-file"]);
+}
+
+#[test]
 fn json_tells_a_program_the_same() {
     let output = umbra(&["run", "--json", "--kernel", "/no/such/file"]);
     assert_eq!(output.status.code(), Some(125));

@@ -226,7 +226,7 @@ impl Interpreter {
         let context = PageContext { cpl: c.s.cpl, paging: c.s.cr0.pg(), interruptible };
         match bus.page_absent(c.clock, c.absent, context) {
             PageAnswer::Now => {
-                c.mem.map(c.absent);
+                c.mem.page_arrived(c.absent);
                 return None;
             }
             PageAnswer::Wait(time) => c.clock = c.clock.max(time.min(self.until)),

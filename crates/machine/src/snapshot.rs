@@ -55,10 +55,26 @@ struct Header {
     ram_bytes: u64,
     profile: String,
     vcpus: u32,
-    /// Bytes of RAM that arrive on demand, and how long a page takes.
-    lazy: Option<(u64, u64)>,
+    lazy: Option<OnDemand>,
     now: VirtualTime,
     idle_since: Option<VirtualTime>,
+}
+
+/// RAM that arrives on demand.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct OnDemand {
+    bytes: u64,
+    /// Nanoseconds that a page takes.
+    latency: u64,
+    /// Most pages that are present.
+    limit: Option<u64>,
+}
+
+impl std::fmt::Display for OnDemand {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "of {} bytes, {} ns a page", self.bytes, self.latency)?;
+        self.limit.map_or(Ok(()), |pages| write!(f, ", {pages} pages present"))
+    }
 }
 
 /// One CPU with its place in time.
@@ -77,6 +93,8 @@ struct Wiring {
     lines: (u32, u32),
     events: Events,
     serial: SerialOutput,
+    /// Pages that have to arrive again.
+    swapped: Vec<u64>,
 }
 
 /// Names of all sections, in the order in which they are written.
@@ -106,7 +124,8 @@ impl<V: Vcpu> Machine<V> {
                 retired: cpu.retired_offset.wrapping_add(cpu.engine.retired()),
             })
             .collect();
-        let wiring = self.pc.wiring();
+        let swapped = self.memory.swapped_pages().iter().map(|page| page.raw()).collect();
+        let wiring = self.pc.wiring(swapped);
         let mut file = MAGIC.to_vec();
         file.extend_from_slice(&VERSION.to_le_bytes());
         for (name, contents) in [
@@ -137,10 +156,14 @@ impl<V: Vcpu> Machine<V> {
             return Err(SnapshotError::Damaged("cpus".into()));
         }
         let devices = decode("devices", sections.one("devices")?)?;
-        let wiring = decode("wiring", sections.one("wiring")?)?;
+        let wiring: Wiring = decode("wiring", sections.one("wiring")?)?;
         let pages = parse_pages(sections.one("memory")?)?;
 
         restore_memory(&self.memory, &pages);
+        if self.memory.page_source_bytes().is_some() {
+            let swapped: Vec<_> = wiring.swapped.iter().map(|&page| GpaPage::new(page)).collect();
+            self.memory.restore_swapped(&swapped);
+        }
         self.pc.restore(devices, wiring);
         for (cpu, saved) in self.cpus.iter_mut().zip(cpus) {
             cpu.engine.set_state(&saved.state);
@@ -154,9 +177,10 @@ impl<V: Vcpu> Machine<V> {
         Ok(())
     }
 
-    /// Bytes that the memory's page source covers, and the time that a page takes.
-    fn lazy(&self) -> Option<(u64, u64)> {
-        Some((self.memory.page_source_bytes()?, self.pc.devices.arrivals.latency()))
+    fn lazy(&self) -> Option<OnDemand> {
+        let arrivals = &self.pc.devices.arrivals;
+        let bytes = self.memory.page_source_bytes()?;
+        Some(OnDemand { bytes, latency: arrivals.latency(), limit: arrivals.limit() })
     }
 
     fn check(&self, header: &Header) -> Result<(), SnapshotError> {
@@ -166,16 +190,15 @@ impl<V: Vcpu> Machine<V> {
         differ("RAM bytes", header.ram_bytes.to_string(), self.memory.ram_bytes().to_string())?;
         differ("CPU profile", header.profile.clone(), self.profile.name.clone())?;
         differ("virtual CPUs", header.vcpus.to_string(), self.cpus.len().to_string())?;
-        let lazy =
-            |l: Option<(u64, u64)>| l.map_or("none".into(), |(bytes, ns)| format!("of {bytes} bytes, {ns} ns a page"));
+        let lazy = |lazy: Option<OnDemand>| lazy.map_or("none".into(), |lazy| lazy.to_string());
         differ("a memory file", lazy(header.lazy), lazy(self.lazy()))
     }
 }
 
 impl crate::pc::Pc {
-    fn wiring(&self) -> Wiring {
+    fn wiring(&self, swapped: Vec<u64>) -> Wiring {
         let (events, serial) = (self.events.clone(), self.serial.clone());
-        Wiring { latest: self.latest, lines: self.lines(), events, serial }
+        Wiring { latest: self.latest, lines: self.lines(), events, serial, swapped }
     }
 
     fn restore(&mut self, devices: crate::pc::Devices, wiring: Wiring) {

@@ -19,6 +19,11 @@ impl PageFlags {
     pub const WATCHED: PageFlags = PageFlags(4);
     /// The page source has its contents: nobody may use the bytes before they are loaded.
     pub const ABSENT: PageFlags = PageFlags(8);
+    /// It was present and has to arrive again before the guest's own accesses reach it. The bytes are in place:
+    /// everybody else may use them.
+    pub const SWAPPED: PageFlags = PageFlags(16);
+    /// The guest's own accesses have to wait for it.
+    pub const AWAY: PageFlags = PageFlags::ABSENT.union(PageFlags::SWAPPED);
 
     /// A processor waits by MWAIT for stores to it.
     pub const MONITORED: PageFlags = PageFlags(0x10);

@@ -2,7 +2,8 @@
 //!
 //! A page that the source covers is [`PageFlags::ABSENT`] until somebody loads it. An engine that comes to
 //! such a page by a guest's data access or fetch may let the guest wait for it; everybody else goes
-//! through [`GuestMemory::map`], which loads at once.
+//! through [`GuestMemory::map`], which loads at once. A page can also be sent away again
+//! ([`PageFlags::SWAPPED`]): it keeps its bytes, and only those accesses wait for it.
 
 use crate::{Backing, GuestMemory, MemoryError, PageFlags, RamOffset};
 use std::fs::File;
@@ -75,6 +76,8 @@ pub(crate) struct Lazy {
     /// Held while a page is loaded: its contents come exactly once.
     loading: Mutex<()>,
     loaded: AtomicU64,
+    /// Covered pages that are not away.
+    resident: AtomicU64,
     failure: OnceLock<PageFailure>,
 }
 
@@ -91,6 +94,8 @@ impl GuestMemory {
                 && !self.page_flags(off).intersects(PageFlags::DIRTY)
             {
                 self.set_flags(off, PageFlags::ABSENT);
+            } else {
+                self.lazy.resident.fetch_add(1, Relaxed);
             }
         }
         Ok(())
@@ -111,10 +116,19 @@ impl GuestMemory {
         })
     }
 
+    fn has_any(&self, page: GpaPage, flags: PageFlags) -> bool {
+        matches!(self.locate(page), Backing::Ram(off) if self.page_flags(off).intersects(flags))
+    }
+
+    /// Whether the guest's own accesses have to wait for the page.
+    pub fn is_away(&self, page: GpaPage) -> bool {
+        self.has_any(page, PageFlags::AWAY)
+    }
+
     /// Whether the page has yet to be loaded.
     #[inline]
     pub fn is_absent(&self, page: GpaPage) -> bool {
-        matches!(self.locate(page), Backing::Ram(off) if self.page_flags(off).intersects(PageFlags::ABSENT))
+        self.has_any(page, PageFlags::ABSENT)
     }
 
     /// Loads the page behind `backing` if it is absent.
@@ -146,6 +160,7 @@ impl GuestMemory {
         self.store_bytes(off.page_base(), contents);
         self.set_flags(off, PageFlags::DIRTY);
         self.clear_flags(off, PageFlags::ABSENT);
+        self.lazy.resident.fetch_add(1, Relaxed);
     }
 
     /// Reads a page from the source; zeros if that fails, which [`page_failure`](Self::page_failure) tells.
@@ -159,9 +174,63 @@ impl GuestMemory {
 
     /// Loads every absent page, for those who reach RAM without asking.
     pub fn load_all(&self) {
-        self.covered_pages().for_each(|page| {
-            self.map(page);
-        });
+        self.covered_pages().for_each(|page| self.page_arrived(page));
+    }
+
+    /// A page is there for the guest's own accesses, too.
+    pub fn page_arrived(&self, page: GpaPage) {
+        if let Backing::Ram(off) = self.map(page)
+            && self.page_flags(off).intersects(PageFlags::SWAPPED)
+        {
+            self.clear_flags(off, PageFlags::SWAPPED);
+            self.lazy.resident.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Pages that the source covers and that are not away.
+    pub fn resident_pages(&self) -> u64 {
+        self.lazy.resident.load(Relaxed)
+    }
+
+    /// Sends up to `count` pages that are present away, as a host does that swaps: the next ones in the order of
+    /// their addresses from `from` on, all around. Answers where to go on.
+    pub fn swap_out(&self, from: GpaPage, count: u64) -> GpaPage {
+        let (before, behind): (Vec<_>, Vec<_>) = self.covered_pages().partition(|&page| page < from);
+        let mut left = count;
+        let mut next = from;
+        for page in behind.into_iter().chain(before) {
+            if left == 0 {
+                break;
+            }
+            next = GpaPage::new(page.raw() + 1);
+            if !self.is_away(page) {
+                self.set_swapped(page);
+                left -= 1;
+            }
+        }
+        self.map_changed();
+        next
+    }
+
+    fn set_swapped(&self, page: GpaPage) {
+        if let Backing::Ram(off) = self.locate(page) {
+            self.set_flags(off, PageFlags::SWAPPED);
+            self.lazy.resident.fetch_sub(1, Relaxed);
+        }
+    }
+
+    /// The pages that were sent away.
+    pub fn swapped_pages(&self) -> Vec<GpaPage> {
+        self.covered_pages().filter(|&page| self.has_any(page, PageFlags::SWAPPED)).collect()
+    }
+
+    /// Sends away exactly these: a saved machine is restored.
+    pub fn restore_swapped(&self, pages: &[GpaPage]) {
+        self.swapped_pages().into_iter().for_each(|page| self.page_arrived(page));
+        let covered = self.page_source_bytes().unwrap_or(0);
+        let fits = |page: &GpaPage| page.base().raw() < covered && !self.is_away(*page);
+        pages.iter().copied().filter(fits).for_each(|page| self.set_swapped(page));
+        self.map_changed();
     }
 
     /// Makes pages that the source covers absent again, whatever they hold: a saved machine is restored.
@@ -169,7 +238,10 @@ impl GuestMemory {
         let mut any = false;
         for page in pages {
             if let Backing::Ram(off) = self.locate(page) {
-                self.clear_flags(off, PageFlags::DIRTY);
+                if !self.page_flags(off).intersects(PageFlags::AWAY) {
+                    self.lazy.resident.fetch_sub(1, Relaxed);
+                }
+                self.clear_flags(off, PageFlags::DIRTY.union(PageFlags::SWAPPED));
                 self.set_flags(off, PageFlags::ABSENT);
                 any = true;
             }

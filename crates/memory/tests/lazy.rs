@@ -155,3 +155,32 @@ fn a_file_that_shrinks_is_a_failure() {
     mem.read(Gpa::new(0x1000), &mut bytes);
     assert_eq!(bytes, [0, 0], "a page comes once");
 }
+
+#[test]
+fn pages_sent_away_keep_their_bytes() {
+    let (mem, reads) = numbered();
+    let page = GpaPage::new;
+    let away =
+        |mem: &GuestMemory| (0..9).filter(|&n| mem.is_away(page(n)) && !mem.is_absent(page(n))).collect::<Vec<_>>();
+    (1..4).for_each(|n| _ = mem.map(page(n)));
+    assert_eq!((mem.resident_pages(), away(&mem)), (4, vec![]), "three loaded, one written before");
+    assert_eq!(mem.swap_out(page(2), 2), page(4));
+    assert_eq!((mem.resident_pages(), away(&mem)), (2, vec![2, 3]));
+    let mut bytes = [0; 2];
+    mem.read(Gpa::new(0x2fff), &mut bytes);
+    assert_eq!((bytes, reads.load(Relaxed)), ([2, 3], 3));
+    assert_eq!(away(&mem), [2, 3], "reading them is nothing that the guest does");
+    mem.page_arrived(page(2));
+    assert_eq!((mem.resident_pages(), away(&mem)), (3, vec![3]));
+    // All around, as far as there are any.
+    mem.swap_out(page(4), 2);
+    assert_eq!((mem.resident_pages(), away(&mem)), (1, vec![1, 3, 5]));
+    mem.swap_out(page(4), 100);
+    assert_eq!((mem.resident_pages(), away(&mem)), (0, vec![1, 2, 3, 5]));
+    // A page that isn't covered, one that is absent, one that is present.
+    mem.restore_swapped(&[page(COVERED >> 12), page(7), page(5)]);
+    assert_eq!((mem.resident_pages(), mem.swapped_pages()), (3, vec![page(5)]));
+    mem.forget_pages([page(5), page(1)]);
+    assert_eq!((mem.resident_pages(), away(&mem)), (2, vec![]));
+    assert!(mem.is_absent(page(5)) && mem.is_absent(page(1)));
+}

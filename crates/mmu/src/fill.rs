@@ -227,7 +227,7 @@ impl Mmu {
         let backing = if access.implicit { self.mem.map(page) } else { self.mem.locate(page) }.at(gpa.offset());
         let mut absent = false;
         if let Backing::Ram(off) = backing {
-            absent = self.mem.page_flags(off).intersects(PageFlags::ABSENT);
+            absent = !access.implicit && is_away(self.mem.page_flags(off));
             if access.kind == AccessKind::Write && !absent {
                 self.mem.note_store(off, 1);
             }
@@ -239,7 +239,7 @@ impl Mmu {
     fn finish(&mut self, gva: Gva, access: Access, found: &Found) -> Translation {
         let translation = self.answer(found.gpa, access);
         match translation.backing {
-            _ if translation.absent => {}
+            Backing::Ram(off) if is_away(self.mem.page_flags(off)) => {}
             Backing::Ram(off) => {
                 let writable = is_written(found) && is_quiet(self.mem.page_flags(off));
                 // A store to a table or to code: what can be cached is cached.
@@ -317,6 +317,12 @@ fn found_at(gva: u64, shift: u32, entry: ShadowEntry, above: u64) -> Found {
         rights: rights_of(entry.0 & above, entry.key()),
         dirty: entry.is_dirty(),
     }
+}
+
+/// Explicit accesses to such a page must come here.
+#[inline]
+fn is_away(flags: PageFlags) -> bool {
+    flags.intersects(PageFlags::AWAY)
 }
 
 /// Stores to such a page concern nobody.

@@ -54,7 +54,7 @@ pub struct Translation {
     pub gpa: Gpa,
     /// Its backing; the offset is the byte's own.
     pub backing: Backing,
-    /// The page has yet to be loaded: the bytes behind `backing` mean nothing, and nothing was filled or
+    /// The page has yet to arrive: the bytes behind `backing` mean nothing, and nothing was filled or
     /// marked for it.
     pub absent: bool,
 }
@@ -356,7 +356,7 @@ impl Mmu {
         let found = walk::look(&mut PeekedTables(&self.mem), &self.regime(), gva, access, &self.full_view())?;
         let page = found.gpa.page();
         let backing = self.mem.locate(page).at(found.gpa.offset());
-        Ok(Translation { gpa: found.gpa, backing, absent: self.mem.is_absent(page) })
+        Ok(Translation { gpa: found.gpa, backing, absent: self.mem.is_away(page) })
     }
 
     /// INVLPG: counted. Entries are never stale, so nothing needs dropping.

@@ -168,6 +168,12 @@ impl Umbra {
         if let Some(environ) = &options.environ {
             arguments.extend(["--initrd".to_owned(), environ.display().to_string()]);
         }
+        let swapped = section.needs_swapping().then(SparseFile::new).transpose()?;
+        if let Some(file) = &swapped {
+            // As the test's own comment has it: more than 1 GiB of RAM on a host that lends 512 MiB.
+            let path = file.0.display().to_string();
+            arguments.extend(["--memory-file".to_owned(), path, "--memory-resident".to_owned(), "512M".to_owned()]);
+        }
         let start = Instant::now();
         let output = Command::new(&self.binary)
             .args(["run", "--kernel"])
@@ -194,6 +200,25 @@ impl Umbra {
             failing,
             last_line: last.to_owned(),
         })
+    }
+}
+
+/// An empty file of 2 GiB, there as long as this value.
+struct SparseFile(PathBuf);
+
+impl SparseFile {
+    fn new() -> Result<Self, XtaskError> {
+        let path = std::env::temp_dir().join(format!("umbra-kut-{}.ram", std::process::id()));
+        let made = std::fs::File::create(&path).and_then(|file| file.set_len(2 << 30));
+        made.map_err(|error| XtaskError::Write(path.clone(), error))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for SparseFile {
+    fn drop(&mut self) {
+        // A file left behind takes no room.
+        let _ = std::fs::remove_file(&self.0);
     }
 }
 

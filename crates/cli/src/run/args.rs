@@ -31,6 +31,9 @@ pub struct Args {
     /// asynchronous page faults unless --cpu says -kvm-asyncpf
     #[arg(long, value_name = "TIME", default_value = "100us", value_parser = parse_latency, requires = "memory_file")]
     pub memory_latency: u64,
+    /// Keep at most so much of the file's RAM present, as a host that swaps: what was sent away has to arrive again
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "memory_file")]
+    pub memory_resident: Option<u64>,
     /// Number of virtual CPUs, 1 to 32; they take turns, deterministically
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=32))]
     pub smp: u32,

@@ -17,6 +17,9 @@ use umbra_test_roms::Rom;
 /// 1 January 2026, 00:00 UTC: what the clock shows at the start of every run.
 const RTC_START: i64 = 1_767_225_600;
 
+/// Fewest bytes of RAM that must be allowed to stay present.
+const MIN_RESIDENT: u64 = 4 << 20;
+
 /// A machine ready to run.
 pub struct Guest {
     pub machine: Machine<Engine>,
@@ -51,6 +54,9 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
     if args.expect.as_deref() == Some("") {
         return Err(CliError::EmptyExpect);
     }
+    if let Some(bytes) = args.memory_resident.filter(|&bytes| bytes < MIN_RESIDENT) {
+        return Err(CliError::TooLittleResident(bytes));
+    }
     let choice = choice(args)?;
     let (profile, dropped) = engine::fitted(choice, lazy_profile(args)?, args.smp)?;
     let memory = guest_memory(args.memory)?;
@@ -68,6 +74,7 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
     let config = MachineConfig { profile, rtc_start: RTC_START };
     let mut machine = Machine::new(memory, &config, engines)?;
     machine.pc_mut().set_page_latency(args.memory_latency);
+    machine.pc_mut().set_resident_pages(args.memory_resident.map(|bytes| bytes / PAGE_SIZE));
     let kind = match &args.kernel {
         Some(_) => load_kernel(args, &mut machine)?,
         None => {

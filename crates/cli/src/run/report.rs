@@ -140,8 +140,9 @@ impl Report {
         if let Some(mmu) = &self.mmu {
             let _ = write!(out, "{mmu}");
         }
-        if let Some(PageStats { loaded, events, waits }) = self.pages {
+        if let Some(PageStats { loaded, swapped, events, waits }) = self.pages {
             let _ = writeln!(out, "pages loaded              {loaded:>16}");
+            let _ = writeln!(out, "pages sent away           {swapped:>16}");
             let _ = writeln!(out, "asynchronous page faults  {events:>16}");
             let _ = writeln!(out, "waits for pages           {waits:>16}");
         }
@@ -186,8 +187,11 @@ impl Report {
         if let Some(mmu) = &self.mmu {
             object.insert("mmu".into(), counters(mmu.fields().collect()));
         }
-        if let Some(PageStats { loaded, events, waits }) = self.pages {
-            object.insert("pages".into(), json!({ "loaded": loaded, "events": events, "waits": waits }));
+        if let Some(PageStats { loaded, swapped, events, waits }) = self.pages {
+            object.insert(
+                "pages".into(),
+                json!({ "loaded": loaded, "swapped": swapped, "events": events, "waits": waits }),
+            );
         }
         if !self.phases.is_empty() {
             let phases = self.phases.iter().map(

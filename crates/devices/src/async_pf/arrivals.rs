@@ -1,4 +1,4 @@
-//! Which pages of RAM are on their way, for all CPUs together.
+//! Which pages of RAM are on their way, for all CPUs together, and how many may be there.
 
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,6 +9,10 @@ use umbra_arch::{GpaPage, VirtualTime};
 pub struct PageArrivals {
     /// Virtual nanoseconds from the first access to the arrival.
     latency: u64,
+    /// Most pages that are present.
+    limit: Option<u64>,
+    /// Where the search for pages to send away goes on.
+    hand: u64,
     times: BTreeMap<u64, VirtualTime>,
     queue: BTreeSet<(VirtualTime, u64)>,
 }
@@ -22,6 +26,27 @@ impl PageArrivals {
     /// How many virtual nanoseconds a page takes.
     pub fn latency(&self) -> u64 {
         self.latency
+    }
+
+    /// Sets how many pages may be present.
+    pub fn set_limit(&mut self, pages: Option<u64>) {
+        self.limit = pages;
+    }
+
+    /// How many pages may be present.
+    pub fn limit(&self) -> Option<u64> {
+        self.limit
+    }
+
+    /// With `present` pages: how many must go, enough for a while, and from which on to look for them.
+    pub fn excess(&self, present: u64) -> Option<(u64, GpaPage)> {
+        let limit = self.limit.filter(|&limit| present > limit)?;
+        Some((present - limit + limit / 8, GpaPage::new(self.hand)))
+    }
+
+    /// Pages were sent away: the next search starts here.
+    pub fn set_hand(&mut self, page: GpaPage) {
+        self.hand = page.raw();
     }
 
     /// When the page arrives that is needed at `now`.

@@ -24,6 +24,8 @@ pub(crate) struct LazyRam {
 pub struct PageStats {
     /// Pages read from the source.
     pub loaded: u64,
+    /// Pages sent away again.
+    pub swapped: u64,
     /// "Page not present" events delivered.
     pub events: u64,
     /// Times that a CPU did nothing until a page came.
@@ -42,6 +44,11 @@ impl Pc {
     /// Sets how many virtual nanoseconds a page takes to arrive.
     pub fn set_page_latency(&mut self, ns: u64) {
         self.devices.arrivals.set_latency(ns);
+    }
+
+    /// Sets how many pages of RAM from the source may be present at a time.
+    pub fn set_resident_pages(&mut self, limit: Option<u64>) {
+        self.devices.arrivals.set_limit(limit);
     }
 
     /// Counts of what happened to RAM that arrives on demand; `None` if no RAM does.
@@ -86,10 +93,15 @@ impl Pc {
 
     /// Pages that are due come, and guests that wait for them are told.
     pub(super) fn pages_arrive(&mut self, now: VirtualTime) {
-        let Some(lazy) = &self.lazy else { return };
+        let Some(lazy) = &mut self.lazy else { return };
         while let Some(page) = self.devices.arrivals.take_arrived(now) {
-            lazy.memory.map(page);
+            lazy.memory.page_arrived(page);
             self.devices.async_pf.iter_mut().for_each(|apf| apf.page_arrived(page));
+        }
+        // Only here, between slices: what an engine keeps of pages never decides which of them are present.
+        if let Some((excess, from)) = self.devices.arrivals.excess(lazy.memory.resident_pages()) {
+            self.devices.arrivals.set_hand(lazy.memory.swap_out(from, excess));
+            lazy.stats.swapped += excess;
         }
         for vcpu in 0..self.devices.async_pf.len() {
             self.tell_ready(vcpu);

@@ -44,6 +44,8 @@ pub struct Plan {
     pub paging: bool,
     /// The #PF handler switches paging off, counts down from here, and on again. 0 does nothing of it.
     pub off_for: u32,
+    /// How often it goes through the pages.
+    pub rounds: u32,
     /// RFLAGS.IF while it touches pages.
     pub interrupts: bool,
     /// Nanoseconds between interrupts of the local APIC's timer; 0 is none.
@@ -51,7 +53,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    pub const TOLD: Plan = Plan { control: ALWAYS, paging: true, off_for: 0, interrupts: true, timer: 0 };
+    pub const TOLD: Plan = Plan { control: ALWAYS, paging: true, off_for: 0, rounds: 1, interrupts: true, timer: 0 };
 }
 
 type Assembled = Result<Vec<u8>, IcedError>;
@@ -150,10 +152,10 @@ fn timer() -> Assembled {
     })
 }
 
-/// Reads each page once, then writes to it; reads across the last page's end; calls a function.
+/// Reads each page and writes to it, in rounds; reads across the last page's end; calls a function.
 fn main(plan: &Plan) -> Assembled {
     assemble(MAIN, |a| {
-        let mut next = a.create_label();
+        let (mut round, mut next) = (a.create_label(), a.create_label());
         // x2APIC mode: registers are MSRs.
         write_msr(a, 0x1b, 0xfee0_0d00)?;
         write_msr(a, 0x4b56_4d06, READY_VECTOR)?;
@@ -167,6 +169,8 @@ fn main(plan: &Plan) -> Assembled {
             a.sti()?;
         }
         a.xor(edi, edi)?;
+        a.mov(esi, plan.rounds)?;
+        a.set_label(&mut round)?;
         a.mov(ebx, FIRST)?;
         a.set_label(&mut next)?;
         a.add(edi, dword_ptr(ebx))?;
@@ -174,6 +178,8 @@ fn main(plan: &Plan) -> Assembled {
         a.add(ebx, 4096)?;
         a.cmp(ebx, END)?;
         a.jb(next)?;
+        a.dec(esi)?;
+        a.jnz(round)?;
         a.add(edi, dword_ptr(END - 2))?;
         a.mov(eax, FUNCTION)?;
         a.call(eax)?;

@@ -92,10 +92,13 @@ fn counts(machine: &Machine<Interpreter>) -> [u32; 5] {
     std::array::from_fn(|n| u32::from_le_bytes([raw[4 * n], raw[4 * n + 1], raw[4 * n + 2], raw[4 * n + 3]]))
 }
 
+fn expected_row() -> u32 {
+    (0..PAGES).fold(0u32, |sum, n| sum.wrapping_add(word_at(u64::from(FIRST + n * 4096))))
+}
+
 fn expected_sum() -> u32 {
-    let row = (0..PAGES).fold(0u32, |sum, n| sum.wrapping_add(word_at(u64::from(FIRST + n * 4096))));
     let (low, high) = (word_at(u64::from(END) - 4) >> 16, word_at(END.into()) << 16);
-    row.wrapping_add(low | high)
+    expected_row().wrapping_add(low | high)
 }
 
 fn run(plan: &Plan) -> (Machine<Interpreter>, PageStats) {
@@ -185,6 +188,61 @@ fn an_unreadable_page_ends_the_run() {
         end => panic!("{end:?}"),
     }
     assert_ne!(counts(&machine)[4], BAD);
+}
+
+/// The same guest again and again finds the pages that it touched last sent away.
+fn crowded() -> Machine<Interpreter> {
+    let mut machine = fresh();
+    machine.pc_mut().set_resident_pages(Some(256));
+    machine
+}
+
+#[test]
+fn pages_sent_away_keep_their_contents_and_arrive_again() {
+    let rounds = Plan { rounds: 3, ..Plan::TOLD };
+    let mut machine = crowded();
+    machine.boot(&guest::boot(&rounds).unwrap());
+    assert_eq!(machine.run(&mut Deaf, None), End::DebugExit(GOOD));
+    let stats = machine.page_stats().unwrap();
+    let [missing, ready, ..] = counts(&machine);
+    assert_eq!((u64::from(missing), missing), (stats.events, ready));
+    assert!(stats.events > 3 * (u64::from(PAGES) - 256), "{stats:?}");
+    assert!(stats.swapped > 2 * u64::from(PAGES) && stats.loaded < 2 * u64::from(PAGES), "{stats:?}");
+    assert!(machine.memory().resident_pages() <= 256 + 64, "{stats:?}");
+    assert_eq!(machine.memory().swapped_pages().len() as u64 + machine.memory().resident_pages(), {
+        let covered = (RAM >> 12) - 32;
+        covered - (0..RAM >> 12).filter(|&page| machine.memory().is_absent(GpaPage::new(page))).count() as u64
+    });
+    // The sum of three rounds, in which the guest found what it had written.
+    assert_eq!(counts(&machine)[4], expected_sum().wrapping_add(expected_row().wrapping_mul(2)));
+    for n in 0..PAGES {
+        let mut word = [0; 4];
+        machine.memory().read(Gpa::new(u64::from(FIRST + n * 4096 + 8)), &mut word);
+        assert_eq!(u32::from_le_bytes(word), FIRST + n * 4096);
+    }
+}
+
+#[test]
+fn a_save_knows_which_pages_were_sent_away() {
+    let rounds = Plan { rounds: 2, ..Plan::TOLD };
+    let booted = || {
+        let mut machine = crowded();
+        machine.boot(&guest::boot(&rounds).unwrap());
+        machine
+    };
+    let whole = finish(&mut booted());
+    assert_eq!(finish(&mut booted()), whole, "two runs");
+    for moment in (5_000_000..whole.1.0).step_by(9_123_457) {
+        let mut machine = booted();
+        assert_eq!(machine.run(&mut Deaf, Some(VirtualTime(moment))), End::Limit, "{moment}");
+        let saved = machine.save().unwrap();
+        assert_eq!(finish(&mut machine), whole, "stopping at {moment} changes nothing");
+        for mut other in [crowded(), machine] {
+            other.restore(&saved).unwrap();
+            assert_eq!(other.save().unwrap(), saved, "{moment}: saving again gives the same bytes");
+            assert_eq!(finish(&mut other), whole, "restored at {moment}");
+        }
+    }
 }
 
 /// Everything one can see of a machine at its end.

@@ -25,8 +25,7 @@ pub struct Section {
 const FOREIGN_GROUPS: [&str; 9] =
     ["vmx", "svm", "nodefault", "hyperv", "pmu", "nested_exception", "vmexit", "realmode_emulation", "tdp"];
 /// Files that test what only KVM or special devices have.
-const FOREIGN_FILES: [&str; 12] = [
-    "asyncpf.flat",
+const FOREIGN_FILES: [&str; 11] = [
     "hypercall.flat",
     "kvmclock_test.flat",
     "vmware_backdoors.flat",
@@ -92,6 +91,11 @@ impl Section {
             arguments.extend(["--append".to_owned(), self.test_args.clone()]);
         }
         arguments
+    }
+
+    /// Whether it waits for pages that the host has swapped out, of 2 GiB of RAM.
+    pub fn needs_swapping(&self) -> bool {
+        self.file == "asyncpf.flat"
     }
 
     fn qemu_option(&self, name: &str) -> Option<&str> {
