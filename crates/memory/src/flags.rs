@@ -21,12 +21,12 @@ impl PageFlags {
     pub const ABSENT: PageFlags = PageFlags(8);
     /// It was present and has to arrive again before the guest's own accesses reach it. The bytes are in place:
     /// everybody else may use them.
-    pub const SWAPPED: PageFlags = PageFlags(16);
-    /// The guest's own accesses have to wait for it.
-    pub const AWAY: PageFlags = PageFlags::ABSENT.union(PageFlags::SWAPPED);
-
+    pub const SWAPPED: PageFlags = PageFlags(0x20);
     /// A processor waits by MWAIT for stores to it.
     pub const MONITORED: PageFlags = PageFlags(0x10);
+
+    /// The guest's own accesses have to wait for it.
+    pub const AWAY: PageFlags = PageFlags::ABSENT.union(PageFlags::SWAPPED);
 
     /// Whether any of `other`'s flags is set.
     #[inline(always)]
@@ -51,6 +51,13 @@ impl PageFlags {
     /// Stores to such a page must be reported to the engine and the MMU.
     pub const REPORTED: PageFlags = PageFlags::CODE.union(PageFlags::WATCHED).union(PageFlags::MONITORED);
 }
+
+/// Flags share no bit: their sum is their union.
+const _: () = {
+    use PageFlags as F;
+    let all = F::DIRTY.union(F::REPORTED).union(F::AWAY);
+    assert!(F::DIRTY.0 + F::CODE.0 + F::WATCHED.0 + F::MONITORED.0 + F::ABSENT.0 + F::SWAPPED.0 == all.0);
+};
 
 /// The flags of all pages.
 pub(crate) struct FlagTable(Box<[AtomicU8]>);
