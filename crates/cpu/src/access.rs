@@ -350,7 +350,10 @@ impl Core {
         }
         self.mmu.watcher().stored(t.gpa, off, len);
         if flags.contains(PageFlags::WATCHED) {
+            let stamp = self.mmu.fetch_stamp();
             self.mmu.table_written(t.gpa, len);
+            // The rest of this block may be mapped elsewhere now.
+            self.break_block |= stamp != self.mmu.fetch_stamp();
         }
         if flags.contains(PageFlags::CODE) && self.hits_code(off, len) {
             self.code_writes.push((off.raw(), len));
