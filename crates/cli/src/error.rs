@@ -5,6 +5,7 @@ use umbra_accel::kvm::KvmError;
 use umbra_arch::cpuid::BadProfile;
 use umbra_cpu::EngineError;
 use umbra_firmware::FirmwareError;
+use umbra_jit::JitError;
 use umbra_machine::MachineError;
 use umbra_machine::boot::BootError;
 use umbra_test_roms::RomError;
@@ -94,6 +95,12 @@ pub enum CliError {
     /// A hand-over without an accelerator.
     #[error("--handover-at needs --accel kvm: there is nothing to hand over from")]
     NeedsAccel,
+    /// The translator can't be made.
+    #[error("--engine jit: {0}")]
+    Jit(#[from] JitError),
+    /// Two engines.
+    #[error("--engine jit is for --accel soft: a hand-over goes to the interpreter")]
+    AccelEngine,
     /// The firmware.
     #[error(transparent)]
     Firmware(#[from] FirmwareError),

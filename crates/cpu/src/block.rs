@@ -73,6 +73,28 @@ struct Jump {
 
 const NO_JUMP: Jump = Jump { rip: 1, stamp: u64::MAX, mode: u64::MAX, block: u32::MAX };
 
+impl Block {
+    /// RAM offset of its first byte.
+    pub fn offset(&self) -> u64 {
+        self.key.offset
+    }
+
+    /// Length in bytes.
+    pub fn bytes(&self) -> u32 {
+        self.bytes[0].1 + self.bytes[1].1
+    }
+
+    /// Code mode it was decoded for, as [`Core::code_mode`].
+    pub fn mode(&self) -> u64 {
+        self.key.mode
+    }
+
+    /// Whether its one instruction goes on in another page.
+    pub fn crosses(&self) -> bool {
+        self.second.is_some()
+    }
+}
+
 /// All decoded blocks.
 pub struct BlockCache {
     blocks: Vec<Block>,
@@ -80,6 +102,8 @@ pub struct BlockCache {
     map: HashMap<Key, u32>,
     jumps: Box<[Jump]>,
     pages: HashMap<u64, Vec<u32>>,
+    /// Numbers of dropped blocks, if somebody wants to know.
+    dropped: Option<Vec<u32>>,
 }
 
 impl Default for BlockCache {
@@ -90,6 +114,7 @@ impl Default for BlockCache {
             map: HashMap::new(),
             jumps: vec![NO_JUMP; JUMP_SLOTS].into_boxed_slice(),
             pages: HashMap::new(),
+            dropped: None,
         }
     }
 }
@@ -212,6 +237,14 @@ impl BlockCache {
         }
     }
 
+    pub(crate) fn watch(&mut self) {
+        self.dropped.get_or_insert_default();
+    }
+
+    pub(crate) fn take_dropped(&mut self) -> Vec<u32> {
+        self.dropped.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
     /// Drops everything.
     pub fn clear(&mut self, c: &mut Core) {
         for number in 0..self.blocks.len() as u32 {
@@ -226,6 +259,9 @@ impl BlockCache {
         block.valid = false;
         block.generation = block.generation.wrapping_add(1);
         let (key, rip) = (block.key, block.rip);
+        if let Some(dropped) = &mut self.dropped {
+            dropped.push(number);
+        }
         let pages: Vec<u64> = pages_of(block).collect();
         self.map.remove(&key);
         let jump = &mut self.jumps[slot_of(rip)];

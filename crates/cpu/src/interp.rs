@@ -15,11 +15,11 @@ use umbra_memory::{Backing, Change, GuestMemory, PageFlags};
 
 /// The reference engine.
 pub struct Interpreter {
-    core: Core,
-    cache: BlockCache,
-    retired: u64,
+    pub(crate) core: Core,
+    pub(crate) cache: BlockCache,
+    pub(crate) retired: u64,
     /// TF or a shadow: run one instruction at a time.
-    single: bool,
+    pub(crate) single: bool,
     /// End of the running slice.
     until: VirtualTime,
 }
@@ -71,32 +71,48 @@ impl Interpreter {
         self.core.random = seed;
     }
 
+    /// Starts a slice.
+    pub(crate) fn begin(&mut self, slice: Slice) {
+        self.core.clock = slice.now;
+        self.until = slice.until;
+        self.core.check_events = true;
+    }
+
     fn run_until(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Exit {
         loop {
-            if self.core.mmu.watcher().is_pending() {
-                self.memory_changed();
-            }
-            if self.core.check_events
-                && let Some(exit) = self.events(bus)
-            {
-                return exit;
-            }
-            if self.core.clock >= until {
-                return Exit::BudgetSpent;
-            }
-            // Stores of the last block and of an exception's frame alike.
-            for (offset, len) in std::mem::take(&mut self.core.code_writes) {
-                self.cache.invalidate(&mut self.core, offset, len);
-            }
-            if self.core.trace.is_some() {
-                self.core.trace_mmu();
-            }
-            self.core.recent.enter(self.core.next_rip);
-            let found = self.cache.find(&mut self.core);
+            let found = match self.head(bus, until) {
+                Ok(found) => found,
+                Err(exit) => return exit,
+            };
             if let Some(exit) = self.chain(bus, found, until) {
                 return exit;
             }
         }
+    }
+
+    /// Does what is due between two blocks and finds the next one; `Err` ends the slice.
+    #[inline(always)]
+    pub(crate) fn head(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Result<Result<u32, Stop>, Exit> {
+        if self.core.mmu.watcher().is_pending() {
+            self.memory_changed();
+        }
+        if self.core.check_events
+            && let Some(exit) = self.events(bus)
+        {
+            return Err(exit);
+        }
+        if self.core.clock >= until {
+            return Err(Exit::BudgetSpent);
+        }
+        // Stores of the last block and of an exception's frame alike.
+        for (offset, len) in std::mem::take(&mut self.core.code_writes) {
+            self.cache.invalidate(&mut self.core, offset, len);
+        }
+        if self.core.trace.is_some() {
+            self.core.trace_mmu();
+        }
+        self.core.recent.enter(self.core.next_rip);
+        Ok(self.cache.find(&mut self.core))
     }
 
     /// Runs blocks one after the other until something has to be looked at. HOT.
@@ -106,35 +122,49 @@ impl Interpreter {
         loop {
             let number = match found {
                 Ok(number) => number,
-                Err(stop) => {
-                    let rip = self.core.next_rip;
-                    return self.stopped(bus, stop, rip);
-                }
+                Err(stop) => return self.not_found(bus, stop),
             };
-            let block = self.cache.block(number);
-            let c = &mut self.core;
-            c.block_rip = block.rip;
-            c.next_rip = block.end_rip;
-            c.break_block = false;
-            if self.single || c.clock.plus(u64::from(block.cost)) > until {
-                return self.part(bus, number, until);
+            if let Err(left) = self.whole_block(bus, number, until) {
+                return left;
             }
-            for (done, op) in block.ops.iter().enumerate() {
-                let flow = (op.exec)(c, bus, op);
-                if flow.is_err() || c.break_block {
-                    return self.ended(bus, number, done, flow.err());
-                }
-            }
-            self.retired += block.ops.len() as u64;
-            c.clock = c.clock.plus(u64::from(block.cost));
-            if c.check_events {
-                return self.after(bus, None, 0);
-            }
-            if c.clock >= until {
-                return None;
-            }
-            found = self.cache.follow(c, number);
+            found = self.cache.follow(&mut self.core, number);
         }
+    }
+
+    /// The next block's bytes couldn't be fetched.
+    pub(crate) fn not_found(&mut self, bus: &mut dyn Bus, stop: Stop) -> Option<Exit> {
+        let rip = self.core.next_rip;
+        self.stopped(bus, stop, rip)
+    }
+
+    /// Runs a block. `Ok` if the next one can follow at once, else what the slice ends with, if it ends.
+    #[inline(always)]
+    pub(crate) fn whole_block(
+        &mut self,
+        bus: &mut dyn Bus,
+        number: u32,
+        until: VirtualTime,
+    ) -> Result<(), Option<Exit>> {
+        let block = self.cache.block(number);
+        let c = &mut self.core;
+        c.block_rip = block.rip;
+        c.next_rip = block.end_rip;
+        c.break_block = false;
+        if self.single || c.clock.plus(u64::from(block.cost)) > until {
+            return Err(self.part(bus, number, until));
+        }
+        for (done, op) in block.ops.iter().enumerate() {
+            let flow = (op.exec)(c, bus, op);
+            if flow.is_err() || c.break_block {
+                return Err(self.ended(bus, number, done, flow.err()));
+            }
+        }
+        self.retired += block.ops.len() as u64;
+        c.clock = c.clock.plus(u64::from(block.cost));
+        if c.check_events {
+            return Err(self.after(bus, None, 0));
+        }
+        if c.clock >= until { Err(None) } else { Ok(()) }
     }
 
     /// Runs a block only as far as the budget reaches, or one instruction of it.
@@ -159,7 +189,7 @@ impl Interpreter {
 
     /// A block stopped in or after its operation `last`: charges what retired and finds where to go on.
     #[inline(never)]
-    fn ended(&mut self, bus: &mut dyn Bus, number: u32, last: usize, stop: Option<Stop>) -> Option<Exit> {
+    pub(crate) fn ended(&mut self, bus: &mut dyn Bus, number: u32, last: usize, stop: Option<Stop>) -> Option<Exit> {
         let c = &mut self.core;
         let block = self.cache.block(number);
         let retired = last + usize::from(matches!(stop, None | Some(Stop::Again)));
@@ -174,7 +204,7 @@ impl Interpreter {
 
     /// After a block: shadows, traps, faults, attention.
     #[inline(never)]
-    fn after(&mut self, bus: &mut dyn Bus, stop: Option<Stop>, rip: u64) -> Option<Exit> {
+    pub(crate) fn after(&mut self, bus: &mut dyn Bus, stop: Option<Stop>, rip: u64) -> Option<Exit> {
         let shadow = std::mem::take(&mut self.core.shadow_next);
         if stop == Some(Stop::Absent) {
             // It starts again under the shadow that it started under.
@@ -334,9 +364,7 @@ impl Interpreter {
 
 impl Vcpu for Interpreter {
     fn run(&mut self, bus: &mut dyn Bus, slice: Slice) -> Stopped {
-        self.core.clock = slice.now;
-        self.until = slice.until;
-        self.core.check_events = true;
+        self.begin(slice);
         let exit = match self.core.io_trace() {
             None => self.run_until(bus, slice.until),
             Some(mut traced) => self.run_until(&mut traced.over(bus), slice.until),

@@ -23,6 +23,7 @@ pub mod msr;
 pub mod op;
 pub mod operand;
 pub mod segments;
+pub mod stepping;
 pub mod taskswitch;
 pub mod trace;
 pub mod word;

@@ -4,8 +4,8 @@ use crate::HostExecError;
 use memmap2::{Mmap, MmapOptions, MmapRaw};
 use std::fs::File;
 
-/// Append-only code memory.
-pub(crate) struct CodeMemory {
+/// Code memory: appended to, patched, and cut back when what it holds is no longer used.
+pub struct CodeMemory {
     writable: MmapRaw,
     executable: Mmap,
     used: usize,
@@ -13,7 +13,10 @@ pub(crate) struct CodeMemory {
 
 impl CodeMemory {
     /// Reserves `size` bytes; pages cost memory once used.
-    pub(crate) fn new(size: usize) -> Result<Self, HostExecError> {
+    ///
+    /// # Errors
+    /// What the host refuses.
+    pub fn new(size: usize) -> Result<Self, HostExecError> {
         let fd =
             rustix::fs::memfd_create("umbra-stubs", rustix::fs::MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
         let file = File::from(fd);
@@ -25,8 +28,11 @@ impl CodeMemory {
     }
 
     /// Appends `code` at a 32-byte boundary; returns its address in the executable view.
-    pub(crate) fn append(&mut self, code: &[u8]) -> Result<*const u8, HostExecError> {
-        let start = self.used.next_multiple_of(32);
+    ///
+    /// # Errors
+    /// [`HostExecError::Full`].
+    pub fn append(&mut self, code: &[u8]) -> Result<*const u8, HostExecError> {
+        let start = self.next();
         let end = start + code.len();
         if end > self.writable.len() {
             return Err(HostExecError::Full);
@@ -41,8 +47,38 @@ impl CodeMemory {
         Ok(unsafe { self.executable.as_ptr().add(start) })
     }
 
+    /// Replaces bytes from offset `at` on, all of them in use.
+    ///
+    /// # Errors
+    /// [`HostExecError::Full`] beyond what is in use.
+    pub fn patch(&mut self, at: usize, code: &[u8]) -> Result<(), HostExecError> {
+        if at.checked_add(code.len()).is_none_or(|end| end > self.used) {
+            return Err(HostExecError::Full);
+        }
+        // SAFETY: the range lies within the mapping, as in `append`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_mut_ptr().add(at), code.len());
+        }
+        Ok(())
+    }
+
+    /// Offset at which the next [`append`](Self::append) puts its code.
+    pub fn next(&self) -> usize {
+        self.used.next_multiple_of(32)
+    }
+
+    /// Forgets everything from offset `used` on.
+    pub fn truncate(&mut self, used: usize) {
+        self.used = self.used.min(used);
+    }
+
+    /// Address of the first byte in the executable view.
+    pub fn address(&self) -> u64 {
+        self.executable.as_ptr() as u64
+    }
+
     /// Bytes in use.
-    pub(crate) fn used(&self) -> usize {
+    pub fn used(&self) -> usize {
         self.used
     }
 }

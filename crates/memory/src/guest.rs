@@ -79,6 +79,11 @@ impl GuestMemory {
         self.host.bytes()
     }
 
+    /// Host address of the byte at offset 0, valid as long as this lives.
+    pub fn mapping_address(&self) -> u64 {
+        self.host.address()
+    }
+
     /// RAM as sorted `(start, bytes)` ranges, for the firmware's memory map.
     pub fn ram_ranges(&self) -> Vec<(Gpa, u64)> {
         self.layout.read().unwrap_or_else(PoisonError::into_inner).ram_ranges()

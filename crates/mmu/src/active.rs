@@ -8,6 +8,17 @@ use umbra_memory::RamOffset;
 /// A base beyond every pool: no slot is found.
 const NOWHERE: usize = usize::MAX / 2;
 
+/// The table that the fast data paths read at present, for generated code: slot `gva >> 12 & mask`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FastTable {
+    /// Address of its first slot, valid until the next call of any of [`Mmu`]'s methods that change it.
+    pub slots: *const Entry,
+    /// Number of slots minus one.
+    pub mask: u64,
+    /// Low 12 bits of the tags in force.
+    pub generation: u64,
+}
+
 /// The column that the fast paths read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Active {
@@ -101,6 +112,15 @@ impl Mmu {
     #[inline(always)]
     pub fn lookup_write(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {
         self.active.write(&self.pool, gva, bytes)
+    }
+
+    /// The table that [`lookup_read`](Self::lookup_read) and [`lookup_write`](Self::lookup_write) read; `None`
+    /// if they always miss.
+    #[inline]
+    pub fn fast_table(&self) -> Option<FastTable> {
+        let Active { base, mask, generation } = self.active;
+        let first = self.pool.entries.get(base)?;
+        Some(FastTable { slots: first, mask, generation })
     }
 
     /// As [`lookup_read`](Self::lookup_read) for an implicit supervisor access.

@@ -28,6 +28,8 @@ mod shadow;
 mod tables;
 mod writers;
 
+pub use active::FastTable;
+pub use context::Entry;
 pub use event::Event;
 pub use mmu::{Mmu, MmuMode, MmuOptions, Translation};
 pub use role::{CpuRole, PageRole, View};

@@ -58,6 +58,12 @@ pub struct Args {
     /// What paces guest time [default: real when stdin is the guest's terminal, else virtual]
     #[arg(long, value_enum, value_name = "CLOCK")]
     pub clock: Option<ClockChoice>,
+    /// What executes the guest; results are always the same
+    #[arg(long, value_enum, value_name = "ENGINE", default_value_t = EngineChoice::Interp)]
+    pub engine: EngineChoice,
+    /// Translate at most so many blocks, to find by bisection one that is translated wrongly
+    #[arg(long, value_name = "N")]
+    pub jit_limit: Option<u64>,
     /// What the MMU's caches do when control registers change; results are always the same
     #[arg(long, value_enum, value_name = "MODE", default_value_t = MmuChoice::NoUnload)]
     pub mmu: MmuChoice,
@@ -80,6 +86,15 @@ pub enum ClockChoice {
     Virtual,
     /// The same, but the guest never runs ahead of the host's clock
     Real,
+}
+
+/// `--engine`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum EngineChoice {
+    /// The interpreter
+    Interp,
+    /// The interpreter, and host code for what is hot
+    Jit,
 }
 
 /// `--mmu`.

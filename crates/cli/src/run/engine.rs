@@ -9,11 +9,13 @@ use umbra_accel::{Backend, HandOver};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Bus, CpuState, Slice, Stopped, Vcpu};
 use umbra_cpu::Interpreter;
+use umbra_jit::{Jit, JitOptions, JitStats};
 use umbra_memory::GuestMemory;
 
-/// Umbra's own engine, or an accelerator that can hand over to it.
+/// Umbra's own engine, with or without its translator, or an accelerator that can hand over to it.
 pub enum Engine {
     Soft(Box<Interpreter>),
+    Translated(Jit),
     Accelerated(Box<HandOver<KvmVcpu, Interpreter>>),
 }
 
@@ -62,16 +64,20 @@ pub fn fitted(choice: Choice, profile: CpuidProfile, cpus: u32) -> Result<(Cpuid
 /// Makes the chosen engine of `soft`; `profile` is what [`fitted`] gave.
 ///
 /// # Errors
-/// When there is no usable KVM.
+/// When there is no usable KVM, or the host can't run translated code.
 pub fn make(
     choice: Choice,
     args: &AccelArgs,
+    translation: Option<JitOptions>,
     memory: &Arc<GuestMemory>,
     profile: &CpuidProfile,
     soft: Interpreter,
 ) -> Result<Engine, CliError> {
     if choice == Choice::Soft {
-        return Ok(Engine::Soft(Box::new(soft)));
+        return Ok(match translation {
+            None => Engine::Soft(Box::new(soft)),
+            Some(options) => Engine::Translated(Jit::around(soft, options)?),
+        });
     }
     let accelerator = KvmVcpu::new(Arc::clone(memory), &fit(profile)?)?;
     let mut pair = HandOver::new(accelerator, soft);
@@ -92,7 +98,16 @@ impl Engine {
     pub fn soft(&self) -> &Interpreter {
         match self {
             Engine::Soft(engine) => engine,
+            Engine::Translated(engine) => engine.interpreter(),
             Engine::Accelerated(pair) => pair.soft(),
+        }
+    }
+
+    /// The translator's counters.
+    pub fn jit_stats(&self) -> Option<JitStats> {
+        match self {
+            Engine::Translated(engine) => Some(engine.stats()),
+            Engine::Soft(_) | Engine::Accelerated(_) => None,
         }
     }
 
@@ -111,7 +126,7 @@ impl Engine {
     /// The accelerator's backend, if there is one.
     pub fn backend(&self) -> Option<Backend> {
         match self {
-            Engine::Soft(_) => None,
+            Engine::Soft(_) | Engine::Translated(_) => None,
             Engine::Accelerated(pair) => Some(pair.accelerator().backend()),
         }
     }
@@ -119,7 +134,7 @@ impl Engine {
     /// The changes of engines so far, in words.
     pub fn switches(&self) -> Vec<String> {
         match self {
-            Engine::Soft(_) => Vec::new(),
+            Engine::Soft(_) | Engine::Translated(_) => Vec::new(),
             Engine::Accelerated(pair) => pair.switches().iter().map(ToString::to_string).collect(),
         }
     }
@@ -129,6 +144,7 @@ impl Vcpu for Engine {
     fn run(&mut self, bus: &mut dyn Bus, slice: Slice) -> Stopped {
         match self {
             Engine::Soft(engine) => engine.run(bus, slice),
+            Engine::Translated(engine) => engine.run(bus, slice),
             Engine::Accelerated(pair) => pair.run(bus, slice),
         }
     }
@@ -136,6 +152,7 @@ impl Vcpu for Engine {
     fn state(&self) -> CpuState {
         match self {
             Engine::Soft(engine) => engine.state(),
+            Engine::Translated(engine) => engine.state(),
             Engine::Accelerated(pair) => pair.state(),
         }
     }
@@ -143,6 +160,7 @@ impl Vcpu for Engine {
     fn set_state(&mut self, state: &CpuState) {
         match self {
             Engine::Soft(engine) => engine.set_state(state),
+            Engine::Translated(engine) => engine.set_state(state),
             Engine::Accelerated(pair) => pair.set_state(state),
         }
     }
@@ -150,7 +168,16 @@ impl Vcpu for Engine {
     fn retired(&self) -> u64 {
         match self {
             Engine::Soft(engine) => engine.retired(),
+            Engine::Translated(engine) => engine.retired(),
             Engine::Accelerated(pair) => pair.retired(),
+        }
+    }
+
+    fn wait_is_over(&mut self) -> bool {
+        match self {
+            Engine::Soft(engine) => engine.wait_is_over(),
+            Engine::Translated(engine) => engine.wait_is_over(),
+            Engine::Accelerated(pair) => pair.wait_is_over(),
         }
     }
 }

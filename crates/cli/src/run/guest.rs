@@ -1,6 +1,6 @@
 //! Builds the machine that the arguments describe, with its image loaded.
 
-use super::args::{Accel, AccelArgs, Args, MmuChoice, RoleChoice, TraceArgs};
+use super::args::{Accel, AccelArgs, Args, EngineChoice, MmuChoice, RoleChoice, TraceArgs};
 use super::engine::{self, Choice, Engine};
 use super::image;
 use crate::error::CliError;
@@ -8,6 +8,7 @@ use std::sync::Arc;
 use umbra_arch::PAGE_SIZE;
 use umbra_arch::cpuid::{CpuidProfile, Feature, HostOffer};
 use umbra_cpu::{EngineOptions, Interpreter};
+use umbra_jit::{JitOptions, JitStats};
 use umbra_machine::boot::{self, BootRequest, Concern, ImageKind};
 use umbra_machine::{Machine, MachineConfig, MachineError, guest_memory};
 use umbra_memory::{GuestMemory, PageFlags};
@@ -40,6 +41,14 @@ impl Guest {
         sum
     }
 
+    /// The counters of all CPUs' translators, summed.
+    pub fn jit_stats(&self) -> Option<JitStats> {
+        self.machine.vcpus().filter_map(Engine::jit_stats).reduce(|mut sum, stats| {
+            sum.add(&stats);
+            sum
+        })
+    }
+
     /// Bytes of guest memory in pages that were ever written.
     pub fn written_bytes(&self) -> u64 {
         self.machine.memory().pages_with(PageFlags::DIRTY).count() as u64 * PAGE_SIZE
@@ -58,6 +67,7 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
         return Err(CliError::TooLittleResident(bytes));
     }
     let choice = choice(args)?;
+    let translation = translation(args, choice)?;
     let (profile, dropped) = engine::fitted(choice, lazy_profile(args)?, args.smp)?;
     let memory = guest_memory(args.memory)?;
     if let Some(path) = &args.memory_file {
@@ -67,7 +77,7 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
     let engine = |id| {
         let mut soft = interpreter(args, &memory, &profile, id)?;
         soft.set_trace(traces.next());
-        engine::make(choice, &args.accel, &memory, &profile, soft)
+        engine::make(choice, &args.accel, translation, &memory, &profile, soft)
     };
     let engines: Result<Vec<_>, CliError> = (0..args.smp).map(engine).collect();
     let engines = engines?;
@@ -93,6 +103,17 @@ fn choice(args: &Args) -> Result<Choice, CliError> {
         Choice::Kvm if args.memory_file.is_none() => Ok(Choice::Kvm),
         Choice::Kvm if args.accel.accel == Accel::Kvm => Err(CliError::AccelMemoryFile),
         _ => Ok(Choice::Soft),
+    }
+}
+
+/// What `--engine` and its companions come to.
+fn translation(args: &Args, choice: Choice) -> Result<Option<JitOptions>, CliError> {
+    match (args.engine, choice) {
+        (EngineChoice::Interp, _) => Ok(None),
+        (EngineChoice::Jit, Choice::Soft) => {
+            Ok(Some(JitOptions { limit: args.jit_limit.unwrap_or(u64::MAX), ..JitOptions::default() }))
+        }
+        (EngineChoice::Jit, Choice::Kvm) => Err(CliError::AccelEngine),
     }
 }
 
@@ -133,7 +154,7 @@ pub fn rom_machine(
     let memory = guest_memory(memory)?;
     let mut soft = Interpreter::new(Arc::clone(&memory), &profile, 0, &EngineOptions::default())?;
     soft.set_trace(super::trace::of(tracing, 1)?.pop());
-    let engine = engine::make(choice, accel, &memory, &profile, soft)?;
+    let engine = engine::make(choice, accel, None, &memory, &profile, soft)?;
     let mut machine = Machine::new(memory, &MachineConfig { profile, rtc_start: RTC_START }, vec![engine])?;
     load_rom(rom, &mut machine)?;
     Ok(machine)

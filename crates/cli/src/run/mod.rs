@@ -75,6 +75,7 @@ pub fn finish(args: &Args) -> Result<(Report, Guest), CliError> {
         host: start.elapsed(),
         mmu: Some(guest.mmu_stats()),
         pages: guest.machine.page_stats(),
+        jit: guest.jit_stats(),
         phases: measurements.finish(),
         acceleration: Acceleration::of(&guest),
         stats: args.stats || guest.is_embedded,

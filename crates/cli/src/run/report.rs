@@ -10,6 +10,7 @@ use std::time::Duration;
 use umbra_arch::CpuState;
 use umbra_arch::exit::TripleFault;
 use umbra_arch::segment::Seg;
+use umbra_jit::JitStats;
 use umbra_machine::boot::ImageKind;
 use umbra_machine::explain::Explanation;
 use umbra_machine::{End, PageStats, Stop};
@@ -36,6 +37,8 @@ pub struct Report {
     pub mmu: Option<MmuStats>,
     /// Of RAM that arrives on demand, if any does.
     pub pages: Option<PageStats>,
+    /// Of the translator, if it ran.
+    pub jit: Option<JitStats>,
     pub phases: Vec<PhaseReport>,
     /// Print counters.
     pub stats: bool,
@@ -146,6 +149,9 @@ impl Report {
             let _ = writeln!(out, "asynchronous page faults  {events:>16}");
             let _ = writeln!(out, "waits for pages           {waits:>16}");
         }
+        if let Some(jit) = &self.jit {
+            let _ = write!(out, "{jit}");
+        }
         for phase in &self.phases {
             let _ = writeln!(out, "{} ({}):", phase.name, phase.count);
             for (name, value) in &phase.counters {
@@ -192,6 +198,9 @@ impl Report {
                 "pages".into(),
                 json!({ "loaded": loaded, "swapped": swapped, "events": events, "waits": waits }),
             );
+        }
+        if let Some(jit) = &self.jit {
+            object.insert("jit".into(), counters(jit.fields().map(|(name, value)| (name.into(), value)).to_vec()));
         }
         if !self.phases.is_empty() {
             let phases = self.phases.iter().map(

@@ -1,0 +1,103 @@
+//! The interpreter block by block, for an engine that executes some blocks in its own way.
+//!
+//! Such an engine asks for the [next block](Interpreter::next_block), runs it itself or has it
+//! [interpreted](Interpreter::run_block), calls single operations by [`run_op`](Interpreter::run_op), and
+//! reports what it did. All that happens between blocks stays here.
+
+use crate::block::BlockCache;
+use crate::core::Core;
+use crate::interp::Interpreter;
+use crate::op::Stop;
+use umbra_arch::{Bus, Exit, Slice, VirtualTime};
+
+impl Interpreter {
+    /// Where the [`Core`] lies in an interpreter, in bytes, for generated code.
+    pub const CORE_OFFSET: usize = std::mem::offset_of!(Interpreter, core);
+
+    /// Starts a slice: before the first [`next_block`](Self::next_block).
+    pub fn begin_slice(&mut self, slice: Slice) {
+        self.begin(slice);
+    }
+
+    /// Takes interrupts, delivers faults of fetches, drops stale code, and finds the block to run next.
+    ///
+    /// # Errors
+    /// What ends the slice.
+    pub fn next_block(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Result<u32, Exit> {
+        loop {
+            match self.head(bus, until)? {
+                Ok(number) => return Ok(number),
+                Err(stop) => {
+                    if let Some(exit) = self.not_found(bus, stop) {
+                        return Err(exit);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether instructions have to be looked at one by one, so that only [`run_block`](Self::run_block) will do.
+    pub fn must_interpret(&self) -> bool {
+        self.single || self.core.check_events || self.core.trace.is_some()
+    }
+
+    /// Interprets one block, or as much of it as `until` allows.
+    pub fn run_block(&mut self, bus: &mut dyn Bus, number: u32, until: VirtualTime) -> Option<Exit> {
+        self.whole_block(bus, number, until).err().flatten()
+    }
+
+    /// Executes operation `index` of block `number`, whose first operation started at `clock`. True if
+    /// nothing of the block may follow it: then, and after an error, [`leave_block`](Self::leave_block).
+    ///
+    /// # Errors
+    /// Why it didn't retire.
+    #[inline]
+    pub fn run_op(&mut self, bus: &mut dyn Bus, number: u32, index: usize, clock: VirtualTime) -> Result<bool, Stop> {
+        let block = self.cache.block(number);
+        let c = &mut self.core;
+        c.clock = clock;
+        c.block_rip = block.rip;
+        c.next_rip = block.end_rip;
+        let op = &block.ops[index];
+        (op.exec)(c, bus, op)?;
+        Ok(c.break_block)
+    }
+
+    /// The block ended with operation `last`, or because that stopped.
+    pub fn leave_block(&mut self, bus: &mut dyn Bus, number: u32, last: usize, stop: Option<Stop>) -> Option<Exit> {
+        self.ended(bus, number, last, stop)
+    }
+
+    /// Whole blocks of `ops` operations have run until `clock`, and `rip` comes next.
+    pub fn ran_blocks(&mut self, bus: &mut dyn Bus, ops: u64, clock: VirtualTime, rip: u64) -> Option<Exit> {
+        self.count(ops, clock);
+        self.core.next_rip = rip;
+        if self.core.check_events { self.after(bus, None, 0) } else { None }
+    }
+
+    /// Whole blocks of `ops` operations have run until `clock`.
+    pub fn count(&mut self, ops: u64, clock: VirtualTime) {
+        self.retired += ops;
+        self.core.clock = clock;
+    }
+
+    /// The core, for an engine that keeps some of it elsewhere while it runs.
+    pub fn core_mut(&mut self) -> &mut Core {
+        &mut self.core
+    }
+
+    /// The decoded blocks.
+    pub fn blocks(&self) -> &BlockCache {
+        &self.cache
+    }
+
+    /// Notes from now on which blocks are dropped.
+    pub fn watch_blocks(&mut self) {
+        self.cache.watch();
+    }
+
+    /// Numbers of the blocks dropped since the last call; new blocks may have them by now.
+    pub fn take_dropped(&mut self) -> Vec<u32> {
+        self.cache.take_dropped()
+    }
+}

@@ -1,0 +1,268 @@
+//! Writes host instructions, the few forms that generated code is made of.
+
+use crate::registers::Reg;
+
+/// A memory operand.
+#[derive(Clone, Copy)]
+pub struct Mem {
+    pub base: Option<Reg>,
+    /// Register and shift count.
+    pub index: Option<(Reg, u8)>,
+    pub disp: i32,
+}
+
+impl Mem {
+    /// `[base + disp]`.
+    pub fn at(base: Reg, disp: usize) -> Self {
+        Self { base: Some(base), index: None, disp: disp as i32 }
+    }
+}
+
+/// Two-operand operations: the opcode of `op r, r/m`; the extension of their immediate form is its bits 5:3.
+#[derive(Clone, Copy)]
+#[repr(u8)]
+pub enum Alu {
+    Add = 0x03,
+    Or = 0x0b,
+    And = 0x23,
+    Sub = 0x2b,
+    Xor = 0x33,
+    Cmp = 0x3b,
+}
+
+/// Conditions by their encoding.
+pub mod cc {
+    pub const BELOW: u8 = 2;
+    pub const NOT_BELOW: u8 = 3;
+    pub const NOT_EQUAL: u8 = 5;
+    pub const SIGN: u8 = 8;
+    pub const ODD: u8 = 11;
+    pub const NOT_GREATER: u8 = 14;
+}
+
+/// A jump whose target isn't known yet: where its 32-bit displacement is.
+#[derive(Clone, Copy)]
+#[must_use]
+pub struct Jump(pub usize);
+
+/// Code to be placed at offset `base` of the code memory.
+pub struct Emitter {
+    pub bytes: Vec<u8>,
+    base: usize,
+}
+
+impl Emitter {
+    pub fn new(base: usize) -> Self {
+        Self { bytes: Vec::with_capacity(1024), base }
+    }
+
+    /// Offset in the code memory of the next byte.
+    pub fn here(&self) -> usize {
+        self.base + self.bytes.len()
+    }
+
+    fn byte(&mut self, byte: u8) {
+        self.bytes.push(byte);
+    }
+
+    fn imm32(&mut self, value: i32) {
+        self.bytes.extend(value.to_le_bytes());
+    }
+
+    fn rex(&mut self, wide: bool, reg: Reg, index: Reg, base: Reg) {
+        let rex = 0x40 | u8::from(wide) << 3 | (reg >> 3) << 2 | (index >> 3) << 1 | base >> 3;
+        if rex != 0x40 {
+            self.byte(rex);
+        }
+    }
+
+    /// `opcode reg, rm` with two registers.
+    pub fn rr(&mut self, wide: bool, opcode: &[u8], reg: Reg, rm: Reg) {
+        self.rex(wide, reg, 0, rm);
+        self.bytes.extend(opcode);
+        self.byte(0xc0 | (reg & 7) << 3 | rm & 7);
+    }
+
+    /// `opcode reg, mem`.
+    pub fn rm(&mut self, wide: bool, opcode: &[u8], reg: Reg, mem: Mem) {
+        let index = mem.index.map_or(4, |(r, _)| r);
+        self.rex(wide, reg, if mem.index.is_some() { index } else { 0 }, mem.base.unwrap_or(0));
+        self.bytes.extend(opcode);
+        let reg = (reg & 7) << 3;
+        let scale = mem.index.map_or(0, |(_, s)| s) << 6;
+        let Some(base) = mem.base else {
+            self.bytes.extend([reg | 4, scale | (index & 7) << 3 | 5]);
+            return self.imm32(mem.disp);
+        };
+        let mode = match mem.disp {
+            0 if base & 7 != 5 => 0,
+            -128..=127 => 0x40,
+            _ => 0x80,
+        };
+        if mem.index.is_some() || base & 7 == 4 {
+            self.bytes.extend([mode | reg | 4, scale | (index & 7) << 3 | base & 7]);
+        } else {
+            self.byte(mode | reg | base & 7);
+        }
+        match mode {
+            0 => {}
+            0x40 => self.byte(mem.disp as u8),
+            _ => self.imm32(mem.disp),
+        }
+    }
+
+    pub fn mov(&mut self, to: Reg, from: Reg) {
+        self.rr(true, &[0x8b], to, from);
+    }
+
+    /// `mov` of the low halves, which clears the upper one.
+    pub fn mov32(&mut self, to: Reg, from: Reg) {
+        self.rr(false, &[0x8b], to, from);
+    }
+
+    pub fn load(&mut self, to: Reg, mem: Mem) {
+        self.rm(true, &[0x8b], to, mem);
+    }
+
+    pub fn load32(&mut self, to: Reg, mem: Mem) {
+        self.rm(false, &[0x8b], to, mem);
+    }
+
+    pub fn store(&mut self, mem: Mem, from: Reg) {
+        self.rm(true, &[0x89], from, mem);
+    }
+
+    pub fn store32(&mut self, mem: Mem, from: Reg) {
+        self.rm(false, &[0x89], from, mem);
+    }
+
+    /// Stores a sign-extended immediate, 64 bits.
+    pub fn store_imm(&mut self, mem: Mem, value: i32) {
+        self.rm(true, &[0xc7], 0, mem);
+        self.imm32(value);
+    }
+
+    /// Stores 32 bits.
+    pub fn store_imm32(&mut self, mem: Mem, value: u32) {
+        self.rm(false, &[0xc7], 0, mem);
+        self.imm32(value as i32);
+    }
+
+    pub fn lea(&mut self, to: Reg, mem: Mem) {
+        self.rm(true, &[0x8d], to, mem);
+    }
+
+    pub fn alu(&mut self, op: Alu, wide: bool, to: Reg, from: Reg) {
+        self.rr(wide, &[op as u8], to, from);
+    }
+
+    pub fn alu_mem(&mut self, op: Alu, wide: bool, to: Reg, mem: Mem) {
+        self.rm(wide, &[op as u8], to, mem);
+    }
+
+    pub fn alu_imm(&mut self, op: Alu, wide: bool, to: Reg, value: i32) {
+        let extension = op as u8 >> 3 & 7;
+        if let Ok(small) = i8::try_from(value) {
+            self.rr(wide, &[0x83], extension, to);
+            self.byte(small as u8);
+        } else {
+            self.rr(wide, &[0x81], extension, to);
+            self.imm32(value);
+        }
+    }
+
+    /// `cmp dword [mem], value`, always with 32 bits; returns the offset of the value.
+    pub fn cmp_mem_imm(&mut self, mem: Mem, value: u32) -> usize {
+        self.rm(false, &[0x81], 7, mem);
+        self.imm32(value as i32);
+        self.here() - 4
+    }
+
+    pub fn shl(&mut self, wide: bool, r: Reg, count: u8) {
+        self.rr(wide, &[0xc1], 4, r);
+        self.byte(count);
+    }
+
+    pub fn shr(&mut self, wide: bool, r: Reg, count: u8) {
+        self.rr(wide, &[0xc1], 5, r);
+        self.byte(count);
+    }
+
+    pub fn sar(&mut self, wide: bool, r: Reg, count: u8) {
+        self.rr(wide, &[0xc1], 7, r);
+        self.byte(count);
+    }
+
+    /// The shortest form that loads `value`. Leaves flags alone.
+    pub fn mov_imm(&mut self, to: Reg, value: u64) {
+        if u32::try_from(value).is_ok() {
+            self.rex(false, 0, 0, to);
+            self.byte(0xb8 | to & 7);
+            self.imm32(value as i32);
+        } else if i32::try_from(value as i64).is_ok() {
+            self.rr(true, &[0xc7], 0, to);
+            self.imm32(value as i32);
+        } else {
+            self.mov_imm64(to, value);
+        }
+    }
+
+    /// The ten-byte form.
+    pub fn mov_imm64(&mut self, to: Reg, value: u64) {
+        self.rex(true, 0, 0, to);
+        self.byte(0xb8 | to & 7);
+        self.bytes.extend(value.to_le_bytes());
+    }
+
+    pub fn raw(&mut self, bytes: &[u8]) {
+        self.bytes.extend(bytes);
+    }
+
+    pub fn jcc(&mut self, condition: u8) -> Jump {
+        self.raw(&[0x0f, 0x80 | condition]);
+        self.imm32(0);
+        Jump(self.here() - 4)
+    }
+
+    pub fn jmp(&mut self) -> Jump {
+        self.byte(0xe9);
+        self.imm32(0);
+        Jump(self.here() - 4)
+    }
+
+    pub fn jmp_to(&mut self, target: usize) {
+        let jump = self.jmp();
+        self.point(jump, target);
+    }
+
+    pub fn call(&mut self, target: usize) {
+        self.byte(0xe8);
+        self.imm32(0);
+        self.point(Jump(self.here() - 4), target);
+    }
+
+    /// `jmp qword [mem]`.
+    pub fn jmp_mem(&mut self, mem: Mem) {
+        self.rm(false, &[0xff], 4, mem);
+    }
+
+    pub fn jmp_reg(&mut self, r: Reg) {
+        self.rr(false, &[0xff], 4, r);
+    }
+
+    /// Lets `jump` go to `target`.
+    pub fn point(&mut self, jump: Jump, target: usize) {
+        let at = jump.0 - self.base;
+        self.bytes[at..at + 4].copy_from_slice(&displacement(jump.0, target));
+    }
+
+    /// Lets `jump` come here.
+    pub fn bind(&mut self, jump: Jump) {
+        self.point(jump, self.here());
+    }
+}
+
+/// The displacement at offset `at` of a jump to offset `target`.
+pub fn displacement(at: usize, target: usize) -> [u8; 4] {
+    (target as i64 - at as i64 - 4).to_le_bytes()[..4].try_into().unwrap_or_default()
+}

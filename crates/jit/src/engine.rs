@@ -1,0 +1,460 @@
+//! [`Jit`]: the loop around generated code.
+
+use crate::emitter::{Emitter, displacement};
+use crate::flags::{logic_clears_af, pack, unpack};
+use crate::frame::{Frame, Reason};
+use crate::jumps::{Contexts, Jumps};
+use crate::stats::JitStats;
+use crate::stubs::{self, Stubs};
+use crate::translate::{Exit as DirectExit, OP_BITS, lookup_code, translate};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
+use umbra_arch::cpuid::CpuidProfile;
+use umbra_arch::{Bus, CpuState, Exit, Slice, Stopped, Vcpu, VirtualTime};
+use umbra_cpu::{EngineError, EngineOptions, Interpreter};
+use umbra_hostexec::{CodeMemory, HostExecError};
+use umbra_memory::{GuestMemory, RamOffset};
+
+/// What makes a translator impossible to build on this host.
+#[derive(Debug, thiserror::Error)]
+pub enum JitError {
+    /// The interpreter inside can't be made.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// No executable memory.
+    #[error(transparent)]
+    Code(#[from] HostExecError),
+    /// The host's processor isn't what generated code needs.
+    #[error("the host's processor has no LAHF in 64-bit mode or leaves AF after logic: use --engine interp")]
+    Processor,
+}
+
+/// Choices that no guest can see.
+#[derive(Clone, Copy, Debug)]
+pub struct JitOptions {
+    /// Times a block is interpreted before it is translated.
+    pub threshold: u8,
+    /// Bytes of host code kept.
+    pub code_bytes: usize,
+    /// Blocks translated at most, to find by bisection one that is wrong.
+    pub limit: u64,
+}
+
+impl Default for JitOptions {
+    fn default() -> Self {
+        Self { threshold: 8, code_bytes: 128 << 20, limit: u64::MAX }
+    }
+}
+
+/// Room that one translation may need at most.
+const LARGEST: usize = 64 << 10;
+/// Longest stretch without a look at the clock.
+const LONGEST: u64 = 1 << 60;
+
+/// A block's translation.
+#[derive(Clone, Copy)]
+enum State {
+    /// Interpreted so many times.
+    Cold(u8),
+    Translated(Translation),
+}
+
+#[derive(Clone, Copy)]
+struct Translation {
+    /// Offset in the code memory.
+    entry: usize,
+    rip: u64,
+    /// RAM offset and code mode of the block.
+    offset: u64,
+    mode: u64,
+    crosses: bool,
+}
+
+/// A direct exit, and the translation it belongs to.
+struct KnownExit {
+    exit: DirectExit,
+    number: u32,
+    entry: usize,
+}
+
+/// All of the engine, at an address that generated code knows.
+#[repr(C)]
+pub(crate) struct Engine {
+    pub(crate) frame: Frame,
+    pub(crate) interp: Interpreter,
+    code: CodeMemory,
+    stubs: Stubs,
+    /// What is in use of the code memory when nothing is translated.
+    stubs_end: usize,
+    /// By block number.
+    states: Vec<State>,
+    exits: Vec<KnownExit>,
+    jumps: Jumps,
+    contexts: Contexts,
+    /// The exit that was left by, to be linked when its target is translated.
+    pending: Option<usize>,
+    options: JitOptions,
+    stats: JitStats,
+}
+
+/// The translating engine.
+pub struct Jit(Box<Engine>);
+
+// SAFETY: the frame's pointers lead to what the engine owns, but for the bus, which is only there while `run` has
+// borrowed it.
+unsafe impl Send for Jit {}
+
+impl Jit {
+    /// A CPU after reset.
+    ///
+    /// # Errors
+    /// [`JitError`]: what the host lacks.
+    pub fn new(
+        mem: Arc<GuestMemory>,
+        profile: &CpuidProfile,
+        apic_id: u32,
+        options: &EngineOptions,
+        jit: JitOptions,
+    ) -> Result<Self, JitError> {
+        Self::around(Interpreter::new(mem, profile, apic_id, options)?, jit)
+    }
+
+    /// A translator around an interpreter.
+    ///
+    /// # Errors
+    /// [`JitError`]: what the host lacks.
+    pub fn around(mut interp: Interpreter, jit: JitOptions) -> Result<Self, JitError> {
+        let has_lahf = std::arch::x86_64::__cpuid(0x8000_0001).ecx & 1 != 0;
+        if !has_lahf || !logic_clears_af() {
+            return Err(JitError::Processor);
+        }
+        let ram = interp.core().mem.mapping_address();
+        interp.watch_blocks();
+        let mut code = CodeMemory::new(jit.code_bytes.max(4 * LARGEST))?;
+        let mut e = Emitter::new(0);
+        let stubs = stubs::emit(&mut e, run_helper as *const () as u64);
+        code.append(&e.bytes)?;
+        let jumps = Jumps::new();
+        Ok(Self(Box::new(Engine {
+            frame: Frame::new(ram, jumps.address()),
+            interp,
+            stubs_end: code.used(),
+            code,
+            stubs,
+            states: Vec::new(),
+            exits: Vec::new(),
+            jumps,
+            contexts: Contexts::new(),
+            pending: None,
+            options: jit,
+            stats: JitStats::default(),
+        })))
+    }
+
+    /// The interpreter inside: registers, MMU, blocks.
+    pub fn interpreter(&self) -> &Interpreter {
+        &self.0.interp
+    }
+
+    /// The interpreter inside, to be set up.
+    pub fn interpreter_mut(&mut self) -> &mut Interpreter {
+        &mut self.0.interp
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> JitStats {
+        let stats = self.0.stats;
+        let retired = self.0.interp.retired();
+        JitStats {
+            code_bytes: self.0.code.used() as u64,
+            ops_interpreted: retired.saturating_sub(stats.ops_translated),
+            ..stats
+        }
+    }
+}
+
+impl Vcpu for Jit {
+    fn run(&mut self, bus: &mut dyn Bus, slice: Slice) -> Stopped {
+        let engine = &mut *self.0;
+        if engine.interp.core().trace.is_some() {
+            let stopped = engine.interp.run(bus, slice);
+            engine.forget_dropped();
+            return stopped;
+        }
+        engine.interp.begin_slice(slice);
+        let exit = engine.run_until(bus, slice.until);
+        Stopped { exit, now: engine.interp.core().clock }
+    }
+
+    fn state(&self) -> CpuState {
+        self.0.interp.state()
+    }
+
+    fn set_state(&mut self, state: &CpuState) {
+        self.0.interp.set_state(state);
+    }
+
+    fn retired(&self) -> u64 {
+        self.0.interp.retired()
+    }
+
+    fn wait_is_over(&mut self) -> bool {
+        self.0.interp.wait_is_over()
+    }
+}
+
+impl Engine {
+    fn run_until(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Exit {
+        loop {
+            let number = match self.interp.next_block(bus, until) {
+                Ok(number) => number,
+                Err(exit) => return exit,
+            };
+            self.forget_dropped();
+            let cost = u64::from(self.interp.blocks().block(number).cost);
+            let fits = self.interp.core().clock.plus(cost) <= until;
+            let translation = if fits && !self.interp.must_interpret() { self.translation(number) } else { None };
+            let left = match translation {
+                Some(translation) => self.execute(bus, number, translation, until),
+                None => {
+                    self.pending = None;
+                    self.interp.run_block(bus, number, until)
+                }
+            };
+            if let Some(exit) = left {
+                return exit;
+            }
+        }
+    }
+
+    /// Translations of dropped blocks become lookups of their RIP.
+    fn forget_dropped(&mut self) {
+        for number in self.interp.take_dropped() {
+            let Some(state) = self.states.get_mut(number as usize) else { continue };
+            if let State::Translated(old) = std::mem::replace(state, State::Cold(0)) {
+                let code = lookup_code(old.entry, old.rip, &self.stubs);
+                self.patch(old.entry, &code);
+                self.jumps.forget(old.rip, self.code.address() + old.entry as u64);
+                self.stats.dropped += 1;
+            }
+        }
+    }
+
+    fn patch(&mut self, at: usize, code: &[u8]) {
+        let patched = self.code.patch(at, code);
+        debug_assert!(patched.is_ok(), "{at:#x} lies beyond the code in use");
+    }
+
+    /// The block's translation, made if it has become hot.
+    fn translation(&mut self, number: u32) -> Option<Translation> {
+        let index = number as usize;
+        if index >= self.states.len() {
+            self.states.resize(index + 1, State::Cold(0));
+        }
+        match &mut self.states[index] {
+            State::Translated(translation) => Some(*translation),
+            State::Cold(runs) if *runs < self.options.threshold => {
+                *runs += 1;
+                None
+            }
+            State::Cold(_) => self.translate(number),
+        }
+    }
+
+    fn translate(&mut self, number: u32) -> Option<Translation> {
+        if self.stats.translated >= self.options.limit {
+            return None;
+        }
+        if self.code.used() + LARGEST > self.options.code_bytes || self.exits.len() > 1 << 30 {
+            self.forget_everything();
+        }
+        let block = self.interp.blocks().block(number);
+        // Ticks and instructions are counted by one register.
+        if block.cost as usize != block.ops.len() {
+            return None;
+        }
+        let mut bytes = vec![0; block.bytes() as usize];
+        self.interp.core().mem.load_bytes(RamOffset::new(block.offset()), &mut bytes);
+        let entry = self.code.next();
+        let code = translate(block, number, &bytes, entry, self.exits.len(), &self.stubs);
+        self.code.append(&code.bytes).ok()?;
+        self.stats.translated += 1;
+        self.stats.translated_ops += block.ops.len() as u64;
+        self.stats.translated_helpers += code.helpers as u64;
+        self.exits.extend(code.exits.into_iter().map(|exit| KnownExit { exit, number, entry }));
+        let translation =
+            Translation { entry, rip: block.rip, offset: block.offset(), mode: block.mode(), crosses: block.crosses() };
+        self.states[number as usize] = State::Translated(translation);
+        Some(translation)
+    }
+
+    /// Empties the code memory.
+    fn forget_everything(&mut self) {
+        self.code.truncate(self.stubs_end);
+        self.states.iter_mut().for_each(|state| *state = State::Cold(0));
+        self.exits.clear();
+        self.jumps.clear();
+        self.pending = None;
+        self.stats.emptied += 1;
+    }
+
+    /// Runs generated code from `translation` on until it is left.
+    fn execute(
+        &mut self,
+        bus: &mut dyn Bus,
+        number: u32,
+        translation: Translation,
+        until: VirtualTime,
+    ) -> Option<Exit> {
+        if self.contexts.is_exhausted() {
+            self.forget_everything();
+            self.contexts = Contexts::new();
+            return self.interp.run_block(bus, number, until);
+        }
+        let budget = self.enter_frame(bus, until);
+        let code = self.code.address() + translation.entry as u64;
+        self.jumps.enter(translation.rip, self.frame.context, code);
+        if let Some(pending) = self.pending.take() {
+            self.link(pending, &translation);
+        }
+        let enter = self.code.address() + self.stubs.enter as u64;
+        let engine: *mut Engine = self;
+        // SAFETY: `enter` is the stub of that signature; it and what it jumps to keep to the ABI, touch of Rust's
+        // memory only the engine's frame and core at their fixed offsets, and guest RAM within the mapping: an entry
+        // of the MMU's table is only ever for a page of RAM. No reference to the engine is live meanwhile.
+        unsafe {
+            let enter: extern "sysv64" fn(*mut Engine, u64) = std::mem::transmute(enter as *const ());
+            enter(engine, code);
+        }
+        self.frame.bus = None;
+        if let Some(panic) = self.frame.panic.take() {
+            resume_unwind(panic);
+        }
+        self.interp.core_mut().flags = unpack(self.frame.flags);
+        self.left(bus, budget)
+    }
+
+    /// Fills the frame in; the budget.
+    fn enter_frame(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> i64 {
+        // SAFETY: only the lifetime is erased; the pointer is removed before this borrow ends.
+        let bus = unsafe { std::mem::transmute::<*mut dyn Bus, *mut (dyn Bus + 'static)>(bus) };
+        let core = self.interp.core_mut();
+        core.break_block = false;
+        let budget = until.since(core.clock).min(LONGEST);
+        let frame = &mut self.frame;
+        frame.end = core.clock.0 + budget;
+        frame.budget = budget as i64;
+        frame.bank = 0;
+        frame.bus = Some(bus);
+        frame.stamp = core.mmu.fetch_stamp();
+        frame.context = self.contexts.number(frame.stamp, core.code_mode);
+        frame.flags = pack(core.flags);
+        frame.take_table(core.mmu.fast_table());
+        budget as i64
+    }
+
+    /// Accounts for what generated code did, by the reason for which it was left.
+    fn left(&mut self, bus: &mut dyn Bus, budget: i64) -> Option<Exit> {
+        let (reason, site) = (self.frame.reason, self.frame.site);
+        let number = site >> OP_BITS;
+        let mut left = self.frame.left();
+        if matches!(reason, Reason::Op | Reason::Budget) {
+            // Its head has charged the block that isn't done.
+            left += i64::from(self.interp.blocks().block(number).cost);
+        }
+        let ops = (budget - left) as u64;
+        let clock = VirtualTime(self.frame.end - left as u64);
+        self.stats.ops_translated += ops;
+        let rip = match reason {
+            Reason::Op => {
+                self.stats.left_by_op += 1;
+                self.interp.count(ops, clock);
+                let before = self.interp.retired();
+                let last = (site & ((1 << OP_BITS) - 1)) as usize;
+                let stop = self.frame.stop.take();
+                let exit = self.interp.leave_block(bus, number, last, stop);
+                self.stats.ops_translated += self.interp.retired() - before;
+                return exit;
+            }
+            Reason::Budget => {
+                self.stats.left_by_budget += 1;
+                self.interp.blocks().block(number).rip
+            }
+            Reason::Link => {
+                self.stats.left_by_link += 1;
+                self.pending = Some(site as usize);
+                self.exits[site as usize].exit.target
+            }
+            Reason::Miss => {
+                self.stats.left_by_miss += 1;
+                self.interp.core().next_rip
+            }
+        };
+        self.interp.ran_blocks(bus, ops, clock, rip)
+    }
+
+    /// Lets exit `number` go to `to` directly, if that is what it goes to.
+    fn link(&mut self, number: usize, to: &Translation) {
+        let Some(known) = self.exits.get(number) else { return };
+        let (exit, from) = (known.exit, known.entry);
+        let state = self.states.get(known.number as usize);
+        let Some(State::Translated(source)) = state.filter(|_| exit.target == to.rip) else { return };
+        if source.entry != from {
+            return;
+        }
+        let same_page = source.offset >> 12 == to.offset >> 12 && source.mode == to.mode && !to.crosses;
+        let lookup = lookup_code(exit.unlinked, exit.target, &self.stubs);
+        match exit.guard {
+            Some(guard) => {
+                let context = self.frame.context.to_le_bytes();
+                self.patch(guard, &context);
+                self.patch(exit.jump, &displacement(exit.jump, to.entry));
+            }
+            // What was fetched from this page comes from it as long as the block itself does.
+            None if same_page => self.patch(exit.jump, &displacement(exit.jump, to.entry)),
+            None => {}
+        }
+        self.patch(exit.unlinked, &lookup);
+        self.stats.linked += 1;
+    }
+
+    /// Does the operation at `site`. True if nothing of its block may follow.
+    fn helper(&mut self, site: u32) -> bool {
+        let (number, index) = (site >> OP_BITS, (site & ((1 << OP_BITS) - 1)) as usize);
+        let frame = &mut self.frame;
+        let Some(bus) = frame.bus else { return true };
+        let cost = i64::from(self.interp.blocks().block(number).cost);
+        let clock = VirtualTime(frame.end - (frame.left() + cost) as u64);
+        self.interp.core_mut().flags = unpack(frame.flags);
+        self.stats.ops_by_helper += 1;
+        // SAFETY: `run` has the bus borrowed for as long as the frame holds it, and nobody else uses it.
+        let flow = self.interp.run_op(unsafe { &mut *bus }, number, index, clock);
+        let core = self.interp.core();
+        frame.flags = pack(core.flags);
+        if flow != Ok(false) {
+            frame.reason = Reason::Op;
+            frame.site = site;
+            frame.stop = flow.err();
+            return true;
+        }
+        frame.take_table(core.mmu.fast_table());
+        if core.check_events || core.mmu.fetch_stamp() != frame.stamp {
+            frame.leave_soon();
+        }
+        false
+    }
+}
+
+/// What generated code calls to do an operation by its function.
+extern "sysv64" fn run_helper(engine: *mut Engine, site: u32) -> u32 {
+    // SAFETY: generated code passes on the pointer that `execute` gave it, which uses nothing of the engine
+    // meanwhile.
+    let engine = unsafe { &mut *engine };
+    match catch_unwind(AssertUnwindSafe(|| engine.helper(site))) {
+        Ok(stop) => stop.into(),
+        Err(panic) => {
+            engine.frame.panic = Some(panic);
+            1
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! What generated code and the engine tell each other, at fixed offsets from R15.
+
+use crate::emitter::Mem;
+use crate::engine::Engine;
+use crate::registers::ENGINE;
+use std::mem::offset_of;
+use umbra_arch::Bus;
+use umbra_cpu::op::Stop;
+use umbra_cpu::{Core, Interpreter};
+use umbra_mmu::{Entry, FastTable};
+
+/// Why generated code was left.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Reason {
+    /// An operation broke its block or stopped: `site` says which.
+    Op,
+    /// A block doesn't fit into the budget, or the engine asked to be told: `site` says which block.
+    Budget,
+    /// A direct exit isn't linked: `site` is its number.
+    Link,
+    /// No translation is known for the RIP in the core.
+    Miss,
+}
+
+/// The engine's part that generated code uses. What it uses most comes first.
+#[repr(C)]
+pub struct Frame {
+    /// Host address of guest RAM.
+    pub ram: u64,
+    /// The MMU's fast table.
+    pub slots: u64,
+    /// Mask of a slot's offset in bytes.
+    pub mask: u64,
+    pub generation: u64,
+    /// The jump table.
+    pub jumps: u64,
+    /// Ticks left, negative when there is not enough for the next block. In R14 while code runs.
+    pub budget: i64,
+    pub scratch: u64,
+    /// Number of the fetch stamp and code mode in force.
+    pub context: u32,
+    /// Packed status flags, in RAX while code runs.
+    pub flags: u32,
+    pub reason: Reason,
+    /// See [`Reason`].
+    pub site: u32,
+
+    /// Virtual time when the budget is used up.
+    pub end: u64,
+    /// Taken from the budget so that the next block's head leaves.
+    pub bank: i64,
+    /// The MMU's fetch stamp at entry.
+    pub stamp: u64,
+    /// How the operation of a [`Reason::Op`] stopped.
+    pub stop: Option<Stop>,
+    /// The bus of the slice, erased: only used while `run` has it.
+    pub bus: Option<*mut (dyn Bus + 'static)>,
+    /// A panic on its way through generated code.
+    pub panic: Option<Box<dyn std::any::Any + Send>>,
+}
+
+/// More than any budget.
+pub const BANK: i64 = 1 << 61;
+
+/// A slot that holds nothing.
+static NOTHING: Entry =
+    Entry { tag_read: Entry::INVALID, tag_write: Entry::INVALID, tag_fetch: Entry::INVALID, addend: 0 };
+
+impl Frame {
+    pub fn new(ram: u64, jumps: u64) -> Self {
+        Self {
+            ram,
+            slots: 0,
+            mask: 0,
+            generation: 0,
+            jumps,
+            budget: 0,
+            scratch: 0,
+            context: 0,
+            flags: 0,
+            reason: Reason::Op,
+            site: 0,
+            end: 0,
+            bank: 0,
+            stamp: 0,
+            stop: None,
+            bus: None,
+            panic: None,
+        }
+    }
+
+    /// After anything that may have moved or cleared the MMU's table.
+    #[inline]
+    pub fn take_table(&mut self, table: Option<FastTable>) {
+        let table = table.unwrap_or(FastTable { slots: &NOTHING, mask: 0, generation: 0 });
+        self.slots = table.slots as u64;
+        self.mask = table.mask * size_of::<Entry>() as u64;
+        self.generation = table.generation;
+    }
+
+    /// Ticks left, whatever is banked.
+    pub fn left(&self) -> i64 {
+        self.budget + self.bank
+    }
+
+    /// Has the next block's head leave.
+    pub fn leave_soon(&mut self) {
+        if self.bank == 0 {
+            self.bank = BANK;
+            self.budget -= BANK;
+        }
+    }
+}
+
+/// A field of the frame as generated code addresses it.
+macro_rules! frame_field {
+    ($field:ident) => {
+        $crate::emitter::Mem::at(
+            $crate::registers::ENGINE,
+            std::mem::offset_of!($crate::engine::Engine, frame) + std::mem::offset_of!($crate::frame::Frame, $field),
+        )
+    };
+}
+pub(crate) use frame_field;
+
+const CORE: usize = offset_of!(Engine, interp) + Interpreter::CORE_OFFSET;
+
+/// Guest register `n` in the core.
+pub fn gpr(n: u8) -> Mem {
+    Mem::at(ENGINE, CORE + offset_of!(Core, gpr) + 8 * usize::from(n))
+}
+
+/// A segment's base.
+pub fn seg_base(seg: u8) -> Mem {
+    Mem::at(ENGINE, CORE + offset_of!(Core, seg_base) + 8 * usize::from(seg))
+}
+
+/// Where execution goes on.
+pub fn next_rip() -> Mem {
+    Mem::at(ENGINE, CORE + offset_of!(Core, next_rip))
+}

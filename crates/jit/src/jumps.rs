@@ -1,0 +1,81 @@
+//! The table by which generated code finds the translation of a RIP.
+
+/// Slots; a power of two.
+pub const SLOTS: usize = 1 << 13;
+/// Shift of the RIP's upper part in the hash.
+pub const FOLD: u8 = 13;
+/// log2 of a slot's size.
+pub const SLOT_SHIFT: u8 = 5;
+
+/// A slot.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+pub struct Slot {
+    pub rip: u64,
+    /// Number of the context in which `rip` was fetched; 0 is none.
+    pub context: u64,
+    /// Host address.
+    pub code: u64,
+}
+
+const EMPTY: Slot = Slot { rip: 0, context: 0, code: 0 };
+
+/// The table.
+pub struct Jumps(Box<[Slot]>);
+
+impl Jumps {
+    pub fn new() -> Self {
+        Self(vec![EMPTY; SLOTS].into_boxed_slice())
+    }
+
+    pub fn address(&self) -> u64 {
+        self.0.as_ptr() as u64
+    }
+
+    fn slot(&mut self, rip: u64) -> &mut Slot {
+        &mut self.0[(rip ^ rip >> FOLD) as usize & (SLOTS - 1)]
+    }
+
+    pub fn enter(&mut self, rip: u64, context: u32, code: u64) {
+        *self.slot(rip) = Slot { rip, context: context.into(), code };
+    }
+
+    /// Forgets the translation at `code` of the block at `rip`.
+    pub fn forget(&mut self, rip: u64, code: u64) {
+        let slot = self.slot(rip);
+        if slot.code == code {
+            *slot = EMPTY;
+        }
+    }
+
+    pub fn clear(&mut self) {
+        self.0.fill(EMPTY);
+    }
+}
+
+/// Numbers for pairs of fetch stamp and code mode, so that generated code compares 32 bits.
+pub struct Contexts {
+    recent: Box<[(u64, u64, u32)]>,
+    last: u32,
+}
+
+impl Contexts {
+    pub fn new() -> Self {
+        Self { recent: vec![(0, 0, 0); 256].into_boxed_slice(), last: 0 }
+    }
+
+    /// The pair's number; a pair that was forgotten gets a new one.
+    pub fn number(&mut self, stamp: u64, mode: u64) -> u32 {
+        let slot = &mut self.recent[(stamp ^ stamp >> 8 ^ mode >> 37) as usize & 0xff];
+        if (slot.0, slot.1) != (stamp, mode) || slot.2 == 0 {
+            self.last += 1;
+            *slot = (stamp, mode, self.last);
+        }
+        slot.2
+    }
+
+    /// Whether numbers are about to run out, so that everything has to be forgotten.
+    pub fn is_exhausted(&self) -> bool {
+        self.last > u32::MAX - 16
+    }
+}

@@ -1,0 +1,29 @@
+//! Translates hot blocks of x86-64 to x86-64 host code.
+//!
+//! [`Jit`] is an engine around an [`Interpreter`](umbra_cpu::Interpreter), which decodes all code, runs what is
+//! cold, single-stepped or traced, and does everything that happens between blocks. A canonical block that has
+//! run a few times is [`translate`]d: each operation either becomes host instructions on guest registers that stay
+//! in host [`registers`], or a call of the operation's own function. Instruction counts, virtual time and
+//! everything else a guest can see are the interpreter's.
+//!
+//! Rules: an operation's host code changes nothing of the guest before its accesses are known to hit the MMU's
+//! fast table, otherwise the whole operation is done by its function; so faults, devices, watched pages and code
+//! writes need no code here. The guest's status flags are in RAX wherever anything could look at them.
+#![allow(unsafe_code, reason = "calls generated code; each block says why it is sound")]
+
+mod branch;
+mod emitter;
+mod engine;
+mod flags;
+mod frame;
+mod jumps;
+mod memory_path;
+mod native;
+mod plan;
+mod registers;
+mod stats;
+mod stubs;
+mod translate;
+
+pub use engine::{Jit, JitError, JitOptions};
+pub use stats::JitStats;

@@ -1,0 +1,410 @@
+//! Data operations as host code: the guest's own instruction with registers renamed and its memory operand
+//! replaced, or a short sequence where registers are implied or flags need care.
+
+use crate::emitter::{Alu, Mem, cc};
+use crate::frame::gpr;
+use crate::memory_path::{Access, Address};
+use crate::plan::{Kind, ShiftKind, Step, has_memory, reads_flags, width};
+use crate::registers::{A, B, FLAGS, GUEST_RAX, GUEST_RSP, RDX, Reg, guest, home};
+use crate::translate::Translator;
+use iced_x86::{Code, Instruction, Mnemonic as M, OpKind, Register};
+use umbra_cpu::decode::register_index;
+use umbra_cpu::op::Op;
+
+/// The encoder refused an instruction.
+#[derive(Debug)]
+pub struct Unencodable;
+
+/// A register operand and where it is while its instruction executes.
+#[derive(Clone, Copy)]
+struct Renamed {
+    operand: u32,
+    guest: u8,
+    host: Reg,
+}
+
+impl Translator<'_> {
+    /// An operation that isn't a branch. Its slow path is open.
+    pub fn data(&mut self, i: &Instruction, op: &Op, step: Step) -> Result<(), Unencodable> {
+        match step.kind {
+            Kind::Move => self.renamed(i, op, reads_flags(i)).map(drop),
+            Kind::Exchange => self.renamed(i, op, false).map(drop),
+            Kind::Arithmetic => self.arithmetic(i, op, step.live),
+            Kind::Silent => self.silent(i, op).map(drop),
+            Kind::Shift(kind) => self.shift(i, op, kind, step.live),
+            Kind::Imul => self.imul(i, op, step.live),
+            Kind::BitTest => self.bit_test(i, op, step.live),
+            Kind::Multiply => self.multiply(i, op, step.live),
+            Kind::Divide { signed } => self.divide(i, op, signed),
+            Kind::Extend => {
+                self.extend(i);
+                Ok(())
+            }
+            Kind::Push => {
+                self.push(i, op);
+                Ok(())
+            }
+            Kind::Pop => {
+                self.pop(op);
+                Ok(())
+            }
+            Kind::Leave => {
+                self.leave();
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Emits `i` on host registers, its memory operand looked up; where its register operands were.
+    fn renamed(&mut self, i: &Instruction, op: &Op, needs_flags: bool) -> Result<Vec<Renamed>, Unencodable> {
+        let mut host = *i;
+        host.set_has_lock_prefix(false);
+        host.set_code(general_form(i.code()));
+        if i.mnemonic() == M::Lea {
+            self.plain_address(&mut host, op);
+        } else if has_memory(i) {
+            let writes = i.op0_kind() == OpKind::Memory && writes_first(i);
+            let access = if writes { Access::Write } else { Access::Read };
+            self.lookup(&Address::of(op), i.memory_size().size() as u32, access);
+            at_scratch(&mut host);
+        }
+        let renamed = self.rename(i, &mut host);
+        if needs_flags && !self.host_flags {
+            self.e.restore_flags();
+            self.host_flags = true;
+        }
+        self.encode(&host)?;
+        for r in &renamed {
+            let written = r.operand == 0 && writes_first(i) || i.mnemonic() == M::Xchg;
+            if written && home(r.guest).is_none() {
+                self.e.store(gpr(r.guest), r.host);
+            }
+        }
+        Ok(renamed)
+    }
+
+    /// As [`renamed`](Self::renamed) for one after which the host's flags say nothing.
+    fn silent(&mut self, i: &Instruction, op: &Op) -> Result<Vec<Renamed>, Unencodable> {
+        let renamed = self.renamed(i, op, false);
+        self.host_flags = false;
+        renamed
+    }
+
+    /// Loads register operands that live in memory, and puts host registers into `host`.
+    fn rename(&mut self, i: &Instruction, host: &mut Instruction) -> Vec<Renamed> {
+        let mut renamed: Vec<Renamed> = Vec::with_capacity(3);
+        // The memory operand's address is in A; LEA's is used up when A is written.
+        let mut free = if has_memory(i) && i.mnemonic() != M::Lea { B } else { A };
+        for operand in 0..i.op_count() {
+            if i.op_kind(operand) != OpKind::Register {
+                continue;
+            }
+            let register = i.op_register(operand);
+            let guest = register_index(register);
+            let known = renamed.iter().find(|r| r.guest == guest).map(|r| r.host);
+            let place = known.or(home(guest)).unwrap_or_else(|| {
+                if operand > 0 || !only_written(i, guest) {
+                    self.e.load(free, gpr(guest));
+                }
+                std::mem::replace(&mut free, B)
+            });
+            renamed.push(Renamed { operand, guest, host: place });
+            host.set_op_register(operand, sized(place, register.size()));
+        }
+        renamed
+    }
+
+    /// LEA's address on host registers: its base or index is loaded if it lives in memory.
+    fn plain_address(&mut self, host: &mut Instruction, op: &Op) {
+        let wide = |r: Register| r.size();
+        let (base, index) = (host.memory_base(), host.memory_index());
+        if host.is_ip_rel_memory_operand() {
+            self.e.mov_imm(A, op.disp);
+            host.set_memory_base(Register::R12);
+            host.set_memory_displacement64(0);
+            host.set_memory_displ_size(0);
+            return;
+        }
+        for (register, scratch) in [(base, A), (index, B)] {
+            if register == Register::None {
+                continue;
+            }
+            let n = register_index(register);
+            let place = home(n).unwrap_or_else(|| {
+                self.e.load(scratch, gpr(n));
+                scratch
+            });
+            let place = sized(place, wide(register));
+            if scratch == A { host.set_memory_base(place) } else { host.set_memory_index(place) }
+        }
+        host.set_segment_prefix(Register::None);
+    }
+
+    fn encode(&mut self, host: &Instruction) -> Result<(), Unencodable> {
+        self.encoder.encode(host, 0).map_err(|_| Unencodable)?;
+        let bytes = self.encoder.take_buffer();
+        self.e.raw(&bytes);
+        Ok(())
+    }
+
+    fn arithmetic(&mut self, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
+        // INC and DEC need CF only to keep it.
+        let needs = reads_flags(i) && (live || !matches!(i.mnemonic(), M::Inc | M::Dec));
+        self.renamed(i, op, needs)?;
+        self.host_flags = live;
+        if live {
+            self.e.save_flags();
+        }
+        Ok(())
+    }
+
+    /// OF follows the one-bit rule whatever the count, AF is cleared.
+    fn shift(&mut self, i: &Instruction, op: &Op, kind: ShiftKind, live: bool) -> Result<(), Unencodable> {
+        let renamed = self.silent(i, op)?;
+        if !live {
+            return Ok(());
+        }
+        self.e.save_flags_without_af_and_of();
+        match (kind, renamed.first()) {
+            (ShiftKind::Left, _) => {
+                // OF is SF xor CF: of these two bits of AH, an odd number.
+                self.e.raw(&[0xf6, 0xc4, 0x81]);
+                self.e.set_al(cc::ODD);
+            }
+            (ShiftKind::Right, Some(result)) => {
+                let bits = width(i) * 8;
+                let count = u32::from(i.immediate8()) & if bits == 64 { 63 } else { 31 };
+                // The operand's sign bit, where it is now.
+                self.e.rr(true, &[0x0f, 0xba], 4, result.host);
+                self.e.raw(&[(bits - 1 - count) as u8]);
+                self.e.set_al(cc::BELOW);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn imul(&mut self, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
+        let renamed = self.silent(i, op)?;
+        if let (true, Some(result)) = (live, renamed.first()) {
+            self.product_flags(result.host, width(i));
+        }
+        Ok(())
+    }
+
+    /// CF and OF are the host's OF, the others follow from the low half.
+    fn product_flags(&mut self, low: Reg, width: u32) {
+        self.e.set_al(0);
+        if width == 2 {
+            self.e.raw(&[0x66]);
+        }
+        self.e.rr(width == 8, &[0x85], low, low); // test
+        self.e.raw(&[0x9f, 0x08, 0xc4]); // lahf; or ah, al
+    }
+
+    /// CF alone changes, in AH.
+    fn bit_test(&mut self, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
+        self.silent(i, op)?;
+        if live {
+            self.e.rr(false, &[0x0f, 0x92], 0, B); // setc
+            self.e.rr(false, &[0x0f, 0xb6], B, B); // movzx
+            self.e.shl(false, B, 8);
+            self.e.alu_imm(Alu::And, false, FLAGS, !0x100);
+            self.e.alu(Alu::Or, false, FLAGS, B);
+        }
+        Ok(())
+    }
+
+    /// The explicit operand of a one-operand instruction to a host register.
+    fn operand(&mut self, i: &Instruction, op: &Op) -> Reg {
+        if has_memory(i) {
+            let width = width(i);
+            self.lookup(&Address::of(op), width, Access::Read);
+            self.e.rm(width == 8, &[0x8b], A, Mem::at(A, 0));
+            return A;
+        }
+        home(op.dst).unwrap_or_else(|| {
+            self.e.load(A, gpr(op.dst));
+            A
+        })
+    }
+
+    fn multiply(&mut self, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
+        let wide = width(i) == 8;
+        let by = self.operand(i, op);
+        self.host_flags = false;
+        self.e.rr(wide, &[0x8b], FLAGS, GUEST_RAX);
+        self.e.rr(wide, &[0xf7], if i.mnemonic() == M::Mul { 4 } else { 5 }, by);
+        self.e.rr(wide, &[0x8b], GUEST_RAX, FLAGS);
+        if live {
+            self.product_flags(GUEST_RAX, width(i));
+        }
+        Ok(())
+    }
+
+    /// On the host only where it can't fault: a dividend whose upper half is less than the divisor, or if signed,
+    /// one that fits into its lower half, by a positive divisor.
+    fn divide(&mut self, i: &Instruction, op: &Op, signed: bool) -> Result<(), Unencodable> {
+        let wide = width(i) == 8;
+        let by = self.operand(i, op);
+        self.host_flags = false;
+        if signed {
+            self.e.rr(wide, &[0x8b], B, GUEST_RAX);
+            self.e.sar(wide, B, if wide { 63 } else { 31 });
+            self.e.alu(Alu::Cmp, wide, B, RDX);
+            let long = self.e.jcc(cc::NOT_EQUAL);
+            self.slow(long);
+            self.e.alu_imm(Alu::Cmp, wide, by, 0);
+            let not_positive = self.e.jcc(cc::NOT_GREATER);
+            self.slow(not_positive);
+        } else {
+            self.e.alu(Alu::Cmp, wide, RDX, by);
+            let overflows = self.e.jcc(cc::NOT_BELOW);
+            self.slow(overflows);
+        }
+        self.e.mov(B, FLAGS);
+        self.e.rr(wide, &[0x8b], FLAGS, GUEST_RAX);
+        self.e.rr(wide, &[0xf7], if signed { 7 } else { 6 }, by);
+        self.e.rr(wide, &[0x8b], GUEST_RAX, FLAGS);
+        self.e.mov(FLAGS, B);
+        Ok(())
+    }
+
+    fn extend(&mut self, i: &Instruction) {
+        match i.mnemonic() {
+            M::Cdqe => self.e.rr(true, &[0x63], GUEST_RAX, GUEST_RAX),
+            M::Cwde => self.e.rr(false, &[0x0f, 0xbf], GUEST_RAX, GUEST_RAX),
+            other => {
+                let wide = other == M::Cqo;
+                self.e.rr(wide, &[0x8b], RDX, GUEST_RAX);
+                self.e.sar(wide, RDX, if wide { 63 } else { 31 });
+                self.host_flags = false;
+            }
+        }
+    }
+
+    fn push(&mut self, i: &Instruction, op: &Op) {
+        self.lookup(&Address::above(guest::RSP, -8), 8, Access::Write);
+        let top = Mem::at(A, 0);
+        if i.op0_kind() == OpKind::Register {
+            let value = home(op.dst).unwrap_or_else(|| {
+                self.e.load(B, gpr(op.dst));
+                B
+            });
+            self.e.store(top, value);
+        } else {
+            self.e.store_imm(top, op.imm as i32);
+        }
+        self.e.lea(GUEST_RSP, Mem { base: Some(GUEST_RSP), index: None, disp: -8 });
+    }
+
+    fn pop(&mut self, op: &Op) {
+        self.lookup(&Address::above(guest::RSP, 0), 8, Access::Read);
+        self.e.load(B, Mem::at(A, 0));
+        self.e.lea(GUEST_RSP, Mem::at(GUEST_RSP, 8));
+        match home(op.dst) {
+            Some(r) => self.e.mov(r, B),
+            None => self.e.store(gpr(op.dst), B),
+        }
+    }
+
+    fn leave(&mut self) {
+        self.lookup(&Address::above(guest::RBP, 0), 8, Access::Read);
+        self.e.load(B, Mem::at(A, 0));
+        // Guest RBP lives in the register of that name.
+        self.e.lea(GUEST_RSP, Mem::at(guest::RBP, 8));
+        self.e.mov(guest::RBP, B);
+    }
+}
+
+/// Whether the first operand is written.
+fn writes_first(i: &Instruction) -> bool {
+    !matches!(i.mnemonic(), M::Cmp | M::Test | M::Bt)
+}
+
+/// Whether the first operand, guest register `guest`, is written without its old value being looked at.
+fn only_written(i: &Instruction, guest: u8) -> bool {
+    let moves = matches!(i.mnemonic(), M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Lea);
+    let is_source =
+        (1..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && register_index(i.op_register(n)) == guest);
+    width(i) >= 4 && (moves || i.op_count() == 3) && !is_source
+}
+
+/// The memory operand is `[A]`.
+fn at_scratch(host: &mut Instruction) {
+    host.set_memory_base(Register::R12);
+    host.set_memory_index(Register::None);
+    host.set_memory_index_scale(1);
+    host.set_memory_displacement64(0);
+    host.set_memory_displ_size(0);
+    host.set_segment_prefix(Register::None);
+}
+
+/// The host register of that number and size in bytes.
+fn sized(number: Reg, bytes: usize) -> Register {
+    use Register as R;
+    const BYTE: [Register; 16] = [
+        R::AL,
+        R::CL,
+        R::DL,
+        R::BL,
+        R::SPL,
+        R::BPL,
+        R::SIL,
+        R::DIL,
+        R::R8L,
+        R::R9L,
+        R::R10L,
+        R::R11L,
+        R::R12L,
+        R::R13L,
+        R::R14L,
+        R::R15L,
+    ];
+    let n = number as usize & 15;
+    let from = |first: Register| Register::try_from(first as usize + n).unwrap_or(Register::None);
+    match bytes {
+        1 => BYTE[n],
+        2 => from(R::AX),
+        4 => from(R::EAX),
+        _ => from(R::RAX),
+    }
+}
+
+/// The form of an instruction that takes any register instead of the accumulator, and any address.
+fn general_form(code: Code) -> Code {
+    macro_rules! accumulator {
+        ($($from:ident => $to:ident,)*) => {
+            match code {
+                $(Code::$from => Code::$to,)*
+                other => other,
+            }
+        };
+    }
+    accumulator! {
+        Add_AL_imm8 => Add_rm8_imm8, Add_AX_imm16 => Add_rm16_imm16, Add_EAX_imm32 => Add_rm32_imm32,
+        Add_RAX_imm32 => Add_rm64_imm32,
+        Or_AL_imm8 => Or_rm8_imm8, Or_AX_imm16 => Or_rm16_imm16, Or_EAX_imm32 => Or_rm32_imm32,
+        Or_RAX_imm32 => Or_rm64_imm32,
+        Adc_AL_imm8 => Adc_rm8_imm8, Adc_AX_imm16 => Adc_rm16_imm16, Adc_EAX_imm32 => Adc_rm32_imm32,
+        Adc_RAX_imm32 => Adc_rm64_imm32,
+        Sbb_AL_imm8 => Sbb_rm8_imm8, Sbb_AX_imm16 => Sbb_rm16_imm16, Sbb_EAX_imm32 => Sbb_rm32_imm32,
+        Sbb_RAX_imm32 => Sbb_rm64_imm32,
+        And_AL_imm8 => And_rm8_imm8, And_AX_imm16 => And_rm16_imm16, And_EAX_imm32 => And_rm32_imm32,
+        And_RAX_imm32 => And_rm64_imm32,
+        Sub_AL_imm8 => Sub_rm8_imm8, Sub_AX_imm16 => Sub_rm16_imm16, Sub_EAX_imm32 => Sub_rm32_imm32,
+        Sub_RAX_imm32 => Sub_rm64_imm32,
+        Xor_AL_imm8 => Xor_rm8_imm8, Xor_AX_imm16 => Xor_rm16_imm16, Xor_EAX_imm32 => Xor_rm32_imm32,
+        Xor_RAX_imm32 => Xor_rm64_imm32,
+        Cmp_AL_imm8 => Cmp_rm8_imm8, Cmp_AX_imm16 => Cmp_rm16_imm16, Cmp_EAX_imm32 => Cmp_rm32_imm32,
+        Cmp_RAX_imm32 => Cmp_rm64_imm32,
+        Test_AL_imm8 => Test_rm8_imm8, Test_AX_imm16 => Test_rm16_imm16, Test_EAX_imm32 => Test_rm32_imm32,
+        Test_RAX_imm32 => Test_rm64_imm32,
+        Mov_AL_moffs8 => Mov_r8_rm8, Mov_AX_moffs16 => Mov_r16_rm16, Mov_EAX_moffs32 => Mov_r32_rm32,
+        Mov_RAX_moffs64 => Mov_r64_rm64,
+        Mov_moffs8_AL => Mov_rm8_r8, Mov_moffs16_AX => Mov_rm16_r16, Mov_moffs32_EAX => Mov_rm32_r32,
+        Mov_moffs64_RAX => Mov_rm64_r64,
+        Xchg_r16_AX => Xchg_rm16_r16, Xchg_r32_EAX => Xchg_rm32_r32, Xchg_r64_RAX => Xchg_rm64_r64,
+    }
+}

@@ -1,0 +1,197 @@
+//! Which operations of a block become host code, in what way, and which status flags anything can look at.
+
+use iced_x86::{ConditionCode, Instruction, Mnemonic as M, OpKind, Register};
+use umbra_cpu::op::Op;
+
+/// How an operation is done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// By its function.
+    Helper,
+    /// Nothing at all.
+    Nop,
+    /// The guest's instruction with other registers; it writes no flags.
+    Move,
+    /// Likewise, and the host's flags are the guest's afterwards.
+    Arithmetic,
+    /// Likewise, flags are written in a way that the host's needn't follow, and nothing looks at them.
+    Silent,
+    /// A shift by a constant, 1 to less than the width.
+    Shift(ShiftKind),
+    /// IMUL with two or three operands.
+    Imul,
+    /// MUL, or IMUL with one operand.
+    Multiply,
+    /// DIV, or IDIV if signed.
+    Divide {
+        signed: bool,
+    },
+    /// BT and relatives: CF alone changes.
+    BitTest,
+    /// CBW's and CWD's families.
+    Extend,
+    /// XCHG.
+    Exchange,
+    Push,
+    Pop,
+    Leave,
+    Jcc,
+    Jmp,
+    JmpIndirect,
+    Call,
+    CallIndirect,
+    Ret,
+}
+
+/// What a shift does to OF.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ShiftKind {
+    Left,
+    Right,
+    Arithmetic,
+}
+
+impl Kind {
+    /// Whether it is the last of its block and goes on by itself.
+    pub fn is_branch(self) -> bool {
+        matches!(self, Kind::Jcc | Kind::Jmp | Kind::JmpIndirect | Kind::Call | Kind::CallIndirect | Kind::Ret)
+    }
+
+    fn accesses_memory(self, i: &Instruction) -> bool {
+        match self {
+            Kind::Push | Kind::Pop | Kind::Leave | Kind::Call | Kind::CallIndirect | Kind::Ret => true,
+            Kind::Nop => false,
+            _ => has_memory(i) && i.mnemonic() != M::Lea,
+        }
+    }
+}
+
+/// What is done with one operation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Step {
+    pub kind: Kind,
+    /// Its flags can be looked at.
+    pub live: bool,
+}
+
+/// Whether an instruction has a memory operand.
+pub fn has_memory(i: &Instruction) -> bool {
+    (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+}
+
+/// Plans a block, last operation first. Flags are live at its end and before everything that can leave it.
+pub fn plan(instructions: &[Instruction], ops: &[Op]) -> Vec<Step> {
+    let mut steps = vec![Step { kind: Kind::Helper, live: true }; ops.len()];
+    let mut live = true;
+    for (at, i) in instructions.iter().enumerate().rev() {
+        let kind = kind(i, &ops[at], live);
+        steps[at] = Step { kind, live };
+        let observes = kind == Kind::Helper || kind.accesses_memory(i) || matches!(kind, Kind::Divide { .. });
+        live = observes || reads_flags(i) || live && !writes_all(kind);
+    }
+    steps
+}
+
+fn writes_all(kind: Kind) -> bool {
+    matches!(kind, Kind::Arithmetic | Kind::Shift(_) | Kind::Imul | Kind::Multiply)
+}
+
+/// Whether it reads flags; INC and DEC keep CF.
+pub fn reads_flags(i: &Instruction) -> bool {
+    i.condition_code() != ConditionCode::None || matches!(i.mnemonic(), M::Adc | M::Sbb | M::Inc | M::Dec)
+}
+
+fn kind(i: &Instruction, op: &Op, live: bool) -> Kind {
+    if op.row == u16::MAX || !operands_fit(i, op) {
+        return Kind::Helper;
+    }
+    match i.mnemonic() {
+        M::Nop | M::Endbr64 | M::Endbr32 | M::Reservednop | M::Prefetchw => Kind::Nop,
+        M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta => Kind::Nop,
+        M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Not => Kind::Move,
+        M::Bswap | M::Lea if width(i) >= 4 => Kind::Move,
+        M::Add | M::Sub | M::Cmp | M::Neg | M::And | M::Or | M::Xor | M::Test => Kind::Arithmetic,
+        M::Adc | M::Sbb | M::Inc | M::Dec => Kind::Arithmetic,
+        M::Shl | M::Sal => shift(i, ShiftKind::Left, live),
+        M::Shr => shift(i, ShiftKind::Right, live),
+        M::Sar => shift(i, ShiftKind::Arithmetic, live),
+        M::Rol | M::Ror if !live => Kind::Silent,
+        M::Imul if i.op_count() > 1 => Kind::Imul,
+        M::Mul | M::Imul if width(i) >= 4 => Kind::Multiply,
+        M::Div if width(i) >= 4 => Kind::Divide { signed: false },
+        M::Idiv if width(i) >= 4 => Kind::Divide { signed: true },
+        M::Bt | M::Bts | M::Btr | M::Btc if !has_memory(i) || i.op1_kind() != OpKind::Register => Kind::BitTest,
+        M::Cdqe | M::Cwde | M::Cdq | M::Cqo => Kind::Extend,
+        M::Xchg => Kind::Exchange,
+        M::Push if pushes_64(i) => Kind::Push,
+        M::Pop if i.op0_kind() == OpKind::Register && i.op0_register().size() == 8 => Kind::Pop,
+        M::Leave if i.code() == iced_x86::Code::Leaveq => Kind::Leave,
+        _ => branch(i, op),
+    }
+}
+
+fn branch(i: &Instruction, op: &Op) -> Kind {
+    let near = i.op_count() == 1 && i.op0_kind() == OpKind::NearBranch64 && is_canonical(op.imm);
+    let indirect = i.is_jmp_near_indirect() || i.is_call_near_indirect();
+    match i.mnemonic() {
+        M::Jmp if near => Kind::Jmp,
+        M::Call if near => Kind::Call,
+        M::Jmp if indirect && width(i) == 8 => Kind::JmpIndirect,
+        M::Call if indirect && width(i) == 8 => Kind::CallIndirect,
+        M::Ret if matches!(i.code(), iced_x86::Code::Retnq | iced_x86::Code::Retnq_imm16) => Kind::Ret,
+        _ if i.is_jcc_short_or_near() && near => Kind::Jcc,
+        _ if is_setcc_or_cmovcc(i) => Kind::Move,
+        _ => Kind::Helper,
+    }
+}
+
+fn is_setcc_or_cmovcc(i: &Instruction) -> bool {
+    let conditional = i.condition_code() != ConditionCode::None;
+    conditional && i.op_count() < 3 && !i.is_jcc_short_or_near() && !i.is_loopcc()
+}
+
+/// Canonical under 4-level paging, so that it always is.
+fn is_canonical(rip: u64) -> bool {
+    rip as i64 >> 47 == (rip as i64 >> 63)
+}
+
+/// Width in bytes of the first operand.
+pub fn width(i: &Instruction) -> u32 {
+    if i.op0_kind() == OpKind::Register { i.op0_register().size() as u32 } else { i.memory_size().size() as u32 }
+}
+
+fn pushes_64(i: &Instruction) -> bool {
+    let operand = match i.op0_kind() {
+        OpKind::Register => i.op0_register().is_gpr(),
+        kind => kind != OpKind::Memory,
+    };
+    operand && i.stack_pointer_increment() == -8
+}
+
+/// Shifts by CL may leave flags alone, and those beyond the width have other rules.
+fn shift(i: &Instruction, kind: ShiftKind, live: bool) -> Kind {
+    let bits = width(i) * 8;
+    let constant = i.op1_kind() == OpKind::Immediate8;
+    let count = if constant { u32::from(i.immediate8()) & if bits == 64 { 63 } else { 31 } } else { 0 };
+    if constant && count > 0 && count < bits && !(live && kind == ShiftKind::Right && has_memory(i)) {
+        return Kind::Shift(kind);
+    }
+    if live { Kind::Helper } else { Kind::Silent }
+}
+
+/// Whether the operands are general registers that can be renamed, immediates, and an ordinary address.
+fn operands_fit(i: &Instruction, op: &Op) -> bool {
+    let registers = (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register).map(|n| i.op_register(n));
+    registers.into_iter().all(fits) && (!has_memory(i) || address_fits(i, op))
+}
+
+fn fits(r: Register) -> bool {
+    r.is_gpr() && !matches!(r, Register::AH | Register::CH | Register::DH | Register::BH)
+}
+
+fn address_fits(i: &Instruction, op: &Op) -> bool {
+    let absolute = op.base == umbra_cpu::op::NO_REG && op.index == umbra_cpu::op::NO_REG;
+    let index = i.memory_index();
+    let plain = index == Register::None || index.is_gpr();
+    op.ea_mask == u64::MAX && plain && (absolute || i32::try_from(op.disp as i64).is_ok())
+}

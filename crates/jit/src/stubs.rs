@@ -1,0 +1,148 @@
+//! The code that all translations share: entering, leaving, calling an operation's function, finding a RIP.
+
+use crate::emitter::{Alu, Emitter, Mem, cc};
+use crate::frame::{Reason, frame_field, gpr, next_rip};
+use crate::jumps::{FOLD, SLOT_SHIFT, SLOTS};
+use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, home};
+
+/// Offsets of the stubs in the code memory.
+#[derive(Clone, Copy)]
+pub struct Stubs {
+    /// `extern "sysv64" fn(engine, code)`.
+    pub enter: usize,
+    /// Called with a site in [`A`]: does that operation, comes back if the block goes on.
+    pub helper: usize,
+    /// Leaves at a block's head; [`A`] is its site.
+    pub budget: usize,
+    /// Leaves at an exit without a link; [`A`] is its number.
+    pub link: usize,
+    /// Goes to the translation of the RIP in [`A`].
+    pub lookup: usize,
+    /// As `lookup` for the RIP in the core.
+    pub dispatch: usize,
+}
+
+/// Registers that the ABI wants back: RBX, RBP, R12 to R15.
+const SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
+
+/// Emits the stubs; `helper` is the address of the function that does operations:
+/// `extern "sysv64" fn(engine, site) -> u32`, 0 if the block goes on.
+pub fn emit(e: &mut Emitter, helper: u64) -> Stubs {
+    let leave_spilled = leave_spilled(e);
+    let leave = e.here();
+    spill(e);
+    e.jmp_to(leave_spilled);
+    let leaving = |e: &mut Emitter, reason: Reason| {
+        let here = e.here();
+        e.store_imm32(frame_field!(reason), reason as u32);
+        e.store32(frame_field!(site), A);
+        e.jmp_to(leave);
+        here
+    };
+    let budget = leaving(e, Reason::Budget);
+    let link = leaving(e, Reason::Link);
+    let miss = leaving(e, Reason::Miss);
+    let dispatch = e.here();
+    e.load(A, next_rip());
+    let lookup = lookup(e, miss);
+    Stubs { enter: enter(e), helper: call_helper(e, helper, leave_spilled), budget, link, lookup, dispatch }
+}
+
+fn enter(e: &mut Emitter) -> usize {
+    let here = e.here();
+    SAVED.iter().for_each(|&r| push(e, r));
+    // Six pushes and the return address: aligned to 16 bytes with one slot more.
+    e.alu_imm(Alu::Sub, true, RSP, 8);
+    e.mov(ENGINE, RDI);
+    e.mov(A, RSI);
+    reload(e);
+    e.jmp_reg(A);
+    here
+}
+
+fn leave_spilled(e: &mut Emitter) -> usize {
+    let here = e.here();
+    e.alu_imm(Alu::Add, true, RSP, 8);
+    SAVED.iter().rev().for_each(|&r| pop(e, r));
+    e.raw(&[0xc3]);
+    here
+}
+
+fn call_helper(e: &mut Emitter, function: u64, leave_spilled: usize) -> usize {
+    let here = e.here();
+    spill(e);
+    e.mov(RDI, ENGINE);
+    e.mov32(RSI, A);
+    e.alu_imm(Alu::Sub, true, RSP, 8);
+    e.mov_imm(RDX, function);
+    e.raw(&[0xff, 0xd2]); // call rdx
+    e.alu_imm(Alu::Add, true, RSP, 8);
+    e.raw(&[0x85, 0xc0]); // test eax, eax
+    let left = e.jcc(cc::NOT_EQUAL);
+    reload(e);
+    e.raw(&[0xc3]);
+    e.bind(left);
+    e.alu_imm(Alu::Add, true, RSP, 8);
+    e.jmp_to(leave_spilled);
+    here
+}
+
+/// Stores what lives in host registers.
+fn spill(e: &mut Emitter) {
+    for n in 0..RESIDENT {
+        if let Some(r) = home(n) {
+            e.store(gpr(n), r);
+        }
+    }
+    e.store32(frame_field!(flags), FLAGS);
+    e.store(frame_field!(budget), BUDGET);
+}
+
+fn reload(e: &mut Emitter) {
+    for n in 0..RESIDENT {
+        if let Some(r) = home(n) {
+            e.load(r, gpr(n));
+        }
+    }
+    e.load32(FLAGS, frame_field!(flags));
+    e.load(BUDGET, frame_field!(budget));
+}
+
+/// Hashes the RIP in [`A`]: the slot's address to [`B`].
+pub fn hash(e: &mut Emitter) {
+    e.mov(B, A);
+    e.shr(true, B, FOLD);
+    e.alu(Alu::Xor, false, B, A);
+    e.alu_imm(Alu::And, false, B, SLOTS as i32 - 1);
+    e.shl(false, B, SLOT_SHIFT);
+    e.alu_mem(Alu::Add, true, B, frame_field!(jumps));
+}
+
+fn lookup(e: &mut Emitter, miss: usize) -> usize {
+    let here = e.here();
+    hash(e);
+    e.store(next_rip(), A);
+    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, 0));
+    let other = e.jcc(cc::NOT_EQUAL);
+    e.load32(A, frame_field!(context));
+    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, 8));
+    let stale = e.jcc(cc::NOT_EQUAL);
+    e.jmp_mem(Mem::at(B, 16));
+    e.point(other, miss);
+    e.point(stale, miss);
+    here
+}
+
+fn push(e: &mut Emitter, r: u8) {
+    if r >= 8 {
+        e.raw(&[0x41]);
+    }
+    e.raw(&[0x50 | r & 7]);
+}
+
+fn pop(e: &mut Emitter, r: u8) {
+    if r >= 8 {
+        e.raw(&[0x41]);
+    }
+    e.raw(&[0x58 | r & 7]);
+}

@@ -1,0 +1,215 @@
+//! From a canonical block to host code.
+//!
+//! A block's head charges its cost and leaves if the budget doesn't reach; its operations follow; its end goes to
+//! the next block. Behind that lie the rarely executed parts: operations that missed the MMU's table, exits
+//! without a link.
+
+use crate::emitter::{Alu, Emitter, Jump, cc};
+use crate::frame::frame_field;
+use crate::native::Unencodable;
+use crate::plan::{Kind, Step, plan};
+use crate::registers::{A, BUDGET};
+use crate::stubs::Stubs;
+use iced_x86::{Decoder, DecoderOptions, Encoder, Instruction};
+use umbra_cpu::block::Block;
+use umbra_cpu::op::Op;
+
+/// Bits of a site that say which operation of its block is meant.
+pub const OP_BITS: u32 = 6;
+const _: () = assert!(umbra_cpu::block::MAX_OPS <= 1 << OP_BITS);
+
+/// Bytes of [`lookup_code`], the least size of a block's code and of an exit without a link.
+pub const LOOKUP_BYTES: usize = 15;
+
+/// A direct exit of a translation. All places are offsets in the code memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Exit {
+    /// RIP that it goes to.
+    pub target: u64,
+    /// Displacement of its jump.
+    pub jump: usize,
+    /// Context number that it is guarded by, if it leaves the page.
+    pub guard: Option<usize>,
+    /// Its code as long as it isn't linked, or for other contexts: [`LOOKUP_BYTES`].
+    pub unlinked: usize,
+}
+
+/// A translation to be placed where its emitter was told.
+pub struct Code {
+    pub bytes: Vec<u8>,
+    pub exits: Vec<Exit>,
+    /// Operations that are done by their functions.
+    pub helpers: usize,
+}
+
+/// Code that goes to the translation of `rip` in whatever context: always [`LOOKUP_BYTES`].
+pub fn lookup_code(at: usize, rip: u64, stubs: &Stubs) -> Vec<u8> {
+    let mut e = Emitter::new(at);
+    e.mov_imm64(A, rip);
+    e.jmp_to(stubs.lookup);
+    e.bytes
+}
+
+/// Operations of a block done by their functions after all, once or in part.
+struct Slow {
+    op: usize,
+    jumps: Vec<Jump>,
+    /// Where the block goes on; a branch's successor otherwise.
+    back: Option<usize>,
+    /// The host's flags are relied on there.
+    flags: bool,
+}
+
+/// The state of one translation.
+pub struct Translator<'a> {
+    pub e: Emitter,
+    pub block: &'a Block,
+    /// The host's status flags are the guest's.
+    pub host_flags: bool,
+    pub encoder: Encoder,
+    stubs: &'a Stubs,
+    number: u32,
+    slow: Vec<Slow>,
+    exits: Vec<(Exit, Vec<Jump>)>,
+}
+
+/// Translates `block`, which has this number and these bytes, for offset `at` of the code memory. The numbers of
+/// its exits begin with `first_exit`.
+pub fn translate(block: &Block, number: u32, bytes: &[u8], at: usize, first_exit: usize, stubs: &Stubs) -> Code {
+    let instructions = decode(block, bytes);
+    let steps = plan(&instructions, &block.ops);
+    let native = Translator::new(block, number, at, stubs).run(&instructions, &steps, first_exit);
+    native.unwrap_or_else(|Unencodable| {
+        // Every operation by its function: no encoder is asked.
+        let helpers = vec![Step { kind: Kind::Helper, live: true }; block.ops.len()];
+        let all = Translator::new(block, number, at, stubs).run(&[], &helpers, first_exit);
+        all.unwrap_or(Code { bytes: Vec::new(), exits: Vec::new(), helpers: 0 })
+    })
+}
+
+/// The block's instructions; none where operations aren't those of 64-bit mode or the bytes don't say the same.
+fn decode(block: &Block, bytes: &[u8]) -> Vec<Instruction> {
+    if block.ops.iter().any(|op| op.legacy) || block.crosses() {
+        return Vec::new();
+    }
+    let mut decoder = Decoder::with_ip(64, bytes, block.rip, DecoderOptions::NONE);
+    let mut instructions = Vec::with_capacity(block.ops.len());
+    for op in &block.ops {
+        let i = decoder.decode();
+        if i.is_invalid() || i.len() != usize::from(op.len) {
+            return Vec::new();
+        }
+        instructions.push(i);
+    }
+    instructions
+}
+
+impl<'a> Translator<'a> {
+    fn new(block: &'a Block, number: u32, at: usize, stubs: &'a Stubs) -> Self {
+        Self {
+            e: Emitter::new(at),
+            block,
+            host_flags: false,
+            encoder: Encoder::new(64),
+            stubs,
+            number,
+            slow: Vec::new(),
+            exits: Vec::new(),
+        }
+    }
+
+    fn run(mut self, instructions: &[Instruction], steps: &[Step], first_exit: usize) -> Result<Code, Unencodable> {
+        self.e.alu_imm(Alu::Sub, true, BUDGET, self.block.cost as i32);
+        let spent = self.e.jcc(cc::SIGN);
+        for (at, step) in steps.iter().enumerate() {
+            match step.kind {
+                Kind::Helper => self.helper(at),
+                _ => self.native(at, &instructions[at], *step)?,
+            }
+        }
+        match steps.last().map(|step| step.kind) {
+            Some(Kind::Helper) | None => self.e.jmp_to(self.stubs.dispatch),
+            Some(kind) if kind.is_branch() => {}
+            Some(_) => self.exit(self.block.end_rip),
+        }
+        self.e.bind(spent);
+        self.e.mov_imm(A, u64::from(self.number << OP_BITS));
+        self.e.jmp_to(self.stubs.budget);
+        self.emit_slow();
+        let exits = self.emit_exits(first_exit);
+        let helpers = steps.iter().filter(|step| step.kind == Kind::Helper).count();
+        Ok(Code { bytes: self.e.bytes, exits, helpers })
+    }
+
+    fn native(&mut self, at: usize, i: &Instruction, step: Step) -> Result<(), Unencodable> {
+        self.slow.push(Slow { op: at, jumps: Vec::new(), back: None, flags: false });
+        let op: &Op = &self.block.ops[at];
+        if step.kind.is_branch() {
+            self.branch(i, op, step.kind);
+            return Ok(());
+        }
+        self.data(i, op, step)?;
+        if let Some(slow) = self.slow.last_mut() {
+            (slow.back, slow.flags) = (Some(self.e.here()), self.host_flags);
+        }
+        Ok(())
+    }
+
+    /// Does operation `op` by its function.
+    fn helper(&mut self, op: usize) {
+        self.e.mov_imm(A, u64::from(self.number << OP_BITS | op as u32));
+        self.e.call(self.stubs.helper);
+        self.host_flags = false;
+    }
+
+    /// `jump` is taken where the running operation must be done by its function, from its start.
+    pub fn slow(&mut self, jump: Jump) {
+        if let Some(slow) = self.slow.last_mut() {
+            slow.jumps.push(jump);
+        }
+    }
+
+    fn emit_slow(&mut self) {
+        for slow in std::mem::take(&mut self.slow) {
+            if slow.jumps.is_empty() {
+                continue;
+            }
+            slow.jumps.iter().for_each(|&jump| self.e.bind(jump));
+            self.helper(slow.op);
+            if slow.flags {
+                self.e.restore_flags();
+            }
+            self.e.jmp_to(slow.back.unwrap_or(self.stubs.dispatch));
+        }
+    }
+
+    /// Goes on at `target`.
+    pub fn exit(&mut self, target: u64) {
+        let mut others = Vec::new();
+        let guard = (target >> 12 != self.block.rip >> 12).then(|| {
+            // No context has number 0.
+            let guard = self.e.cmp_mem_imm(frame_field!(context), 0);
+            others.push(self.e.jcc(cc::NOT_EQUAL));
+            guard
+        });
+        let jump = self.e.jmp();
+        others.push(jump);
+        self.exits.push((Exit { target, jump: jump.0, guard, unlinked: 0 }, others));
+    }
+
+    fn emit_exits(&mut self, first: usize) -> Vec<Exit> {
+        let exits = std::mem::take(&mut self.exits).into_iter().enumerate();
+        exits
+            .map(|(n, (exit, jumps))| {
+                let unlinked = self.e.here();
+                jumps.into_iter().for_each(|jump| self.e.bind(jump));
+                self.e.mov_imm(A, (first + n) as u64);
+                self.e.jmp_to(self.stubs.link);
+                while self.e.here() < unlinked + LOOKUP_BYTES {
+                    self.e.raw(&[0xcc]);
+                }
+                Exit { unlinked, ..exit }
+            })
+            .collect()
+    }
+}

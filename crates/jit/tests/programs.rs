@@ -1,0 +1,345 @@
+//! Random programs on the translator and on the interpreter: registers, flags, memory, counts and time are the
+//! same, whatever is translated when and wherever slices end.
+
+use proptest::prelude::*;
+use std::sync::Arc;
+use umbra_arch::control::{Cr0, Cr3, Cr4, Efer};
+use umbra_arch::cpuid::CpuidProfile;
+use umbra_arch::segment::{Attr, Seg, Segment, TableRegister};
+use umbra_arch::state::Activity;
+use umbra_arch::{AccessWidth, Bus, CpuState, Exit, Fault, Gpa, Reply, Slice, Vcpu, VirtualTime, descriptor};
+use umbra_cpu::{EngineOptions, Interpreter};
+use umbra_jit::{Jit, JitOptions};
+use umbra_memory::GuestMemory;
+
+const RAM: u64 = 4 << 20;
+const GDT: u64 = 0x1000;
+const IDT: u64 = 0x1800;
+const TABLES: u64 = 0x2000;
+/// A handler of every exception: HLT.
+const HANDLER: u64 = 0x8000;
+const CODE: u64 = 0x1_0f80;
+const FUNCTION: u64 = 0x1_3000;
+const DATA: u64 = 0x4_0000;
+const STACK: u64 = 0x8_0800;
+const TICKS: u64 = 20_000;
+
+/// Nothing is attached.
+struct Nothing;
+
+impl Bus for Nothing {
+    fn mmio_read(&mut self, _: VirtualTime, _: Gpa, width: AccessWidth) -> Reply<u64> {
+        Reply { value: width.mask(), cost: 3, attention: false }
+    }
+    fn mmio_write(&mut self, _: VirtualTime, _: Gpa, _: AccessWidth, _: u64) -> Reply<()> {
+        Reply { value: (), cost: 5, attention: false }
+    }
+    fn port_read(&mut self, _: VirtualTime, _: u16, _: AccessWidth) -> Reply<u32> {
+        Reply { value: 0, cost: 7, attention: false }
+    }
+    fn port_write(&mut self, _: VirtualTime, _: u16, _: AccessWidth, _: u32) -> Reply<()> {
+        Reply { value: (), cost: 9, attention: false }
+    }
+    fn apic_msr_read(&mut self, _: VirtualTime, _: u32) -> Result<Reply<u64>, Fault> {
+        Err(Fault::GP0)
+    }
+    fn apic_msr_write(&mut self, _: VirtualTime, _: u32, _: u64) -> Result<Reply<()>, Fault> {
+        Err(Fault::GP0)
+    }
+    fn read_cr8(&mut self) -> u8 {
+        0
+    }
+    fn write_cr8(&mut self, _: VirtualTime, _: u8) -> Reply<()> {
+        Reply { value: (), cost: 0, attention: false }
+    }
+    fn interrupt_pending(&mut self) -> bool {
+        false
+    }
+    fn interrupt_acknowledge(&mut self, _: VirtualTime) -> Option<u8> {
+        None
+    }
+    fn take_nmi(&mut self) -> bool {
+        false
+    }
+}
+
+/// Everything but the opcode of one instruction, from the bits of a number.
+struct Choice(u64);
+
+impl Choice {
+    fn take(&mut self, n: u64) -> u64 {
+        let value = self.0 % n;
+        self.0 = (self.0 / n).rotate_left(29) ^ self.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 7;
+        value
+    }
+
+    /// Any register but RSP and RDI, which point somewhere.
+    fn register(&mut self) -> u8 {
+        [0, 1, 2, 3, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15][self.take(14) as usize]
+    }
+
+    /// Prefixes, opcode, ModRM and what belongs to it, without immediate; a register is the second operand.
+    fn form(&mut self, prefix: &[u8], wide: bool, opcode: &[u8], reg: u8, memory: bool) -> Vec<u8> {
+        let mut bytes = prefix.to_vec();
+        let rex = 0x40 | u8::from(wide) << 3 | (reg >> 3) << 2;
+        let reg = (reg & 7) << 3;
+        if !memory {
+            let rm = self.register();
+            bytes.push(rex | rm >> 3);
+            bytes.extend(opcode);
+            bytes.push(0xc0 | reg | rm & 7);
+            return bytes;
+        }
+        match self.take(4) {
+            // [rdi + disp32], now and then across a page's end or where nothing is mapped
+            0 => {
+                bytes.push(rex);
+                bytes.extend(opcode);
+                bytes.push(0x80 | reg | 7);
+                let disp = [0xffcu32, 0x1004, 0x7fd, 0x20][self.take(4) as usize];
+                bytes.extend(disp.to_le_bytes());
+            }
+            // [rdi + r14*2 + disp8]
+            1 => {
+                bytes.push(rex | 2);
+                bytes.extend(opcode);
+                bytes.extend([0x40 | reg | 4, 0x77, 0x18]);
+            }
+            // [r13 + 0x40]
+            2 => {
+                bytes.push(rex | 1);
+                bytes.extend(opcode);
+                bytes.extend([0x40 | reg | 5, 0x40]);
+            }
+            // [rdi + disp8]
+            _ => {
+                bytes.push(rex);
+                bytes.extend(opcode);
+                bytes.extend([0x40 | reg | 7, self.take(100) as u8]);
+            }
+        }
+        bytes
+    }
+
+    fn immediate(&mut self, bytes: usize) -> Vec<u8> {
+        let value = [0, 1, 0x7f, 0x80, 0xffff_ffff, 0x8000_0000, 0x1234_5678][self.take(7) as usize];
+        u64::to_le_bytes(value)[..bytes].to_vec()
+    }
+}
+
+/// One instruction; jumps only go forward over one byte.
+fn instruction(number: u64) -> Vec<u8> {
+    let mut c = Choice(number);
+    let wide = c.take(2) == 1;
+    let half = !wide && c.take(4) == 0;
+    let prefix: &[u8] = if half { &[0x66] } else { &[] };
+    let memory = c.take(3) == 0;
+    let reg = c.register();
+    let group = [0u8, 1, 2, 3, 4, 5, 6, 7][c.take(8) as usize];
+    match c.take(34) {
+        0..=3 => c.form(prefix, wide, &[0x01 + 8 * group], reg, memory),
+        4..=5 => c.form(prefix, wide, &[0x03 + 8 * group], reg, memory),
+        6 => c.form(&[], false, &[8 * group], reg, memory),
+        7..=8 => {
+            let mut bytes = c.form(prefix, wide, &[0x81], group, memory);
+            bytes.extend(c.immediate(if half { 2 } else { 4 }));
+            bytes
+        }
+        9 => {
+            // The accumulator's own forms.
+            let mut bytes = prefix.to_vec();
+            bytes.extend([0x40 | u8::from(wide) << 3, 0x05 + 8 * group]);
+            bytes.extend(c.immediate(if half { 2 } else { 4 }));
+            bytes
+        }
+        10 => c.form(prefix, wide, &[0x85], reg, memory),
+        11 => c.form(prefix, wide, &[[0x89u8, 0x8b][(group & 1) as usize]], reg, memory),
+        12 => c.form(&[], false, &[[0x88u8, 0x8a][(group & 1) as usize]], reg, memory),
+        13 => c.form(prefix, wide, &[0x0f, [0xb6, 0xbe, 0xb7, 0xbf][(group & 3) as usize]], reg, memory),
+        14 => c.form(&[], wide, &[0x63], reg, memory),
+        15..=17 => {
+            // Shifts and rotates by a constant, by one, by CL.
+            let opcode = [0xc1, 0xd1, 0xd3, 0xc0][c.take(4) as usize];
+            let mut bytes = c.form(prefix, wide && opcode != 0xc0, &[opcode], group, memory);
+            if opcode & 0xf0 == 0xc0 {
+                bytes.push(c.take(70) as u8);
+            }
+            bytes
+        }
+        18 => c.form(prefix, wide, &[0xff], group & 1, memory),
+        19 => c.form(&[], false, &[0xfe], group & 1, memory),
+        20 => c.form(prefix, wide, &[0xf7], [2, 3, 4, 5, 4, 5, 6, 7][group as usize], memory),
+        21 => c.form(prefix, wide, &[0x0f, 0xaf], reg, memory),
+        22 => {
+            let mut bytes = c.form(prefix, wide, &[0x69], reg, memory);
+            bytes.extend(c.immediate(if half { 2 } else { 4 }));
+            bytes
+        }
+        23 => c.form(&[], false, &[0x0f, 0x90 + (number >> 40 & 15) as u8], 0, memory),
+        24 => c.form(prefix, wide, &[0x0f, 0x40 + (number >> 40 & 15) as u8], reg, memory),
+        25 => {
+            let mut bytes = c.form(prefix, wide, &[0x0f, 0xba], 4 + (group & 3), memory);
+            bytes.push(c.take(64) as u8);
+            bytes
+        }
+        26 => c.form(prefix, wide, &[0x0f, 0xa3 + 8 * (group & 3)], reg, false),
+        27 => c.form(prefix, wide, &[0x87], reg, memory),
+        28 => vec![[0x50u8, 0x51, 0x53, 0x55][(group & 3) as usize], [0x58, 0x5a, 0x5e, 0x5d][(group >> 1) as usize]],
+        29 => vec![0x41, 0x50 + group, 0x41, 0x58 + (number >> 50 & 7) as u8],
+        30 => [&[0x98][..], &[0x48, 0x98], &[0x99], &[0x48, 0x99], &[0xf8], &[0xf9], &[0xf5], &[0x9f]][group as usize]
+            .to_vec(),
+        // Jcc over an INC.
+        31 => vec![0x70 + (number >> 40 & 15) as u8, 3, 0x48, 0xff, 0xc2],
+        32 => c.form(&[], wide, &[0x8d], reg, true),
+        // CALL through RBP's neighbour R15, which holds the function's address until something changes it; or a
+        // direct one.
+        _ => {
+            let next = 5;
+            let mut bytes = vec![0xe8];
+            bytes.extend((next as i32).to_le_bytes());
+            // The callee is behind a jump: jmp +7; lea edx, [rdx + 1]; ret.
+            bytes.extend([0xeb, 7, 0x90, 0x90, 0x90, 0x8d, 0x52, 0x01, 0xc3]);
+            bytes
+        }
+    }
+}
+
+/// Sets registers up, runs the body a number of times, halts.
+fn program(body: &[u64]) -> Vec<u8> {
+    let mut code = vec![0x48, 0xc7, 0xc7]; // mov rdi, DATA
+    code.extend((DATA as u32).to_le_bytes());
+    code.extend([0x49, 0xc7, 0xc5]); // mov r13, DATA + 0x800
+    code.extend((DATA as u32 + 0x800).to_le_bytes());
+    code.extend([0x45, 0x31, 0xf6]); // xor r14d, r14d
+    code.extend(body.iter().flat_map(|&number| instruction(number)));
+    // The counter is in memory: dec dword [0x41800]; jnz back
+    code.extend([0xff, 0x0c, 0x25]);
+    code.extend((DATA as u32 + 0x1800).to_le_bytes());
+    let back = -(code.len() as i32 + 6);
+    code.extend([0x0f, 0x85]);
+    code.extend(back.to_le_bytes());
+    code.push(0xf4);
+    code
+}
+
+fn memory(body: &[u64], data: u64) -> Arc<GuestMemory> {
+    let mem = Arc::new(GuestMemory::new(RAM).unwrap());
+    let put = |at: u64, value: u64| mem.write(Gpa::new(at), &value.to_le_bytes());
+    put(GDT + 8, descriptor::encode(0, u32::MAX, Attr(0xa09b)));
+    put(GDT + 16, descriptor::encode(0, u32::MAX, Attr(0xc093)));
+    for vector in 0..32 {
+        put(IDT + 16 * vector, HANDLER & 0xffff | 8 << 16 | 0x8e00 << 32 | (HANDLER >> 16) << 48);
+    }
+    put(TABLES, TABLES + 0x1003);
+    put(TABLES + 0x1000, TABLES + 0x2003);
+    put(TABLES + 0x2000, 0x83);
+    mem.write(Gpa::new(HANDLER), &[0xf4]);
+    mem.write(Gpa::new(CODE), &program(body));
+    mem.write(Gpa::new(FUNCTION), &[0xc3]);
+    for at in (0..0x2000).step_by(8) {
+        put(DATA + at, data.wrapping_mul(at | 1).rotate_left(at as u32 & 63));
+    }
+    put(DATA + 0x1800, 40);
+    mem
+}
+
+fn start(data: u64) -> CpuState {
+    let mut s = CpuState::reset();
+    s.cr0 = Cr0::new(0x8000_0033);
+    s.cr3 = Cr3::new(TABLES);
+    s.cr4 = Cr4::new(0x20 | 0x600);
+    s.efer = Efer::new(0x501);
+    let flat = |selector, attr| Segment { selector, base: 0, limit: u32::MAX, attr: Attr(attr) };
+    for (seg, selector, attr) in [
+        (Seg::Cs, 8, 0xa09b),
+        (Seg::Ds, 16, 0xc093),
+        (Seg::Es, 16, 0xc093),
+        (Seg::Ss, 16, 0xc093),
+        (Seg::Fs, 16, 0xc093),
+        (Seg::Gs, 16, 0xc093),
+    ] {
+        s.seg[seg as usize] = flat(selector, attr);
+    }
+    s.gdtr = TableRegister { base: GDT, limit: 0xff };
+    s.idtr = TableRegister { base: IDT, limit: 0x1ff };
+    s.rip = CODE;
+    for (n, r) in s.gpr.iter_mut().enumerate() {
+        *r = data.rotate_left(n as u32 * 5) >> (n * 3);
+    }
+    s.gpr[4] = STACK;
+    s.activity = Activity::Running;
+    s
+}
+
+/// What can be compared.
+#[derive(PartialEq, Debug)]
+struct Seen {
+    state: CpuState,
+    retired: u64,
+    now: u64,
+    memory: Vec<u8>,
+}
+
+fn run(engine: &mut dyn Vcpu, mem: &GuestMemory, data: u64, stops: &[u64]) -> Seen {
+    engine.set_state(&start(data));
+    let mut now = VirtualTime(0);
+    'end: for &stop in stops {
+        while now.0 < stop {
+            let stopped = engine.run(&mut Nothing, Slice { now, until: VirtualTime(stop) });
+            now = stopped.now;
+            match stopped.exit {
+                Exit::BudgetSpent | Exit::Attention => {}
+                _ => break 'end,
+            }
+        }
+    }
+    let mut memory = vec![0; 0x4_2000];
+    mem.read(Gpa::new(DATA), &mut memory);
+    Seen { state: engine.state(), retired: engine.retired(), now: now.0, memory }
+}
+
+fn compare(body: &[u64], data: u64, options: JitOptions, stops: &[u64]) -> Result<u64, TestCaseError> {
+    let profile = CpuidProfile::default();
+    let mem = memory(body, data);
+    let mut interp = Interpreter::new(Arc::clone(&mem), &profile, 0, &EngineOptions::default()).unwrap();
+    let expected = run(&mut interp, &mem, data, &[TICKS]);
+    let mem = memory(body, data);
+    let mut jit = Jit::new(Arc::clone(&mem), &profile, 0, &EngineOptions::default(), options).unwrap();
+    let seen = run(&mut jit, &mem, data, stops);
+    let code = program(body);
+    let difference = seen.memory.iter().zip(&expected.memory).position(|(a, b)| a != b);
+    prop_assert_eq!(difference, None, "memory, {:02x?}", code);
+    let Seen { state, retired, now, .. } = seen;
+    prop_assert_eq!(state, expected.state, "{:02x?}", code);
+    prop_assert_eq!((retired, now), (expected.retired, expected.now), "{:02x?}", code);
+    Ok(jit.stats().ops_translated)
+}
+
+const SMALL: JitOptions = JitOptions { threshold: 2, code_bytes: 1 << 20, limit: u64::MAX };
+
+proptest! {
+    #![proptest_config(ProptestConfig::default())]
+
+    #[test]
+    fn programs_do_the_same_on_both_engines(body in prop::collection::vec(any::<u64>(), 1..40), data: u64) {
+        compare(&body, data, SMALL, &[TICKS])?;
+    }
+
+    #[test]
+    fn slices_may_end_anywhere(
+        body in prop::collection::vec(any::<u64>(), 1..40),
+        data: u64,
+        pieces in prop::collection::vec(1..300u64, 1..20),
+    ) {
+        let mut stops: Vec<u64> = pieces.iter().scan(0, |at, piece| { *at += piece; Some(*at) }).collect();
+        stops.push(TICKS);
+        compare(&body, data, SMALL, &stops)?;
+    }
+}
+
+/// The programs above are of any use: most of what they run is translated.
+#[test]
+fn most_of_a_loop_is_translated() {
+    let translated = compare(&[0x1234, 0x77, 0x9999], 5, SMALL, &[TICKS]).unwrap();
+    assert!(translated > 100, "{translated}");
+}
