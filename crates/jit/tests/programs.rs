@@ -19,7 +19,6 @@ const TABLES: u64 = 0x2000;
 /// A handler of every exception: HLT.
 const HANDLER: u64 = 0x8000;
 const CODE: u64 = 0x1_0f80;
-const FUNCTION: u64 = 0x1_3000;
 const DATA: u64 = 0x4_0000;
 const STACK: u64 = 0x8_0800;
 const TICKS: u64 = 20_000;
@@ -191,13 +190,10 @@ fn instruction(number: u64) -> Vec<u8> {
         // Jcc over an INC.
         31 => vec![0x70 + (number >> 40 & 15) as u8, 3, 0x48, 0xff, 0xc2],
         32 => c.form(&[], wide, &[0x8d], reg, true),
-        // CALL through RBP's neighbour R15, which holds the function's address until something changes it; or a
-        // direct one.
+        // CALL of a function behind the next jump.
         _ => {
-            let next = 5;
-            let mut bytes = vec![0xe8];
-            bytes.extend((next as i32).to_le_bytes());
-            // The callee is behind a jump: jmp +7; lea edx, [rdx + 1]; ret.
+            let mut bytes = vec![0xe8, 5, 0, 0, 0];
+            // jmp +7; three NOPs; lea edx, [rdx + 1]; ret.
             bytes.extend([0xeb, 7, 0x90, 0x90, 0x90, 0x8d, 0x52, 0x01, 0xc3]);
             bytes
         }
@@ -235,7 +231,6 @@ fn memory(body: &[u64], data: u64) -> Arc<GuestMemory> {
     put(TABLES + 0x2000, 0x83);
     mem.write(Gpa::new(HANDLER), &[0xf4]);
     mem.write(Gpa::new(CODE), &program(body));
-    mem.write(Gpa::new(FUNCTION), &[0xc3]);
     for at in (0..0x2000).step_by(8) {
         put(DATA + at, data.wrapping_mul(at | 1).rotate_left(at as u32 & 63));
     }

@@ -33,6 +33,21 @@ fn check(names: &[&str], cases: u64, generate: impl Fn(&mut Random) -> Case) {
     }
 }
 
+/// The translator translates everything here.
+#[test]
+fn sequences_and_shapes_are_the_same_when_they_are_translated() {
+    check(&["interp", "jit"], 150, control::case);
+    check(&["interp", "jit"], 1000, shapes::case);
+}
+
+#[test]
+fn test_roms_report_the_same_when_they_are_translated() {
+    let (mut interp, mut jit) = (make("interp").unwrap(), make("jit").unwrap());
+    for rom in umbra_test_roms::ROMS {
+        assert_eq!(interp.run_rom(rom), jit.run_rom(rom), "{}", rom.name);
+    }
+}
+
 #[test]
 fn control_sequences_are_the_same_in_every_mmu_mode() {
     check(&["interp", "interp-unload", "interp-drop", "interp-kvm-role"], 150, control::case);

@@ -8,19 +8,52 @@ use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Exit, Gpa, Slice, Vcpu, VirtualTime};
 use umbra_cpu::{EngineOptions, Interpreter};
+use umbra_jit::{Jit, JitOptions};
 use umbra_memory::{GuestMemory, PageFlags};
 use umbra_mmu::MmuOptions;
 
 use super::window::WindowError;
 
+/// Nothing is cold.
+pub const EAGER: JitOptions = JitOptions { threshold: 0, code_bytes: 4 << 20, limit: u64::MAX };
 /// Instructions and deliveries after which a single-instruction case hangs.
 const SINGLE: u64 = 100_000;
 
-/// An interpreter over memory that is zero between cases.
-pub struct Blank {
-    engine: Interpreter,
+/// An engine that has an interpreter inside, or is one.
+pub trait Whole: Vcpu {
+    /// The interpreter.
+    fn interpreter(&mut self) -> &mut Interpreter;
+}
+
+impl Whole for Interpreter {
+    fn interpreter(&mut self) -> &mut Interpreter {
+        self
+    }
+}
+
+impl Whole for Jit {
+    fn interpreter(&mut self) -> &mut Interpreter {
+        self.interpreter_mut()
+    }
+}
+
+/// An engine over memory that is zero between cases.
+pub struct Blank<V = Interpreter> {
+    engine: V,
     mem: Arc<GuestMemory>,
     audits: bool,
+}
+
+impl Blank<Jit> {
+    /// A translator of this CPU model that translates everything at once.
+    ///
+    /// # Errors
+    /// [`WindowError`].
+    pub fn translating(profile: &CpuidProfile) -> Result<Self, WindowError> {
+        let mem = Arc::new(GuestMemory::new(RAM)?);
+        let engine = Jit::new(Arc::clone(&mem), profile, 0, &EngineOptions::default(), EAGER)?;
+        Ok(Self { engine, mem, audits: false })
+    }
 }
 
 impl Blank {
@@ -33,7 +66,9 @@ impl Blank {
         let engine = Interpreter::new(Arc::clone(&mem), profile, 0, &EngineOptions { mmu })?;
         Ok(Self { engine, mem, audits: false })
     }
+}
 
+impl<V: Whole> Blank<V> {
     /// Compares the MMU's caches with the guest's tables after each case, too.
     pub fn audited(self) -> Self {
         Self { audits: true, ..self }
@@ -61,7 +96,7 @@ impl Blank {
             run => window::caught(run, &mut state, |gpa| self.quad(gpa)),
         };
         if self.audits
-            && let Err(wrong) = self.engine.core().mmu.audit()
+            && let Err(wrong) = self.engine.interpreter().core().mmu.audit()
         {
             return self.cannot(format!("audit: {wrong}"));
         }
@@ -93,7 +128,7 @@ impl Blank {
         for off in self.mem.pages().take((RAM >> 12) as usize) {
             if self.mem.page_flags(off).contains(PageFlags::DIRTY) {
                 self.mem.write(Gpa::new(off.raw()), &[0; 4096]);
-                self.engine.clean_page(off);
+                self.engine.interpreter().clean_page(off);
             }
         }
     }

@@ -4,6 +4,7 @@ mod blank;
 mod gdb;
 mod host;
 mod interp;
+mod jit;
 mod kvm;
 mod kvm_defects;
 mod qemu;
@@ -12,6 +13,7 @@ mod window;
 pub use blank::Blank;
 pub use host::Host;
 pub use interp::Interp;
+pub use jit::Translator;
 pub use kvm::Kvm;
 pub use qemu::{Qemu, QemuError};
 pub use window::{Window, WindowError};
@@ -48,7 +50,7 @@ pub enum MakeError {
 
 /// Names of all engines.
 pub const NAMES: &[&str] =
-    &["interp", "interp-unload", "interp-drop", "interp-kvm-role", "host", "model", "kvm", "qemu"];
+    &["interp", "interp-unload", "interp-drop", "interp-kvm-role", "jit", "host", "model", "kvm", "qemu"];
 
 /// The engines of these names, to be compared with each other: all are the CPU that the poorest of them can be.
 ///
@@ -83,6 +85,7 @@ fn make_of(name: &str, profile: &CpuidProfile) -> Result<Box<dyn Engine>, MakeEr
         "interp-kvm-role" => {
             Box::new(interp("interp-kvm-role", MmuOptions { kvm_role: true, ..MmuOptions::default() })?)
         }
+        "jit" => Box::new(Translator::new(profile)?),
         "host" => Box::new(Host::new()?),
         "model" => Box::new(Model),
         "kvm" => Box::new(Kvm::new(profile)?),

@@ -31,6 +31,9 @@ pub enum WindowError {
     /// No core.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// No translator.
+    #[error(transparent)]
+    Jit(#[from] umbra_jit::JitError),
 }
 
 impl Window {

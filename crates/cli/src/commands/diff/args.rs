@@ -9,6 +9,7 @@ Engines:
   interp-unload     the same, dropping all roots at each change of control registers
   interp-drop       the same, dropping caches at random moments
   interp-kvm-role   the same, with WP, SMEP and SMAP in the keys of shadow pages, as KVM has them
+  jit               the translator, translating everything that it runs
   host              this host's CPU, natively: single ring-3 instructions
   model             a predictor of page walks, for the generator shapes
   qemu              QEMU through its gdb stub (needs qemu-system-x86_64)
