@@ -34,6 +34,7 @@ pub enum Alu {
 pub mod cc {
     pub const BELOW: u8 = 2;
     pub const NOT_BELOW: u8 = 3;
+    pub const EQUAL: u8 = 4;
     pub const NOT_EQUAL: u8 = 5;
     pub const SIGN: u8 = 8;
     pub const ODD: u8 = 11;
@@ -88,6 +89,12 @@ impl Emitter {
         let index = mem.index.map_or(4, |(r, _)| r);
         self.rex(wide, reg, if mem.index.is_some() { index } else { 0 }, mem.base.unwrap_or(0));
         self.bytes.extend(opcode);
+        self.modrm(reg, mem);
+    }
+
+    /// ModRM and what belongs to it of `mem`; prefixes have the registers' upper bits.
+    pub fn modrm(&mut self, reg: Reg, mem: Mem) {
+        let index = mem.index.map_or(4, |(r, _)| r);
         let reg = (reg & 7) << 3;
         let scale = mem.index.map_or(0, |(_, s)| s) << 6;
         let Some(base) = mem.base else {

@@ -330,7 +330,9 @@ impl Engine {
         if let Some(panic) = self.frame.panic.take() {
             resume_unwind(panic);
         }
-        self.interp.core_mut().flags = unpack(self.frame.flags);
+        let core = self.interp.core_mut();
+        core.flags = unpack(self.frame.flags);
+        self.frame.give_vectors(&mut core.s);
         self.left(bus, budget)
     }
 
@@ -350,6 +352,7 @@ impl Engine {
         frame.context = self.contexts.number(frame.stamp, core.code_mode);
         frame.flags = pack(core.flags);
         frame.take_table(core.mmu.fast_table());
+        frame.take_vectors(&core.s);
         budget as i64
     }
 
@@ -425,12 +428,15 @@ impl Engine {
         let Some(bus) = frame.bus else { return true };
         let cost = i64::from(self.interp.blocks().block(number).cost);
         let clock = VirtualTime(frame.end - (frame.left() + cost) as u64);
-        self.interp.core_mut().flags = unpack(frame.flags);
+        let core = self.interp.core_mut();
+        core.flags = unpack(frame.flags);
+        frame.give_vectors(&mut core.s);
         self.stats.ops_by_helper += 1;
         // SAFETY: `run` has the bus borrowed for as long as the frame holds it, and nobody else uses it.
         let flow = self.interp.run_op(unsafe { &mut *bus }, number, index, clock);
         let core = self.interp.core();
         frame.flags = pack(core.flags);
+        frame.take_vectors(&core.s);
         if flow != Ok(false) {
             frame.reason = Reason::Op;
             frame.site = site;

@@ -4,7 +4,9 @@ use crate::emitter::Mem;
 use crate::engine::Engine;
 use crate::registers::ENGINE;
 use std::mem::offset_of;
-use umbra_arch::Bus;
+use umbra_arch::control::{Cr0, Cr4};
+use umbra_arch::fpu::{FpState, xcr0};
+use umbra_arch::{Bus, CpuState};
 use umbra_cpu::op::Stop;
 use umbra_cpu::{Core, Interpreter};
 use umbra_mmu::{Entry, FastTable};
@@ -45,6 +47,12 @@ pub struct Frame {
     pub reason: Reason,
     /// See [`Reason`].
     pub site: u32,
+    /// The guest's MXCSR while `vectors` allows SSE, with exceptions masked otherwise.
+    pub mxcsr: u32,
+    /// What Rust code runs with.
+    pub host_mxcsr: u32,
+    /// Vector units that generated code may use: [`VECTOR_SSE`], [`VECTOR_AVX`].
+    pub vectors: u8,
 
     /// Virtual time when the budget is used up.
     pub end: u64,
@@ -60,8 +68,17 @@ pub struct Frame {
     pub panic: Option<Box<dyn std::any::Any + Send>>,
 }
 
+/// SSE may be used and MXCSR is the guest's.
+pub const VECTOR_SSE: u8 = 1;
+/// AVX, too.
+pub const VECTOR_AVX: u8 = 2;
+/// All exceptions masked, round to nearest.
+const MXCSR_DEFAULT: u32 = 0x1f80;
+
 /// More than any budget.
 pub const BANK: i64 = 1 << 61;
+
+const AVX_STATE: u64 = xcr0::SSE | xcr0::AVX;
 
 /// A slot that holds nothing.
 static NOTHING: Entry =
@@ -81,6 +98,9 @@ impl Frame {
             flags: 0,
             reason: Reason::Op,
             site: 0,
+            mxcsr: MXCSR_DEFAULT,
+            host_mxcsr: MXCSR_DEFAULT,
+            vectors: 0,
             end: 0,
             bank: 0,
             stamp: 0,
@@ -97,6 +117,25 @@ impl Frame {
         self.slots = table.slots as u64;
         self.mask = table.mask * size_of::<Entry>() as u64;
         self.generation = table.generation;
+    }
+
+    /// Before generated code goes on: MXCSR, and which vector units it may use.
+    #[inline]
+    pub fn take_vectors(&mut self, s: &CpuState) {
+        let mxcsr = s.fp.mxcsr;
+        let usable = s.cr0.raw() & (Cr0::EM | Cr0::TS) == 0 && s.cr4.raw() & Cr4::OSFXSR != 0;
+        let sse = usable && mxcsr & MXCSR_DEFAULT == MXCSR_DEFAULT && mxcsr >> 16 == 0;
+        let avx = sse && s.cr4.raw() & Cr4::OSXSAVE != 0 && s.xcr0 & AVX_STATE == AVX_STATE;
+        self.vectors = u8::from(sse) | u8::from(avx) << 1;
+        self.mxcsr = if sse { mxcsr } else { MXCSR_DEFAULT };
+    }
+
+    /// After generated code: MXCSR's flags.
+    #[inline]
+    pub fn give_vectors(&self, s: &mut CpuState) {
+        if self.vectors & VECTOR_SSE != 0 {
+            s.fp.mxcsr = self.mxcsr;
+        }
     }
 
     /// Ticks left, whatever is banked.
@@ -139,4 +178,16 @@ pub fn seg_base(seg: u8) -> Mem {
 /// Where execution goes on.
 pub fn next_rip() -> Mem {
     Mem::at(ENGINE, CORE + offset_of!(Core, next_rip))
+}
+
+const FP: usize = CORE + offset_of!(Core, s) + offset_of!(CpuState, fp);
+
+/// XMM register `n` in the core.
+pub fn xmm(n: u8) -> Mem {
+    Mem::at(ENGINE, FP + offset_of!(FpState, xmm) + 16 * usize::from(n))
+}
+
+/// The upper half of YMM register `n` in the core.
+pub fn ymm_high(n: u8) -> Mem {
+    Mem::at(ENGINE, FP + offset_of!(FpState, ymm_high) + 16 * usize::from(n))
 }

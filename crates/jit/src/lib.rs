@@ -24,6 +24,7 @@ mod registers;
 mod stats;
 mod stubs;
 mod translate;
+mod vector;
 
 pub use engine::{Jit, JitError, JitOptions};
 pub use stats::JitStats;

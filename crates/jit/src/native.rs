@@ -34,6 +34,7 @@ impl Translator<'_> {
             Kind::Shift(kind) => self.shift(i, op, kind, step.live),
             Kind::Imul => self.imul(i, op, step.live),
             Kind::BitTest => self.bit_test(i, op, step.live),
+            Kind::Vector => self.vector(i, op, step.live),
             Kind::Multiply => self.multiply(i, op, step.live),
             Kind::Divide { signed } => self.divide(i, op, signed),
             Kind::Extend => {
@@ -141,7 +142,7 @@ impl Translator<'_> {
         host.set_segment_prefix(Register::None);
     }
 
-    fn encode(&mut self, host: &Instruction) -> Result<(), Unencodable> {
+    pub fn encode(&mut self, host: &Instruction) -> Result<(), Unencodable> {
         self.encoder.encode(host, 0).map_err(|_| Unencodable)?;
         let bytes = self.encoder.take_buffer();
         self.e.raw(&bytes);
@@ -332,7 +333,7 @@ fn only_written(i: &Instruction, guest: u8) -> bool {
 }
 
 /// The memory operand is `[A]`.
-fn at_scratch(host: &mut Instruction) {
+pub fn at_scratch(host: &mut Instruction) {
     host.set_memory_base(Register::R12);
     host.set_memory_index(Register::None);
     host.set_memory_index_scale(1);
@@ -342,7 +343,7 @@ fn at_scratch(host: &mut Instruction) {
 }
 
 /// The host register of that number and size in bytes.
-fn sized(number: Reg, bytes: usize) -> Register {
+pub fn sized(number: Reg, bytes: usize) -> Register {
     use Register as R;
     const BYTE: [Register; 16] = [
         R::AL,

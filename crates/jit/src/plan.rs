@@ -1,5 +1,6 @@
 //! Which operations of a block become host code, in what way, and which status flags anything can look at.
 
+use crate::vector;
 use iced_x86::{ConditionCode, Instruction, Mnemonic as M, OpKind, Register};
 use umbra_cpu::op::Op;
 
@@ -32,6 +33,8 @@ pub enum Kind {
     Extend,
     /// XCHG.
     Exchange,
+    /// SSE or AVX.
+    Vector,
     Push,
     Pop,
     Leave,
@@ -87,7 +90,10 @@ pub fn plan(instructions: &[Instruction], ops: &[Op]) -> Vec<Step> {
         let kind = kind(i, &ops[at], live);
         steps[at] = Step { kind, live };
         let observes = kind == Kind::Helper || kind.accesses_memory(i) || matches!(kind, Kind::Divide { .. });
-        live = observes || reads_flags(i) || live && !writes_all(kind);
+        let kills = writes_all(kind) || kind == Kind::Vector && vector::writes_flags(i);
+        // Vector registers may be forbidden.
+        let observes = observes || kind == Kind::Vector;
+        live = observes || reads_flags(i) || live && !kills;
     }
     steps
 }
@@ -102,7 +108,13 @@ pub fn reads_flags(i: &Instruction) -> bool {
 }
 
 fn kind(i: &Instruction, op: &Op, live: bool) -> Kind {
-    if op.row == u16::MAX || !operands_fit(i, op) {
+    if op.row == u16::MAX {
+        return Kind::Helper;
+    }
+    if vector::fits(i) && (!has_memory(i) || address_fits(i, op)) {
+        return Kind::Vector;
+    }
+    if !operands_fit(i, op) {
         return Kind::Helper;
     }
     match i.mnemonic() {

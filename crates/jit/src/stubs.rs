@@ -96,6 +96,11 @@ fn spill(e: &mut Emitter) {
     }
     e.store32(frame_field!(flags), FLAGS);
     e.store(frame_field!(budget), BUDGET);
+    if is_x86_feature_detected!("avx") {
+        e.raw(&[0xc5, 0xf8, 0x77]); // vzeroupper
+    }
+    e.rm(false, &[0x0f, 0xae], 3, frame_field!(mxcsr)); // stmxcsr
+    e.rm(false, &[0x0f, 0xae], 2, frame_field!(host_mxcsr)); // ldmxcsr
 }
 
 fn reload(e: &mut Emitter) {
@@ -106,6 +111,7 @@ fn reload(e: &mut Emitter) {
     }
     e.load32(FLAGS, frame_field!(flags));
     e.load(BUDGET, frame_field!(budget));
+    e.rm(false, &[0x0f, 0xae], 2, frame_field!(mxcsr)); // ldmxcsr
 }
 
 /// Hashes the RIP in [`A`]: the slot's address to [`B`].

@@ -135,7 +135,7 @@ fn instruction(number: u64) -> Vec<u8> {
     let memory = c.take(3) == 0;
     let reg = c.register();
     let group = [0u8, 1, 2, 3, 4, 5, 6, 7][c.take(8) as usize];
-    match c.take(34) {
+    match c.take(40) {
         0..=3 => c.form(prefix, wide, &[0x01 + 8 * group], reg, memory),
         4..=5 => c.form(prefix, wide, &[0x03 + 8 * group], reg, memory),
         6 => c.form(&[], false, &[8 * group], reg, memory),
@@ -190,12 +190,46 @@ fn instruction(number: u64) -> Vec<u8> {
         // Jcc over an INC.
         31 => vec![0x70 + (number >> 40 & 15) as u8, 3, 0x48, 0xff, 0xc2],
         32 => c.form(&[], wide, &[0x8d], reg, true),
+        33..=36 => vector(&mut c),
+        37 => wide_vector(&mut c),
         // CALL of a function behind the next jump.
         _ => {
             let mut bytes = vec![0xe8, 5, 0, 0, 0];
             // jmp +7; three NOPs; lea edx, [rdx + 1]; ret.
             bytes.extend([0xeb, 7, 0x90, 0x90, 0x90, 0x8d, 0x52, 0x01, 0xc3]);
             bytes
+        }
+    }
+}
+
+/// An SSE instruction.
+fn vector(c: &mut Choice) -> Vec<u8> {
+    const PREFIXES: [&[u8]; 4] = [&[], &[0x66], &[0xf3], &[0xf2]];
+    let opcode = 0x50 + c.take(16) as u8;
+    let (prefix, opcode) = match c.take(8) {
+        // Arithmetic of all four types; logic, conversions.
+        0 | 1 => (PREFIXES[c.take(4) as usize], [0x51u8, 0x58, 0x59, 0x5c, 0x5d, 0x5e, 0x5f][c.take(7) as usize]),
+        2 => (PREFIXES[c.take(2) as usize], [0x14, 0x15, 0x54, 0x55, 0x56, 0x57, 0x2e, 0x2f, 0x5a][c.take(9) as usize]),
+        3 => (PREFIXES[c.take(4) as usize], [0x10, 0x11][c.take(2) as usize]),
+        4 => (PREFIXES[c.take(2) as usize], [0x28, 0x29][c.take(2) as usize]),
+        5 => (PREFIXES[1 + c.take(2) as usize], [0x6f, 0x7f][c.take(2) as usize]),
+        6 => (PREFIXES[2 + c.take(2) as usize], [0x2a, 0x2c, 0x2d][c.take(3) as usize]),
+        _ => (PREFIXES[1], [0x60, 0x62, 0x6c, 0x74, 0xd4, 0xdb, 0xef, 0xfe, 0xf4, 0x6e, 0x7e][opcode as usize % 11]),
+    };
+    let (reg, wide, memory) = (c.register(), c.take(2) == 1, c.take(3) == 0);
+    c.form(prefix, wide, &[0x0f, opcode], reg, memory)
+}
+
+/// An AVX instruction on registers or `[rdi]`, of 16 or 32 bytes; FMA now and then.
+fn wide_vector(c: &mut Choice) -> Vec<u8> {
+    let (length, source) = ((c.take(2) as u8) << 2, !(c.register() & 7) & 15);
+    let modrm = c.register() << 3 & 0x38 | [0xc0 | c.register() & 7, 7][c.take(2) as usize];
+    match c.take(4) {
+        0 => vec![0xc5, 0xf8 | length | 2, [0x6f, 0x7f][c.take(2) as usize], modrm],
+        1 => vec![0xc4, 0xe2, source << 3 | length | 1, [0x98, 0xa8, 0xb8][c.take(3) as usize], modrm],
+        _ => {
+            let opcode = [0x58, 0x59, 0x5c, 0x57, 0xef, 0xfe, 0x74][c.take(7) as usize];
+            vec![0xc5, 0x80 | source << 3 | length | 1, opcode, modrm]
         }
     }
 }
@@ -242,7 +276,13 @@ fn start(data: u64) -> CpuState {
     let mut s = CpuState::reset();
     s.cr0 = Cr0::new(0x8000_0033);
     s.cr3 = Cr3::new(TABLES);
-    s.cr4 = Cr4::new(0x20 | 0x600);
+    s.cr4 = Cr4::new(0x20 | 0x600 | 0x4_0000);
+    s.xcr0 = 7;
+    // Now and then an exception of floating point is unmasked.
+    s.fp.mxcsr = if data & 7 == 1 { 0x1f80 & !(1 << (7 + (data >> 3) % 6)) } else { 0x1f80 };
+    for (n, x) in s.fp.xmm.iter_mut().enumerate() {
+        *x = [data.rotate_left(n as u32 * 7), (n as f64 * 1.25).to_bits()];
+    }
     s.efer = Efer::new(0x501);
     let flat = |selector, attr| Segment { selector, base: 0, limit: u32::MAX, attr: Attr(attr) };
     for (seg, selector, attr) in [
