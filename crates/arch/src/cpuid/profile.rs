@@ -208,6 +208,8 @@ impl CpuidProfile {
                 let mut all = FeatureSet::implemented();
                 // LA57 makes a kernel leave long mode during boot; it is there for who names it.
                 all.remove(Feature::La57);
+                // A guest that idles by HLT wakes for its own interrupts only.
+                all.remove(Feature::Monitor);
                 // Means something only where pages arrive on demand.
                 all.remove(Feature::KvmAsyncPf);
                 all
