@@ -35,8 +35,8 @@ impl Translator<'_> {
                 self.e.jmp_mem(code());
             }
             Kind::Ret => {
-                self.lookup(&Address::above(guest::RSP, 0), 8, Access::Read);
-                self.e.load(A, Mem::at(A, 0));
+                let top = self.lookup(&Address::above(guest::RSP, 0), 8, Access::Read);
+                self.e.load(A, top.mem);
                 self.find();
                 self.e.lea(GUEST_RSP, Mem::at(GUEST_RSP, 8 + (op.imm as usize & 0xffff)));
                 self.e.jmp_mem(code());
@@ -59,8 +59,8 @@ impl Translator<'_> {
     /// The target RIP to [`A`].
     fn indirect_target(&mut self, i: &Instruction, op: &Op) {
         if i.op0_kind() == OpKind::Memory {
-            self.lookup(&Address::of(op), 8, Access::Read);
-            self.e.load(A, Mem::at(A, 0));
+            let place = self.lookup(&Address::of(op), 8, Access::Read);
+            self.e.load(A, place.mem);
         } else {
             match home(op.dst) {
                 Some(r) => self.e.mov(A, r),
@@ -83,12 +83,12 @@ impl Translator<'_> {
     }
 
     fn push_return(&mut self, rip: u64) {
-        self.lookup(&Address::above(guest::RSP, -8), 8, Access::Write);
+        let top = self.lookup(&Address::above(guest::RSP, -8), 8, Access::Write);
         match i32::try_from(rip as i64) {
-            Ok(small) => self.e.store_imm(Mem::at(A, 0), small),
+            Ok(small) => self.e.store_imm(top.mem, small),
             Err(_) => {
-                self.e.mov_imm(B, rip);
-                self.e.store(Mem::at(A, 0), B);
+                self.e.mov_imm(top.free, rip);
+                self.e.store(top.mem, top.free);
             }
         }
         self.e.lea(GUEST_RSP, Mem { base: Some(GUEST_RSP), index: None, disp: -8 });

@@ -18,6 +18,18 @@ pub struct Address {
     seg: Option<u8>,
 }
 
+/// Where an access goes on the host, and which scratch register isn't part of that.
+#[derive(Clone, Copy)]
+pub struct Place {
+    pub mem: Mem,
+    pub free: Reg,
+}
+
+impl Place {
+    /// The address is in [`A`].
+    pub const SCRATCH: Place = Place { mem: Mem { base: Some(A), index: None, disp: 0 }, free: B };
+}
+
 /// What an access does.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Access {
@@ -45,9 +57,9 @@ impl Address {
 }
 
 impl Translator<'_> {
-    /// Host address of the `bytes` bytes at `address` to [`A`]; the operation's function does it all if they
-    /// aren't in one page of the table. Clobbers [`B`] and the host's flags.
-    pub fn lookup(&mut self, address: &Address, bytes: u32, access: Access) {
+    /// Finds the `bytes` bytes at `address` on the host; the operation's function does it all if they aren't in one
+    /// page of the table. Clobbers [`A`], [`B`] and the host's flags.
+    pub fn lookup(&mut self, address: &Address, bytes: u32, access: Access) -> Place {
         self.host_flags = false;
         self.linear(address);
         let e = &mut self.e;
@@ -67,7 +79,7 @@ impl Translator<'_> {
         e.alu_mem(Alu::Cmp, true, A, Mem::at(B, tag));
         let miss = e.jcc(cc::NOT_EQUAL);
         self.slow(miss);
-        self.host_address(address);
+        self.host_place(address)
     }
 
     /// Linear address to [`A`]; clobbers [`B`] only if the index register is in memory.
@@ -91,9 +103,17 @@ impl Translator<'_> {
         }
     }
 
-    /// With the slot's address in [`B`]: the host address to [`A`].
-    fn host_address(&mut self, address: &Address) {
+    /// With the slot's address in [`B`]: where the access goes.
+    fn host_place(&mut self, address: &Address) -> Place {
         let addend = Mem::at(B, offset_of!(Entry, addend));
+        if let Address { base: Some(base), index: None, seg: None, disp } = *address
+            && let Some(base) = home(base)
+        {
+            self.e.load(B, addend);
+            self.e.alu_mem(Alu::Add, true, B, frame_field!(ram));
+            let mem = Mem { base: Some(base), index: Some((B, 0)), disp: disp as i32 };
+            return Place { mem, free: A };
+        }
         if let Some((index, scale)) = address.index.filter(|&(n, _)| home(n).is_none()) {
             let e = &mut self.e;
             e.load(A, addend);
@@ -112,5 +132,6 @@ impl Translator<'_> {
             self.e.alu_mem(Alu::Add, true, A, addend);
         }
         self.e.alu_mem(Alu::Add, true, A, frame_field!(ram));
+        Place::SCRATCH
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::emitter::{Alu, Mem, cc};
 use crate::frame::gpr;
-use crate::memory_path::{Access, Address};
+use crate::memory_path::{Access, Address, Place};
 use crate::plan::{Kind, ShiftKind, Step, has_memory, reads_flags, width};
 use crate::registers::{A, B, FLAGS, GUEST_RAX, GUEST_RSP, RDX, Reg, guest, home};
 use crate::translate::Translator;
@@ -34,6 +34,10 @@ impl Translator<'_> {
             Kind::Shift(kind) => self.shift(i, op, kind, step.live),
             Kind::Imul => self.imul(i, op, step.live),
             Kind::BitTest => self.bit_test(i, op, step.live),
+            Kind::CompareExchange => {
+                self.compare_exchange(i, op, step.live);
+                Ok(())
+            }
             Kind::Vector => self.vector(i, op, step.live),
             Kind::Multiply => self.multiply(i, op, step.live),
             Kind::Divide { signed } => self.divide(i, op, signed),
@@ -62,22 +66,25 @@ impl Translator<'_> {
         let mut host = *i;
         host.set_has_lock_prefix(false);
         host.set_code(general_form(i.code()));
+        // LEA's address is used up when the first scratch register is written.
+        let mut free = A;
         if i.mnemonic() == M::Lea {
             self.plain_address(&mut host, op);
         } else if has_memory(i) {
             let writes = i.op0_kind() == OpKind::Memory && writes_first(i);
             let access = if writes { Access::Write } else { Access::Read };
-            self.lookup(&Address::of(op), i.memory_size().size() as u32, access);
-            at_scratch(&mut host);
+            let place = self.lookup(&Address::of(op), i.memory_size().size() as u32, access);
+            host_operand(&mut host, &place);
+            free = place.free;
         }
-        let renamed = self.rename(i, &mut host);
+        let renamed = self.rename(i, &mut host, free);
         if needs_flags && !self.host_flags {
             self.e.restore_flags();
             self.host_flags = true;
         }
         self.encode(&host)?;
         for r in &renamed {
-            let written = r.operand == 0 && writes_first(i) || i.mnemonic() == M::Xchg;
+            let written = r.operand == 0 && writes_first(i) || matches!(i.mnemonic(), M::Xchg | M::Xadd);
             if written && home(r.guest).is_none() {
                 self.e.store(gpr(r.guest), r.host);
             }
@@ -93,10 +100,9 @@ impl Translator<'_> {
     }
 
     /// Loads register operands that live in memory, and puts host registers into `host`.
-    fn rename(&mut self, i: &Instruction, host: &mut Instruction) -> Vec<Renamed> {
+    fn rename(&mut self, i: &Instruction, host: &mut Instruction, first_free: Reg) -> Vec<Renamed> {
         let mut renamed: Vec<Renamed> = Vec::with_capacity(3);
-        // The memory operand's address is in A; LEA's is used up when A is written.
-        let mut free = if has_memory(i) && i.mnemonic() != M::Lea { B } else { A };
+        let mut free = first_free;
         for operand in 0..i.op_count() {
             if i.op_kind(operand) != OpKind::Register {
                 continue;
@@ -217,12 +223,34 @@ impl Translator<'_> {
         Ok(())
     }
 
+    /// CMPXCHG to memory: nobody else's store can come between.
+    fn compare_exchange(&mut self, i: &Instruction, op: &Op, live: bool) {
+        let wide = width(i) == 8;
+        let place = self.lookup(&Address::of(op), width(i), Access::Write);
+        self.e.rm(wide, &[0x8b], place.free, place.mem);
+        self.e.alu(Alu::Cmp, wide, GUEST_RAX, place.free);
+        self.host_flags = live;
+        if live {
+            self.e.save_flags();
+        }
+        let different = self.e.jcc(cc::NOT_EQUAL);
+        let new = home(op.src).unwrap_or_else(|| {
+            self.e.load(place.free, gpr(op.src));
+            place.free
+        });
+        self.e.rm(wide, &[0x89], new, place.mem);
+        let done = self.e.jmp();
+        self.e.bind(different);
+        self.e.rr(wide, &[0x8b], GUEST_RAX, place.free);
+        self.e.bind(done);
+    }
+
     /// The explicit operand of a one-operand instruction to a host register.
     fn operand(&mut self, i: &Instruction, op: &Op) -> Reg {
         if has_memory(i) {
             let width = width(i);
-            self.lookup(&Address::of(op), width, Access::Read);
-            self.e.rm(width == 8, &[0x8b], A, Mem::at(A, 0));
+            let place = self.lookup(&Address::of(op), width, Access::Read);
+            self.e.rm(width == 8, &[0x8b], A, place.mem);
             return A;
         }
         home(op.dst).unwrap_or_else(|| {
@@ -286,36 +314,35 @@ impl Translator<'_> {
     }
 
     fn push(&mut self, i: &Instruction, op: &Op) {
-        self.lookup(&Address::above(guest::RSP, -8), 8, Access::Write);
-        let top = Mem::at(A, 0);
+        let top = self.lookup(&Address::above(guest::RSP, -8), 8, Access::Write);
         if i.op0_kind() == OpKind::Register {
             let value = home(op.dst).unwrap_or_else(|| {
-                self.e.load(B, gpr(op.dst));
-                B
+                self.e.load(top.free, gpr(op.dst));
+                top.free
             });
-            self.e.store(top, value);
+            self.e.store(top.mem, value);
         } else {
-            self.e.store_imm(top, op.imm as i32);
+            self.e.store_imm(top.mem, op.imm as i32);
         }
         self.e.lea(GUEST_RSP, Mem { base: Some(GUEST_RSP), index: None, disp: -8 });
     }
 
     fn pop(&mut self, op: &Op) {
-        self.lookup(&Address::above(guest::RSP, 0), 8, Access::Read);
-        self.e.load(B, Mem::at(A, 0));
+        let top = self.lookup(&Address::above(guest::RSP, 0), 8, Access::Read);
+        self.e.load(A, top.mem);
         self.e.lea(GUEST_RSP, Mem::at(GUEST_RSP, 8));
         match home(op.dst) {
-            Some(r) => self.e.mov(r, B),
-            None => self.e.store(gpr(op.dst), B),
+            Some(r) => self.e.mov(r, A),
+            None => self.e.store(gpr(op.dst), A),
         }
     }
 
     fn leave(&mut self) {
-        self.lookup(&Address::above(guest::RBP, 0), 8, Access::Read);
-        self.e.load(B, Mem::at(A, 0));
+        let saved = self.lookup(&Address::above(guest::RBP, 0), 8, Access::Read);
+        self.e.load(A, saved.mem);
         // Guest RBP lives in the register of that name.
         self.e.lea(GUEST_RSP, Mem::at(guest::RBP, 8));
-        self.e.mov(guest::RBP, B);
+        self.e.mov(guest::RBP, A);
     }
 }
 
@@ -332,13 +359,19 @@ fn only_written(i: &Instruction, guest: u8) -> bool {
     width(i) >= 4 && (moves || i.op_count() == 3) && !is_source
 }
 
-/// The memory operand is `[A]`.
-pub fn at_scratch(host: &mut Instruction) {
-    host.set_memory_base(Register::R12);
-    host.set_memory_index(Register::None);
+/// Puts the host's address of the memory operand in.
+pub fn host_operand(host: &mut Instruction, place: &Place) {
+    let Mem { base, index, disp } = place.mem;
+    let register = |r: Option<Reg>| r.map_or(Register::None, |r| sized(r, 8));
+    host.set_memory_base(register(base));
+    host.set_memory_index(register(index.map(|(r, _)| r)));
     host.set_memory_index_scale(1);
-    host.set_memory_displacement64(0);
-    host.set_memory_displ_size(0);
+    host.set_memory_displacement64(i64::from(disp) as u64);
+    host.set_memory_displ_size(match disp {
+        0 => 0,
+        -128..=127 => 1,
+        _ => 8,
+    });
     host.set_segment_prefix(Register::None);
 }
 

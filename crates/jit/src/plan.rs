@@ -33,6 +33,8 @@ pub enum Kind {
     Extend,
     /// XCHG.
     Exchange,
+    /// CMPXCHG of 4 or 8 bytes in memory.
+    CompareExchange,
     /// SSE or AVX.
     Vector,
     Push,
@@ -99,7 +101,7 @@ pub fn plan(instructions: &[Instruction], ops: &[Op]) -> Vec<Step> {
 }
 
 fn writes_all(kind: Kind) -> bool {
-    matches!(kind, Kind::Arithmetic | Kind::Shift(_) | Kind::Imul | Kind::Multiply)
+    matches!(kind, Kind::Arithmetic | Kind::Shift(_) | Kind::Imul | Kind::Multiply | Kind::CompareExchange)
 }
 
 /// Whether it reads flags; INC and DEC keep CF.
@@ -135,6 +137,8 @@ fn kind(i: &Instruction, op: &Op, live: bool) -> Kind {
         M::Bt | M::Bts | M::Btr | M::Btc if !has_memory(i) || i.op1_kind() != OpKind::Register => Kind::BitTest,
         M::Cdqe | M::Cwde | M::Cdq | M::Cqo => Kind::Extend,
         M::Xchg => Kind::Exchange,
+        M::Xadd => Kind::Arithmetic,
+        M::Cmpxchg if has_memory(i) && width(i) >= 4 => Kind::CompareExchange,
         M::Push if pushes_64(i) => Kind::Push,
         M::Pop if i.op0_kind() == OpKind::Register && i.op0_register().size() == 8 => Kind::Pop,
         M::Leave if i.code() == iced_x86::Code::Leaveq => Kind::Leave,

@@ -6,10 +6,10 @@
 
 use crate::emitter::{Mem, cc};
 use crate::frame::{VECTOR_AVX, VECTOR_SSE, frame_field, gpr, xmm, ymm_high};
-use crate::memory_path::{Access, Address};
-use crate::native::{Unencodable, at_scratch, sized};
+use crate::memory_path::{Access, Address, Place};
+use crate::native::{Unencodable, host_operand, sized};
 use crate::plan::has_memory;
-use crate::registers::{A, B, home};
+use crate::registers::{A, Reg, home};
 use crate::translate::Translator;
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic as M, OpKind, Register};
 use umbra_cpu::decode::register_index;
@@ -101,23 +101,26 @@ impl Translator<'_> {
     pub fn vector(&mut self, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
         self.need_vectors(if is_vex(i) { VECTOR_AVX } else { VECTOR_SSE });
         let mut host = *i;
+        let mut free = A;
         if has_memory(i) {
             let access = if i.op0_kind() == OpKind::Memory { Access::Write } else { Access::Read };
-            self.lookup(&Address::of(op), i.memory_size().size() as u32, access);
-            let alignment = alignment(i);
-            if alignment > 1 {
+            let mut place = self.lookup(&Address::of(op), i.memory_size().size() as u32, access);
+            if alignment(i) > 1 {
+                self.e.lea(A, place.mem);
+                place = Place::SCRATCH;
                 self.e.rr(false, &[0xf6], 0, A); // test
-                self.e.raw(&[alignment - 1]);
+                self.e.raw(&[alignment(i) - 1]);
                 let misaligned = self.e.jcc(cc::NOT_EQUAL);
                 self.slow(misaligned);
             }
-            at_scratch(&mut host);
+            host_operand(&mut host, &place);
+            free = place.free;
         }
         let mut vectors = 0;
         for n in (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register) {
             let register = i.op_register(n);
             if register.is_gpr() {
-                let place = self.general(i, n);
+                let place = self.general(i, n, free);
                 host.set_op_register(n, sized(place, register.size()));
                 continue;
             }
@@ -129,21 +132,20 @@ impl Translator<'_> {
             vectors += 1;
         }
         self.encode(&host)?;
-        self.result(i, live);
+        self.result(i, live, free);
         Ok(())
     }
 
     /// General register operand `n` to a host register.
-    fn general(&mut self, i: &Instruction, n: u32) -> u8 {
+    fn general(&mut self, i: &Instruction, n: u32, free: Reg) -> Reg {
         let guest = register_index(i.op_register(n));
         home(guest).unwrap_or_else(|| {
-            let place = if has_memory(i) { B } else { A };
-            self.e.load(place, gpr(guest));
-            place
+            self.e.load(free, gpr(guest));
+            free
         })
     }
 
-    fn result(&mut self, i: &Instruction, live: bool) {
+    fn result(&mut self, i: &Instruction, live: bool, free: Reg) {
         if writes_flags(i) {
             self.host_flags = live;
             if live {
@@ -158,7 +160,7 @@ impl Translator<'_> {
         if register.is_gpr() {
             let guest = register_index(register);
             if home(guest).is_none() {
-                self.e.store(gpr(guest), if has_memory(i) { B } else { A });
+                self.e.store(gpr(guest), free);
             }
             return;
         }

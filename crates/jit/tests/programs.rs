@@ -135,7 +135,7 @@ fn instruction(number: u64) -> Vec<u8> {
     let memory = c.take(3) == 0;
     let reg = c.register();
     let group = [0u8, 1, 2, 3, 4, 5, 6, 7][c.take(8) as usize];
-    match c.take(40) {
+    match c.take(41) {
         0..=3 => c.form(prefix, wide, &[0x01 + 8 * group], reg, memory),
         4..=5 => c.form(prefix, wide, &[0x03 + 8 * group], reg, memory),
         6 => c.form(&[], false, &[8 * group], reg, memory),
@@ -192,6 +192,7 @@ fn instruction(number: u64) -> Vec<u8> {
         32 => c.form(&[], wide, &[0x8d], reg, true),
         33..=36 => vector(&mut c),
         37 => wide_vector(&mut c),
+        38 => c.form(prefix, wide, &[0x0f, [0xc1, 0xb1, 0xb1, 0xc0][(group & 3) as usize]], reg, memory),
         // CALL of a function behind the next jump.
         _ => {
             let mut bytes = vec![0xe8, 5, 0, 0, 0];
