@@ -1,14 +1,16 @@
 //! Raw bytes as code, in every mode: the engine never panics, its MMU's caches stay true, and the run can be
-//! repeated and resumed exactly.
+//! repeated and resumed exactly, and translated.
 
 use crate::devices::InputBus;
+use crate::engines::{EAGER, Whole};
 use std::sync::Arc;
 use umbra_arch::control::{Cr0, Cr3, Cr4, Efer};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::segment::{Attr, Seg, Segment, TableRegister};
 use umbra_arch::state::Activity;
-use umbra_arch::{CpuState, Exit, Gpa, Slice, Vcpu, VirtualTime, descriptor, rflags};
+use umbra_arch::{CpuState, Exit, Gpa, Slice, VirtualTime, descriptor, rflags};
 use umbra_cpu::{EngineOptions, Interpreter};
+use umbra_jit::Jit;
 use umbra_memory::GuestMemory;
 
 const RAM: u64 = 2 << 20;
@@ -49,8 +51,10 @@ pub fn decode_execute(data: &[u8]) {
     let [mode, split, rest @ ..] = data else { return };
     let mode = MODES[usize::from(mode & 7)];
     let (device, code) = rest.split_at(usize::from(*split).min(rest.len()));
-    let whole = run(mode, device, code, &[TICKS]);
-    let pieces = run(mode, device, code, &[7, 100, 101, 1000, TICKS]);
+    let whole = run(interpreter, mode, device, code, &[TICKS]);
+    let pieces = run(interpreter, mode, device, code, &[7, 100, 101, 1000, TICKS]);
+    let translated = run(translator, mode, device, code, &[TICKS]);
+    assert_eq!(whole, translated, "the translator differs from the interpreter ({mode:?})");
     // Devices that ask for attention end slices anywhere, so only quiet runs stop at the same points.
     if device.is_empty() {
         assert_eq!(whole, pieces, "a run in slices differs from a run in one piece ({mode:?})");
@@ -58,11 +62,16 @@ pub fn decode_execute(data: &[u8]) {
 }
 
 /// Runs until each of the given times; returns what is comparable between runs.
-fn run(mode: Mode, device: &[u8], code: &[u8], stops: &[u64]) -> (Option<CpuState>, u64) {
+fn run<V: Whole>(
+    engine: fn(Arc<GuestMemory>, &CpuidProfile) -> V,
+    mode: Mode,
+    device: &[u8],
+    code: &[u8],
+    stops: &[u64],
+) -> (Option<CpuState>, u64) {
     let mem = Arc::new(GuestMemory::new(RAM).expect("two MiB of RAM"));
     let profile = CpuidProfile::named("umbra-v3").expect("the default profile");
-    let options = EngineOptions::default();
-    let mut engine = Interpreter::new(mem.clone(), &profile, 0, &options).expect("an engine");
+    let mut engine = engine(mem.clone(), &profile);
     tables(&mem, mode);
     mem.write(Gpa::new(CODE), &code[..code.len().min(0x8000)]);
     engine.set_state(&start(mode));
@@ -78,10 +87,18 @@ fn run(mode: Mode, device: &[u8], code: &[u8], stops: &[u64]) -> (Option<CpuStat
                 _ => return (None, engine.retired()),
             }
         }
-        engine.core().mmu.audit().expect("the MMU's caches agree with the guest's tables");
+        engine.interpreter().core().mmu.audit().expect("the MMU's caches agree with the guest's tables");
     }
     let state = engine.state();
     ((state.activity == Activity::Running).then_some(state), engine.retired())
+}
+
+fn interpreter(mem: Arc<GuestMemory>, profile: &CpuidProfile) -> Interpreter {
+    Interpreter::new(mem, profile, 0, &EngineOptions::default()).expect("an engine")
+}
+
+fn translator(mem: Arc<GuestMemory>, profile: &CpuidProfile) -> Jit {
+    Jit::new(mem, profile, 0, &EngineOptions::default(), EAGER).expect("a translator")
 }
 
 fn tables(mem: &GuestMemory, mode: Mode) {

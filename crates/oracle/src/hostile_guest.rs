@@ -1,13 +1,15 @@
 //! A guest that writes all over its page tables and devices: the machine never panics, the MMU's caches stay true
 //! to the tables, and the run is the same whatever they forget and wherever it was saved.
 
+use crate::engines::{EAGER, Whole};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use umbra_arch::control::{Cr0, Cr3, Cr4, Efer};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::segment::{Seg, Segment, TableRegister};
-use umbra_arch::{CpuState, Gpa, Vcpu, VirtualTime, rflags};
+use umbra_arch::{CpuState, Gpa, VirtualTime, rflags};
 use umbra_cpu::{EngineOptions, Interpreter};
+use umbra_jit::Jit;
 use umbra_machine::boot::{BootPlan, Piece};
 use umbra_machine::{End, Host, Machine, MachineConfig, Stop, guest_memory};
 use umbra_mmu::{MmuMode, MmuOptions};
@@ -50,6 +52,8 @@ pub fn hostile_guest(data: &[u8]) {
     let seed = u64::from(*mode);
     assert_eq!(finish(booted(MmuMode::DropAtRandom(seed), &plan)), kept, "caches that forget change the run");
 
+    assert_eq!(finish(translated(&plan)), kept, "the translator differs from the interpreter");
+
     let mut machine = booted(MmuMode::NoUnload, &plan);
     if machine.run(&mut Deaf, Some(VirtualTime(TICKS / 3))) == End::Limit {
         let saved = machine.save().expect("a machine between instructions can be saved");
@@ -60,11 +64,18 @@ pub fn hostile_guest(data: &[u8]) {
 }
 
 /// Runs to the end with audits; everything that the guest can see of it.
-fn finish(mut machine: Machine<Interpreter>) -> (End, u64, CpuState, Vec<u8>) {
+fn finish<V: Whole>(mut machine: Machine<V>) -> (End, u64, CpuState, Vec<u8>) {
     let end = loop {
         let until = VirtualTime((machine.now().0 + AUDIT_TICKS).min(TICKS));
         let end = machine.run(&mut Deaf, Some(until));
-        machine.vcpu(0).expect("a CPU").core().mmu.audit().expect("the MMU's caches agree with the guest's tables");
+        machine
+            .vcpu(0)
+            .expect("a CPU")
+            .interpreter()
+            .core()
+            .mmu
+            .audit()
+            .expect("the MMU's caches agree with the guest's tables");
         if end != End::Limit || machine.now().0 >= TICKS {
             break end;
         }
@@ -80,6 +91,16 @@ fn fresh(mode: MmuMode) -> Machine<Interpreter> {
     let options = EngineOptions { mmu: MmuOptions { mode, ..MmuOptions::default() } };
     let engine = Interpreter::new(Arc::clone(&memory), &profile, 0, &options).expect("an engine");
     Machine::new(memory, &MachineConfig { profile, rtc_start: 0 }, vec![engine]).expect("a machine")
+}
+
+fn translated(plan: &BootPlan<'_>) -> Machine<Jit> {
+    let profile = CpuidProfile::named("umbra-v3").expect("the default profile");
+    let memory = guest_memory(RAM).expect("four MiB of RAM");
+    let engine = Jit::new(Arc::clone(&memory), &profile, 0, &EngineOptions::default(), EAGER).expect("a translator");
+    let config = MachineConfig { profile, rtc_start: 0 };
+    let mut machine = Machine::new(memory, &config, vec![engine]).expect("a machine");
+    machine.boot(plan);
+    machine
 }
 
 fn booted(mode: MmuMode, plan: &BootPlan<'_>) -> Machine<Interpreter> {

@@ -22,17 +22,27 @@ const SINGLE: u64 = 100_000;
 /// An engine that has an interpreter inside, or is one.
 pub trait Whole: Vcpu {
     /// The interpreter.
-    fn interpreter(&mut self) -> &mut Interpreter;
+    fn interpreter(&self) -> &Interpreter;
+    /// The interpreter, to be set up.
+    fn interpreter_mut(&mut self) -> &mut Interpreter;
 }
 
 impl Whole for Interpreter {
-    fn interpreter(&mut self) -> &mut Interpreter {
+    fn interpreter(&self) -> &Interpreter {
+        self
+    }
+
+    fn interpreter_mut(&mut self) -> &mut Interpreter {
         self
     }
 }
 
 impl Whole for Jit {
-    fn interpreter(&mut self) -> &mut Interpreter {
+    fn interpreter(&self) -> &Interpreter {
+        self.interpreter()
+    }
+
+    fn interpreter_mut(&mut self) -> &mut Interpreter {
         self.interpreter_mut()
     }
 }
@@ -128,7 +138,7 @@ impl<V: Whole> Blank<V> {
         for off in self.mem.pages().take((RAM >> 12) as usize) {
             if self.mem.page_flags(off).contains(PageFlags::DIRTY) {
                 self.mem.write(Gpa::new(off.raw()), &[0; 4096]);
-                self.engine.interpreter().clean_page(off);
+                self.engine.interpreter_mut().clean_page(off);
             }
         }
     }

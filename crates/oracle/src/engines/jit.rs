@@ -1,8 +1,7 @@
 //! The engine `jit`: the translator, which translates everything that it runs.
 
-use super::Blank;
-use super::blank::EAGER;
 use super::window::WindowError;
+use super::{Blank, EAGER};
 use crate::case::Case;
 use crate::engine::{Answer, Engine, RomAnswer};
 use crate::roms;

@@ -10,7 +10,7 @@ mod kvm_defects;
 mod qemu;
 mod window;
 
-pub use blank::Blank;
+pub use blank::{Blank, EAGER, Whole};
 pub use host::Host;
 pub use interp::Interp;
 pub use jit::Translator;
