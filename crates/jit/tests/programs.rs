@@ -9,7 +9,7 @@ use umbra_arch::segment::{Attr, Seg, Segment, TableRegister};
 use umbra_arch::state::Activity;
 use umbra_arch::{AccessWidth, Bus, CpuState, Exit, Fault, Gpa, Reply, Slice, Vcpu, VirtualTime, descriptor};
 use umbra_cpu::{EngineOptions, Interpreter};
-use umbra_jit::{Jit, JitOptions};
+use umbra_jit::{Jit, JitOptions, JitStats};
 use umbra_memory::GuestMemory;
 
 const RAM: u64 = 4 << 20;
@@ -253,7 +253,7 @@ fn program(body: &[u64]) -> Vec<u8> {
     code
 }
 
-fn memory(body: &[u64], data: u64) -> Arc<GuestMemory> {
+fn memory(code: &[u8], data: u64) -> Arc<GuestMemory> {
     let mem = Arc::new(GuestMemory::new(RAM).unwrap());
     let put = |at: u64, value: u64| mem.write(Gpa::new(at), &value.to_le_bytes());
     put(GDT + 8, descriptor::encode(0, u32::MAX, Attr(0xa09b)));
@@ -265,7 +265,7 @@ fn memory(body: &[u64], data: u64) -> Arc<GuestMemory> {
     put(TABLES + 0x1000, TABLES + 0x2003);
     put(TABLES + 0x2000, 0x83);
     mem.write(Gpa::new(HANDLER), &[0xf4]);
-    mem.write(Gpa::new(CODE), &program(body));
+    mem.write(Gpa::new(CODE), code);
     for at in (0..0x2000).step_by(8) {
         put(DATA + at, data.wrapping_mul(at | 1).rotate_left(at as u32 & 63));
     }
@@ -334,21 +334,20 @@ fn run(engine: &mut dyn Vcpu, mem: &GuestMemory, data: u64, stops: &[u64]) -> Se
     Seen { state: engine.state(), retired: engine.retired(), now: now.0, memory }
 }
 
-fn compare(body: &[u64], data: u64, options: JitOptions, stops: &[u64]) -> Result<u64, TestCaseError> {
+fn compare(code: &[u8], data: u64, options: JitOptions, stops: &[u64]) -> Result<JitStats, TestCaseError> {
     let profile = CpuidProfile::default();
-    let mem = memory(body, data);
+    let mem = memory(code, data);
     let mut interp = Interpreter::new(Arc::clone(&mem), &profile, 0, &EngineOptions::default()).unwrap();
-    let expected = run(&mut interp, &mem, data, &[TICKS]);
-    let mem = memory(body, data);
+    let expected = run(&mut interp, &mem, data, &stops[stops.len() - 1..]);
+    let mem = memory(code, data);
     let mut jit = Jit::new(Arc::clone(&mem), &profile, 0, &EngineOptions::default(), options).unwrap();
     let seen = run(&mut jit, &mem, data, stops);
-    let code = program(body);
     let difference = seen.memory.iter().zip(&expected.memory).position(|(a, b)| a != b);
     prop_assert_eq!(difference, None, "memory, {:02x?}", code);
     let Seen { state, retired, now, .. } = seen;
     prop_assert_eq!(state, expected.state, "{:02x?}", code);
     prop_assert_eq!((retired, now), (expected.retired, expected.now), "{:02x?}", code);
-    Ok(jit.stats().ops_translated)
+    Ok(jit.stats())
 }
 
 const SMALL: JitOptions = JitOptions { threshold: 2, code_bytes: 1 << 20, limit: u64::MAX };
@@ -358,7 +357,7 @@ proptest! {
 
     #[test]
     fn programs_do_the_same_on_both_engines(body in prop::collection::vec(any::<u64>(), 1..40), data: u64) {
-        compare(&body, data, SMALL, &[TICKS])?;
+        compare(&program(&body), data, SMALL, &[TICKS])?;
     }
 
     #[test]
@@ -369,13 +368,67 @@ proptest! {
     ) {
         let mut stops: Vec<u64> = pieces.iter().scan(0, |at, piece| { *at += piece; Some(*at) }).collect();
         stops.push(TICKS);
-        compare(&body, data, SMALL, &stops)?;
+        compare(&program(&body), data, SMALL, &stops)?;
     }
 }
 
 /// The programs above are of any use: most of what they run is translated.
 #[test]
 fn most_of_a_loop_is_translated() {
-    let translated = compare(&[0x1234, 0x77, 0x9999], 5, SMALL, &[TICKS]).unwrap();
-    assert!(translated > 100, "{translated}");
+    let stats = compare(&program(&[0x1234, 0x77, 0x9999]), 5, SMALL, &[TICKS]).unwrap();
+    assert!(stats.ops_translated > 5 * stats.ops_interpreted, "{stats}");
+    assert!(stats.linked > 0 && stats.left_by_link > 0, "{stats}");
+}
+
+#[test]
+fn full_code_memory_is_emptied_and_filled_again() {
+    // 400 blocks in a ring of stores: ADD [RDI], RAX; the last jumps back while a counter lasts.
+    let mut code = vec![0x48, 0xc7, 0xc7];
+    code.extend((DATA as u32).to_le_bytes());
+    let ring = code.len();
+    for _ in 0..400 {
+        code.extend([0x48, 0x01, 0x07].repeat(12));
+        code.extend([0xeb, 0]);
+    }
+    code.extend([0xff, 0x0c, 0x25]);
+    code.extend((DATA as u32 + 0x1800).to_le_bytes());
+    code.extend([0x0f, 0x85]);
+    code.extend((ring as i32 - code.len() as i32 - 4).to_le_bytes());
+    code.push(0xf4);
+    let stats = compare(&code, 3, JitOptions { code_bytes: 0, ..SMALL }, &[100_000]).unwrap();
+    assert!(stats.emptied > 1 && stats.code_bytes > 0, "{stats}");
+}
+
+/// Counts up to 120, and patches a function that it calls now and then.
+fn patching() -> Vec<u8> {
+    // MOV EAX, imm32 gets another immediate in each round; RET goes where it was called from.
+    let mut code = vec![0x48, 0xc7, 0xc7];
+    code.extend((DATA as u32).to_le_bytes());
+    let round = code.len();
+    let function = 0x200;
+    code.extend([0xe8]);
+    code.extend((function - code.len() as i32 - 4).to_le_bytes());
+    code.extend([0x01, 0xc3]); // add ebx, eax
+    // Every eighth round: test bl, 7; jnz over; inc dword [function + 1]
+    code.extend([0xff, 0xc1, 0xf6, 0xc1, 7, 0x75, 7, 0xff, 0x04, 0x25]);
+    code.extend((CODE as u32 + function as u32 + 1).to_le_bytes());
+    code.extend([0x83, 0xf9, 120, 0x0f, 0x8c]); // cmp ecx, 120; jl
+    code.extend((round as i32 - code.len() as i32 - 4).to_le_bytes());
+    code.push(0xf4);
+    code.resize(function as usize, 0x90);
+    code.extend([0xb8, 1, 0, 0, 0, 0xc3]);
+    code
+}
+
+#[test]
+fn code_that_patches_itself_is_translated_again() {
+    let stats = compare(&patching(), 0, SMALL, &[TICKS]).unwrap();
+    assert!(stats.left_by_op > 5 && stats.ops_by_helper > 5, "{stats}");
+    assert!(stats.dropped > 5 && stats.translated > 5 && stats.left_by_miss > 0, "{stats}");
+}
+
+#[test]
+fn no_more_blocks_are_translated_than_the_limit_says() {
+    let stats = compare(&patching(), 0, JitOptions { limit: 2, ..SMALL }, &[TICKS]).unwrap();
+    assert_eq!(stats.translated, 2);
 }
