@@ -14,7 +14,7 @@ use crate::random::Random;
 use crate::trace::Sample;
 use crate::window::{self, BYTES, CODE, PHYSICAL};
 use form::Wish;
-use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, CpuidFeature, FlowControl, Instruction, Mnemonic};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{CpuState, rflags};
 use umbra_cpu::isa;
@@ -143,18 +143,12 @@ pub(crate) fn decoded(mode: Mode, bytes: &[u8]) -> Instruction {
     native::decode(mode, &padded, CODE + WINDOW - mode.base())
 }
 
-/// How the end of `i` is noticed natively.
+/// How the end of `i` is noticed natively: by the INT3 that follows it, unless it may go elsewhere or load the trap
+/// flag. A software hypervisor takes several times longer for the trap flag's exception; PUSHF would show the flag,
+/// loading SS holds its exception back, and a gather may take it between two elements.
 fn until(i: &Instruction) -> Until {
-    let repeated = i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix());
-    let shows_flags = matches!(i.mnemonic(), Mnemonic::Pushf | Mnemonic::Pushfd | Mnemonic::Pushfq);
-    // A gather may take the trap flag's exception between two elements; loading SS holds it back.
-    if before_shadow(i) || repeated || shows_flags || i.is_vsib() { Until::Breakpoint } else { Until::Step }
-}
-
-/// Whether `i` loads SS.
-fn before_shadow(i: &Instruction) -> bool {
-    let first = i.op_count() > 0 && i.op_kind(0) == OpKind::Register && i.op0_register() == Register::SS;
-    i.mnemonic() == Mnemonic::Lss || first && i.mnemonic() != Mnemonic::Push
+    let loads_flags = matches!(i.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq);
+    if loads_flags || i.flow_control() != FlowControl::Next { Until::Step } else { Until::Breakpoint }
 }
 
 fn prefix(mode: Mode, r: &mut Random) -> u8 {
