@@ -12,11 +12,13 @@ Engines:
   jit               the translator, translating everything that it runs
   host              this host's CPU, natively: single ring-3 instructions
   model             a predictor of page walks, for the generator shapes
+  kvm               this host's KVM (needs access to /dev/kvm)
   qemu              QEMU through its gdb stub (needs qemu-system-x86_64)
 
 Generators:
   rows              one ring-3 instruction of any row, with edge values, in 16-, 32- and 64-bit code
   control           ring-0 sequences of control-register and EFER writes, page-table edits and accesses
+  control-plain     the same in 64-bit mode, without SMEP, SMAP and protection keys: what poor backends have too
   shapes            one access through page tables of any shape, under any rights
   (with --kernel)   up to 20000 instructions that the kernel executes while it boots, with their operands
 
@@ -101,7 +103,16 @@ fn parse_shard(text: &str) -> Result<(u64, u64), String> {
 
 #[cfg(test)]
 mod tests {
-    use super::parse_shard;
+    use super::{AFTER, parse_shard};
+    use umbra_oracle::campaign::Generator;
+    use umbra_oracle::engines;
+
+    #[test]
+    fn help_lists_every_engine_and_generator() {
+        for name in engines::NAMES.iter().copied().chain(Generator::NAMES.map(|(name, _)| name)) {
+            assert!(AFTER.lines().any(|line| line.split_whitespace().next() == Some(name)), "{name}");
+        }
+    }
 
     #[test]
     fn shards_are_numbered_from_0() {
