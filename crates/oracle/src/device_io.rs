@@ -7,6 +7,9 @@ use umbra_arch::{AccessWidth, Bus, CpuState, Exit, Gpa, Slice, Stopped, Vcpu, Vi
 use umbra_machine::{End, Host, Machine, MachineConfig, Stop, guest_memory};
 
 const RAM: u64 = 4 << 20;
+/// Virtual time that a script gets. Its PIT may interrupt every other microsecond, so minutes would take the fuzzer
+/// seconds.
+const LIMIT: u64 = 10_000_000_000;
 /// Bytes of an operation.
 const OP_BYTES: usize = 8;
 /// Where devices have registers in memory, and where nothing is.
@@ -148,10 +151,9 @@ fn machine(script: Script) -> Machine<Script> {
     Machine::new(memory, &config, vec![script]).expect("a machine of one CPU")
 }
 
-/// Runs until the script is through, or until `limit`.
+/// Runs until the script is through, or until `limit` (default: [`LIMIT`]).
 fn run(machine: &mut Machine<Script>, listener: &mut Listener, limit: Option<u64>) -> Option<End> {
-    // An hour of virtual time is more than any script asks for.
-    let until = VirtualTime(limit.unwrap_or(3_600_000_000_000));
+    let until = VirtualTime(limit.unwrap_or(LIMIT));
     Some(machine.run(listener, Some(until))).filter(|end| *end != End::Limit)
 }
 
