@@ -48,7 +48,7 @@ impl Answer {
 /// What a test ROM said.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum RomAnswer {
-    /// Its serial output, without carriage returns.
+    /// Its serial output, without carriage returns; how it ended, if not by powering off.
     Report(String),
     /// This engine can't run it, for this reason.
     CannotAnswer(Cow<'static, str>),

@@ -64,10 +64,12 @@ pub fn report<V: Vcpu, E: std::fmt::Display>(
             end => break end,
         }
     };
+    let text = String::from_utf8_lossy(&listener.0).into_owned();
     match end {
         umbra_machine::End::Unsupported(what) => failed(&format!("unsupported: {}", what.what)),
         umbra_machine::End::Refused(refusal) => failed(&refusal),
-        end => RomAnswer::Report(format!("{}({end:?})\n", String::from_utf8_lossy(&listener.0))),
+        umbra_machine::End::PowerOff => RomAnswer::Report(text),
+        end => RomAnswer::Report(format!("{text}({end:?})\n")),
     }
 }
 

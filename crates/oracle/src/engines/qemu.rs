@@ -197,8 +197,7 @@ impl Qemu {
         let start = Instant::now();
         while process.0.try_wait()?.is_none() {
             if start.elapsed() > PATIENCE {
-                process.0.kill()?;
-                break;
+                return Ok(RomAnswer::CannotAnswer("too slow for this ROM, or it hangs there".into()));
             }
             std::thread::sleep(Duration::from_millis(20));
         }
