@@ -18,6 +18,9 @@ const IMAGE_BYTES: usize = 1 << 14;
 const DB: i64 = 1;
 const BP: i64 = 3;
 const PF: i64 = 14;
+/// Linux reports every user access from here on as a protection violation, so as not to show what the kernel maps.
+const KERNEL_HALF: u64 = 0x7fff_ffff_f000;
+const PRESENT: u32 = 1;
 
 /// Offsets in the frame's extended state ("XSAVE-Managed State": standard format).
 const LEGACY_BYTES: usize = offset_of!(FpState, tail);
@@ -302,6 +305,7 @@ impl Signals {
                 }
                 _ => {
                     let address = if vector == PF { cr2 } else { 0 };
+                    let code = if address >= KERNEL_HALF { code & !PRESENT } else { code };
                     Ended::Fault(NativeFault { vector: vector as u8, code, address })
                 }
             }
