@@ -79,6 +79,7 @@ fn window_mask(i: &Instruction, mode: Mode, case: &Case, a: &Outcome, b: &Outcom
     let undefined = isa::row_of(i.code()).map_or(0, |(_, row)| undefined::flags(i, row, case.state.gpr[1]));
     let after = b.state.as_ref().or(a.state.as_ref());
     let mxcsr = after.map_or(0, |s| s.fp.mxcsr);
+    let halved = after.is_some_and(|s| processors::leaves_64_bit(mode, s));
     let mut memory = 0..0;
     if let Some(s) = after
         && processors::pushes_selector(i)
@@ -90,7 +91,7 @@ fn window_mask(i: &Instruction, mode: Mode, case: &Case, a: &Outcome, b: &Outcom
         rflags: undefined | rflags::TF | rflags::RF,
         open: processors::open(i, &a.end, &b.end, mxcsr),
         memory,
-        registers: mode.mask(),
+        registers: if halved { Mode::Bits32.mask() } else { mode.mask() },
     }
 }
 

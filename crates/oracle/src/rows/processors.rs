@@ -137,6 +137,12 @@ pub fn changes_width(mode: Mode, after: &CpuState) -> bool {
     mode == Mode::Bits16 && after.seg[1].selector == Mode::Bits64.code().selector
 }
 
+/// A far transfer from 64-bit to other code: the upper halves of the general registers become undefined
+/// ("General-Purpose Registers in 64-Bit Mode").
+pub fn leaves_64_bit(mode: Mode, after: &CpuState) -> bool {
+    mode == Mode::Bits64 && after.seg[1].selector != Mode::Bits64.code().selector
+}
+
 /// A 32-bit push of a selector writes 16 bits on Intel's, 32 on AMD's: bytes above RSP that aren't compared.
 pub fn pushes_selector(i: &Instruction) -> bool {
     matches!(
