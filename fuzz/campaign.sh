@@ -15,9 +15,6 @@ umbra=$(realpath "${CARGO_TARGET_DIR:-target}/release/umbra")
 mapfile -t targets < <(sed -n 's/^name = "\(.*\)"$/\1/p' fuzz/Cargo.toml | grep -v umbra)
 comparisons=("interp,host rows 2000000" "interp,model shapes 500000"
 	"interp,interp-unload,interp-drop,interp-kvm-role control 50000")
-if command -v qemu-system-x86_64 > /dev/null; then
-	comparisons+=("interp,qemu rows 500")
-fi
 fuzzing=true
 if ! cargo +nightly fuzz --version > /dev/null 2>&1; then
 	echo "SKIPPED: all fuzz targets: no nightly toolchain with cargo-fuzz (rustup toolchain install nightly; cargo install cargo-fuzz)"
