@@ -36,13 +36,16 @@ pub struct JitOptions {
     pub threshold: u8,
     /// Bytes of host code kept.
     pub code_bytes: usize,
+    /// Translate 16- and 32-bit code, too. None of its operations has host code yet, so that interpreting it
+    /// is faster; for tests.
+    pub legacy: bool,
     /// Blocks translated at most, to find by bisection one that is wrong.
     pub limit: u64,
 }
 
 impl Default for JitOptions {
     fn default() -> Self {
-        Self { threshold: 8, code_bytes: 128 << 20, limit: u64::MAX }
+        Self { threshold: 8, code_bytes: 128 << 20, legacy: false, limit: u64::MAX }
     }
 }
 
@@ -271,6 +274,9 @@ impl Engine {
         let block = self.interp.blocks().block(number);
         // Ticks and instructions are counted by one register.
         if block.cost as usize != block.ops.len() {
+            return None;
+        }
+        if !self.options.legacy && block.ops.iter().any(|op| op.legacy) {
             return None;
         }
         let mut bytes = vec![0; block.bytes() as usize];

@@ -350,7 +350,7 @@ fn compare(code: &[u8], data: u64, options: JitOptions, stops: &[u64]) -> Result
     Ok(jit.stats())
 }
 
-const SMALL: JitOptions = JitOptions { threshold: 2, code_bytes: 1 << 20, limit: u64::MAX };
+const SMALL: JitOptions = JitOptions { threshold: 2, code_bytes: 1 << 20, legacy: true, limit: u64::MAX };
 
 proptest! {
     #![proptest_config(ProptestConfig::default())]
