@@ -21,21 +21,28 @@ const MASKED_PATIENCE_NS: u64 = 2_000_000_000;
 /// With interrupts on, a timer that wakes nobody for an hour wakes nobody ever.
 const IDLE_PATIENCE_NS: u64 = 3_600_000_000_000;
 
-/// The outside of the machine. Nothing here is asked in the middle of a slice.
+/// The outside of the machine. Nothing here is asked in the middle of a slice. What isn't implemented never
+/// interferes: no input, no end, no pace.
 pub trait Host {
     /// The guest sent bytes on its first serial port.
     fn serial(&mut self, bytes: &[u8]);
     /// The guest wrote to the debug console.
-    fn debug(&mut self, bytes: &[u8]);
+    fn debug(&mut self, _bytes: &[u8]) {}
     /// Appends what arrived for the guest's serial port; called at event points only.
-    fn input(&mut self, into: &mut VecDeque<u8>);
+    fn input(&mut self, _into: &mut VecDeque<u8>) {}
     /// Whether input may come at all. Constant during a run.
-    fn has_input(&self) -> bool;
+    fn has_input(&self) -> bool {
+        false
+    }
     /// Whether the run must end for a reason outside the guest.
-    fn stop(&mut self) -> Option<Stop>;
+    fn stop(&mut self) -> Option<Stop> {
+        None
+    }
     /// Virtual time is about to be `now`: a host that paces it waits until then. `idle` says that no
     /// CPU runs: then an earlier time may be given if input came.
-    fn pace(&mut self, now: VirtualTime, idle: bool) -> VirtualTime;
+    fn pace(&mut self, now: VirtualTime, _idle: bool) -> VirtualTime {
+        now
+    }
 }
 
 impl<V: Vcpu> Machine<V> {

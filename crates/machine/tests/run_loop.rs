@@ -125,7 +125,6 @@ impl Host for Recorder {
     fn serial(&mut self, bytes: &[u8]) {
         self.serial.extend_from_slice(bytes);
     }
-    fn debug(&mut self, _: &[u8]) {}
     fn input(&mut self, into: &mut VecDeque<u8>) {
         into.append(&mut self.keys);
     }
@@ -135,9 +134,6 @@ impl Host for Recorder {
     fn stop(&mut self) -> Option<Stop> {
         self.asked += 1;
         self.stop_every.filter(|every| self.asked.is_multiple_of(*every)).map(|_| Stop::Timeout)
-    }
-    fn pace(&mut self, now: VirtualTime, _: bool) -> VirtualTime {
-        now
     }
 }
 

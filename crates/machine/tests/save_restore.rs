@@ -1,13 +1,12 @@
 //! Save, restore, same bytes: a guest on the real engine, saved at many moments.
 
 use iced_x86::code_asm::*;
-use std::collections::VecDeque;
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{CpuState, Vcpu, VirtualTime};
 use umbra_cpu::{EngineOptions, Interpreter};
 use umbra_machine::boot::{self, BootRequest};
-use umbra_machine::{End, Host, Machine, MachineConfig, SnapshotError, Stop, guest_memory};
+use umbra_machine::{End, Host, Machine, MachineConfig, SnapshotError, guest_memory};
 
 /// Collects serial output; the host never interferes.
 #[derive(Default)]
@@ -16,17 +15,6 @@ struct Listener(Vec<u8>);
 impl Host for Listener {
     fn serial(&mut self, bytes: &[u8]) {
         self.0.extend_from_slice(bytes);
-    }
-    fn debug(&mut self, _: &[u8]) {}
-    fn input(&mut self, _: &mut VecDeque<u8>) {}
-    fn has_input(&self) -> bool {
-        false
-    }
-    fn stop(&mut self) -> Option<Stop> {
-        None
-    }
-    fn pace(&mut self, now: VirtualTime, _: bool) -> VirtualTime {
-        now
     }
 }
 

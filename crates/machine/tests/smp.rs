@@ -1,7 +1,6 @@
 //! Several scripted CPUs: start-up, turns, interrupts between them, pauses, limits.
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
 use std::rc::Rc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::segment::Seg;
@@ -169,17 +168,9 @@ struct Interfering(u32, u32);
 
 impl Host for Interfering {
     fn serial(&mut self, _: &[u8]) {}
-    fn debug(&mut self, _: &[u8]) {}
-    fn input(&mut self, _: &mut VecDeque<u8>) {}
-    fn has_input(&self) -> bool {
-        false
-    }
     fn stop(&mut self) -> Option<Stop> {
         self.1 += 1;
         (self.0 != 0 && self.1.is_multiple_of(self.0)).then_some(Stop::Timeout)
-    }
-    fn pace(&mut self, now: VirtualTime, _: bool) -> VirtualTime {
-        now
     }
 }
 

@@ -2,13 +2,12 @@
 //! stopped, saved and restored.
 
 use iced_x86::code_asm::*;
-use std::collections::VecDeque;
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{CpuState, Vcpu, VirtualTime};
 use umbra_cpu::{EngineOptions, Interpreter};
 use umbra_machine::boot::{self, BootRequest};
-use umbra_machine::{End, Host, Machine, MachineConfig, Stop, guest_memory};
+use umbra_machine::{End, Host, Machine, MachineConfig, guest_memory};
 
 const CPUS: u32 = 4;
 /// The others' code lies behind the first jump.
@@ -27,17 +26,6 @@ struct Listener(Vec<u8>);
 impl Host for Listener {
     fn serial(&mut self, bytes: &[u8]) {
         self.0.extend_from_slice(bytes);
-    }
-    fn debug(&mut self, _: &[u8]) {}
-    fn input(&mut self, _: &mut VecDeque<u8>) {}
-    fn has_input(&self) -> bool {
-        false
-    }
-    fn stop(&mut self) -> Option<Stop> {
-        None
-    }
-    fn pace(&mut self, now: VirtualTime, _: bool) -> VirtualTime {
-        now
     }
 }
 

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{AccessWidth, Bus, CpuState, Exit, Gpa, Slice, Stopped, Vcpu, VirtualTime};
-use umbra_machine::{End, Host, Machine, MachineConfig, Stop, guest_memory};
+use umbra_machine::{End, Host, Machine, MachineConfig, guest_memory};
 
 const RAM: u64 = 4 << 20;
 /// Virtual time that a script gets. Its PIT may interrupt every other microsecond, so minutes would take the fuzzer
@@ -132,16 +132,6 @@ impl Host for Listener {
     }
     fn debug(&mut self, bytes: &[u8]) {
         self.0.extend(bytes);
-    }
-    fn input(&mut self, _: &mut VecDeque<u8>) {}
-    fn has_input(&self) -> bool {
-        false
-    }
-    fn stop(&mut self) -> Option<Stop> {
-        None
-    }
-    fn pace(&mut self, now: VirtualTime, _: bool) -> VirtualTime {
-        now
     }
 }
 

@@ -2,7 +2,6 @@
 //! to the tables, and the run is the same whatever they forget and wherever it was saved.
 
 use crate::engines::{EAGER, Whole};
-use std::collections::VecDeque;
 use std::sync::Arc;
 use umbra_arch::control::{Cr0, Cr3, Cr4, Efer};
 use umbra_arch::cpuid::CpuidProfile;
@@ -11,7 +10,7 @@ use umbra_arch::{CpuState, Gpa, VirtualTime, rflags};
 use umbra_cpu::{EngineOptions, Interpreter};
 use umbra_jit::Jit;
 use umbra_machine::boot::{BootPlan, Piece};
-use umbra_machine::{End, Host, Machine, MachineConfig, Stop, guest_memory};
+use umbra_machine::{End, Host, Machine, MachineConfig, guest_memory};
 use umbra_mmu::{MmuMode, MmuOptions};
 
 const RAM: u64 = 4 << 20;
@@ -306,15 +305,4 @@ struct Deaf;
 
 impl Host for Deaf {
     fn serial(&mut self, _: &[u8]) {}
-    fn debug(&mut self, _: &[u8]) {}
-    fn input(&mut self, _: &mut VecDeque<u8>) {}
-    fn has_input(&self) -> bool {
-        false
-    }
-    fn stop(&mut self) -> Option<Stop> {
-        None
-    }
-    fn pace(&mut self, now: VirtualTime, _: bool) -> VirtualTime {
-        now
-    }
 }

@@ -1,11 +1,10 @@
 //! Whole test ROMs on any virtual CPU: a machine around it, and what the ROM reports.
 
 use crate::engine::RomAnswer;
-use std::collections::VecDeque;
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Vcpu, VirtualTime};
-use umbra_machine::{Host, Machine, MachineConfig, Stop, boot, guest_memory};
+use umbra_machine::{Host, Machine, MachineConfig, boot, guest_memory};
 use umbra_memory::GuestMemory;
 use umbra_test_roms::{MEASUREMENT_PORT, Rom};
 
@@ -20,17 +19,6 @@ struct Listener(Vec<u8>);
 impl Host for Listener {
     fn serial(&mut self, bytes: &[u8]) {
         self.0.extend(bytes.iter().filter(|&&byte| byte != b'\r'));
-    }
-    fn debug(&mut self, _: &[u8]) {}
-    fn input(&mut self, _: &mut VecDeque<u8>) {}
-    fn has_input(&self) -> bool {
-        false
-    }
-    fn stop(&mut self) -> Option<Stop> {
-        None
-    }
-    fn pace(&mut self, now: VirtualTime, _: bool) -> VirtualTime {
-        now
     }
 }
 

@@ -4,7 +4,6 @@
 use crate::case::Case;
 use crate::random::Random;
 use crate::rows;
-use std::collections::VecDeque;
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::fpu::FpState;
@@ -13,7 +12,7 @@ use umbra_arch::{CpuState, Gva, VirtualTime};
 use umbra_cpu::{EngineError, EngineOptions, Interpreter};
 use umbra_hostexec::native::Mode;
 use umbra_machine::boot::{self, BootError, BootRequest};
-use umbra_machine::{End, Host, Machine, MachineConfig, MachineError, Stop, guest_memory};
+use umbra_machine::{End, Host, Machine, MachineConfig, MachineError, guest_memory};
 
 /// Guest RAM in bytes.
 const MEMORY: u64 = 512 << 20;
@@ -66,17 +65,6 @@ struct Deaf;
 
 impl Host for Deaf {
     fn serial(&mut self, _: &[u8]) {}
-    fn debug(&mut self, _: &[u8]) {}
-    fn input(&mut self, _: &mut VecDeque<u8>) {}
-    fn has_input(&self) -> bool {
-        false
-    }
-    fn stop(&mut self) -> Option<Stop> {
-        None
-    }
-    fn pace(&mut self, now: VirtualTime, _: bool) -> VirtualTime {
-        now
-    }
 }
 
 /// Samples the boot of a kernel; the seed decides when.

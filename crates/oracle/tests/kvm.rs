@@ -1,15 +1,13 @@
 //! KVM against the interpreter, and guests that change between them. Where there is no KVM, these say so.
 #![cfg(target_os = "linux")]
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use umbra_accel::HandOver;
 use umbra_accel::handover::{Reason, Side, Switch};
 use umbra_accel::kvm::{Fitted, KvmVcpu, fit};
-use umbra_arch::VirtualTime;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_cpu::{EngineOptions, Interpreter};
-use umbra_machine::{End, Host, Machine, MachineConfig, Stop, boot, guest_memory};
+use umbra_machine::{End, Host, Machine, MachineConfig, boot, guest_memory};
 use umbra_oracle::campaign::{Generator, Tally, run};
 use umbra_oracle::engines::make_all;
 use umbra_test_roms::{MEASUREMENT_PORT, Rom};
@@ -42,17 +40,6 @@ struct Listener(Vec<u8>);
 impl Host for Listener {
     fn serial(&mut self, bytes: &[u8]) {
         self.0.extend(bytes);
-    }
-    fn debug(&mut self, _: &[u8]) {}
-    fn input(&mut self, _: &mut VecDeque<u8>) {}
-    fn has_input(&self) -> bool {
-        false
-    }
-    fn stop(&mut self) -> Option<Stop> {
-        None
-    }
-    fn pace(&mut self, now: VirtualTime, _: bool) -> VirtualTime {
-        now
     }
 }
 

@@ -4,7 +4,6 @@ use super::engine::Engine;
 use super::guest;
 use super::{AccelArgs, TraceArgs, report};
 use crate::error::CliError;
-use std::collections::VecDeque;
 use std::io::{Write, stdout};
 use umbra_arch::VirtualTime;
 use umbra_machine::{End, Host, Stop};
@@ -55,18 +54,10 @@ impl Host for Listener {
             let _ = stdout().write_all(&self.heard[from..]).and_then(|()| stdout().flush());
         }
     }
-    fn debug(&mut self, _: &[u8]) {}
-    fn input(&mut self, _: &mut VecDeque<u8>) {}
-    fn has_input(&self) -> bool {
-        false
-    }
     fn stop(&mut self) -> Option<Stop> {
         let heard = &self.heard;
         let is_there = |text: &mut Vec<u8>| heard.windows(text.len()).any(|window| window == text.as_slice());
         self.awaited.take_if(is_there).map(|_| Stop::HandOver)
-    }
-    fn pace(&mut self, now: VirtualTime, _: bool) -> VirtualTime {
-        now
     }
 }
 

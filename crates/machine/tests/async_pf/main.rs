@@ -3,13 +3,12 @@
 mod guest;
 
 use guest::{BAD, COUNTS, END, FIRST, FUNCTION, GOOD, PAGES, Plan};
-use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use umbra_arch::cpuid::{CpuidProfile, Feature};
 use umbra_arch::{Gpa, GpaPage, Vcpu, VirtualTime};
 use umbra_cpu::{EngineOptions, Interpreter};
-use umbra_machine::{End, Host, Machine, MachineConfig, PageStats, Stop, guest_memory};
+use umbra_machine::{End, Host, Machine, MachineConfig, PageStats, guest_memory};
 use umbra_memory::PageSource;
 
 const RAM: u64 = 16 << 20;
@@ -49,17 +48,6 @@ struct Deaf;
 
 impl Host for Deaf {
     fn serial(&mut self, _: &[u8]) {}
-    fn debug(&mut self, _: &[u8]) {}
-    fn input(&mut self, _: &mut VecDeque<u8>) {}
-    fn has_input(&self) -> bool {
-        false
-    }
-    fn stop(&mut self) -> Option<Stop> {
-        None
-    }
-    fn pace(&mut self, now: VirtualTime, _: bool) -> VirtualTime {
-        now
-    }
 }
 
 fn machine_with(source: Option<Pattern>, latency: u64) -> Machine<Interpreter> {
