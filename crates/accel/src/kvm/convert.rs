@@ -144,52 +144,39 @@ pub(super) fn control_difference(wanted: &kvm_sregs2, found: &kvm_sregs2) -> Opt
     Some(format!("{name} {wanted:#x} became {found:#x}"))
 }
 
+/// A struct with the registers that both versions of the call have, and fields of its own.
+macro_rules! sregs_like {
+    ($from:expr, $to:ident { $($own:tt)* }) => {
+        $to {
+            cs: $from.cs,
+            ds: $from.ds,
+            es: $from.es,
+            fs: $from.fs,
+            gs: $from.gs,
+            ss: $from.ss,
+            tr: $from.tr,
+            ldt: $from.ldt,
+            gdt: $from.gdt,
+            idt: $from.idt,
+            cr0: $from.cr0,
+            cr2: $from.cr2,
+            cr3: $from.cr3,
+            cr4: $from.cr4,
+            cr8: $from.cr8,
+            efer: $from.efer,
+            apic_base: $from.apic_base,
+            $($own)*
+        }
+    };
+}
+
 /// For kernels without KVM_SET_SREGS2: the same without PDPTEs, which KVM then loads from memory.
 pub(super) fn old_sregs(k: &kvm_sregs2) -> kvm_sregs {
-    kvm_sregs {
-        cs: k.cs,
-        ds: k.ds,
-        es: k.es,
-        fs: k.fs,
-        gs: k.gs,
-        ss: k.ss,
-        tr: k.tr,
-        ldt: k.ldt,
-        gdt: k.gdt,
-        idt: k.idt,
-        cr0: k.cr0,
-        cr2: k.cr2,
-        cr3: k.cr3,
-        cr4: k.cr4,
-        cr8: k.cr8,
-        efer: k.efer,
-        apic_base: k.apic_base,
-        interrupt_bitmap: [0; 4],
-    }
+    sregs_like!(k, kvm_sregs { interrupt_bitmap: [0; 4] })
 }
 
 pub(super) fn new_sregs(k: &kvm_sregs) -> kvm_sregs2 {
-    kvm_sregs2 {
-        cs: k.cs,
-        ds: k.ds,
-        es: k.es,
-        fs: k.fs,
-        gs: k.gs,
-        ss: k.ss,
-        tr: k.tr,
-        ldt: k.ldt,
-        gdt: k.gdt,
-        idt: k.idt,
-        cr0: k.cr0,
-        cr2: k.cr2,
-        cr3: k.cr3,
-        cr4: k.cr4,
-        cr8: k.cr8,
-        efer: k.efer,
-        apic_base: k.apic_base,
-        flags: 0,
-        pdptrs: [0; 4],
-    }
+    sregs_like!(k, kvm_sregs2 { flags: 0, pdptrs: [0; 4] })
 }
 
 pub(super) fn debugregs_of(s: &CpuState) -> kvm_debugregs {
