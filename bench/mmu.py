@@ -10,53 +10,16 @@ context-switching load. QEMU is left out, and that is said, where there is none.
 """
 import argparse
 import json
-import os
-import re
-import shutil
 import statistics
 import subprocess
 import tempfile
 
-LINE = re.compile(r"@@U (\S+) (\d+)")
-
-
-def cpu_seconds(pid):
-    """CPU time of all threads, in seconds."""
-    total = 0
-    for task in os.listdir(f"/proc/{pid}/task"):
-        try:
-            with open(f"/proc/{pid}/task/{task}/schedstat") as stat:
-                total += int(stat.read().split()[0])
-        except OSError:
-            pass
-    return total / 1e9
-
-
-def one_run(command, timeout):
-    """Seconds of CPU time per operation, by name."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    killer = subprocess.Popen(["sh", "-c", f"sleep {timeout}; kill {process.pid}"], stderr=subprocess.DEVNULL)
-    costs, before = {}, None
-    try:
-        for line in process.stdout:
-            match = LINE.search(line.decode("ascii", "replace"))
-            if not match:
-                continue
-            now, count = cpu_seconds(process.pid), int(match[2])
-            if before is not None and count:
-                costs[match[1]] = (now - before) / count
-            before = now
-    finally:
-        process.kill()
-        process.wait()
-        killer.kill()
-        killer.wait()
-    return costs
-
+import marked_run
+from emulators import UMBRA, qemus
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--umbra", default=os.path.join(os.path.dirname(__file__), "../target/release/umbra"))
+    arguments.add_argument("--umbra", default=UMBRA)
     arguments.add_argument("--qemu", default="qemu-system-x86_64")
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--timeout", type=int, default=120, help="seconds for one run")
@@ -65,19 +28,15 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([options.umbra, "rom", "write", "costs", folder], check=True)
         engines = {"umbra": [options.umbra, "rom", "run", "costs"]}
-        if shutil.which(options.qemu):
-            for name in ("max", "max,la57=off"):
-                engines[f"qemu -cpu {name}"] = [
-                    options.qemu, "-accel", "tcg,thread=single", "-cpu", name, "-m", "16", "-nodefaults",
-                    "-display", "none", "-no-reboot", "-serial", "stdio", "-bios", f"{folder}/reset.bin",
-                    "-device", f"loader,file={folder}/costs.bin,addr=0x10000,force-raw=on",
-                ]  # fmt: skip
-        else:
-            print(f"{options.qemu} is not there: Umbra alone")
+        for qemu in qemus([options.qemu]):
+            engines[qemu.name] = [
+                *qemu.base(16), "-bios", f"{folder}/reset.bin",
+                "-device", f"loader,file={folder}/costs.bin,addr=0x10000,force-raw=on",
+            ]  # fmt: skip
         runs = {name: [] for name in engines}
         for _ in range(options.rounds):
             for name, command in engines.items():
-                runs[name].append(one_run(command, options.timeout))
+                runs[name].append(marked_run.run(command, options.timeout).per_operation())
     medians = {}
     for engine, costs in runs.items():
         for name in runs["umbra"][0]:
