@@ -67,7 +67,16 @@ pub struct Op {
     pub aux: u64,
 }
 
+/// Where [`Op::aux`] has the opcode of an x87 data instruction, 11 bits.
+pub(crate) const FOP_AT: u32 = 48;
+
 impl Op {
+    /// What FOP becomes ("Fopcode"); of an x87 data instruction.
+    #[inline(always)]
+    pub fn x87_opcode(&self) -> u16 {
+        (self.aux >> FOP_AT & 0x7ff) as u16
+    }
+
     /// RIP of the next instruction, given the block's.
     #[inline(always)]
     pub fn next_rip(&self, block_rip: u64) -> u64 {

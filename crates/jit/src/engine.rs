@@ -359,6 +359,7 @@ impl Engine {
         frame.flags = pack(core.flags);
         frame.take_table(core.mmu.fast_table());
         frame.take_vectors(&core.s);
+        frame.take_x87(&core.s);
         budget as i64
     }
 
@@ -443,6 +444,7 @@ impl Engine {
         let core = self.interp.core();
         frame.flags = pack(core.flags);
         frame.take_vectors(&core.s);
+        frame.take_x87(&core.s);
         if flow != Ok(false) {
             frame.reason = Reason::Op;
             frame.site = site;

@@ -53,6 +53,12 @@ pub struct Frame {
     pub host_mxcsr: u32,
     /// Vector units that generated code may use: [`VECTOR_SSE`], [`VECTOR_AVX`].
     pub vectors: u8,
+    /// Not 0: no x87 instruction can fault for the x87 state's sake, and no exception is unmasked.
+    pub x87_usable: u8,
+    /// Not 0: the host's x87 registers hold the guest's FSW, tags and stack, the core's are stale.
+    pub x87_live: u8,
+    /// FCW that Rust code runs with.
+    pub host_fcw: u16,
 
     /// Virtual time when the budget is used up.
     pub end: u64,
@@ -66,7 +72,13 @@ pub struct Frame {
     pub bus: Option<*mut (dyn Bus + 'static)>,
     /// A panic on its way through generated code.
     pub panic: Option<Box<dyn std::any::Any + Send>>,
+    /// What FXSAVE writes on the way to the core.
+    pub image: Image,
 }
+
+/// An FXSAVE image.
+#[repr(C, align(16))]
+pub struct Image([u8; 512]);
 
 /// SSE may be used and MXCSR is the guest's.
 pub const VECTOR_SSE: u8 = 1;
@@ -74,6 +86,15 @@ pub const VECTOR_SSE: u8 = 1;
 pub const VECTOR_AVX: u8 = 2;
 /// All exceptions masked, round to nearest.
 const MXCSR_DEFAULT: u32 = 0x1f80;
+
+/// FCW after FNINIT.
+const FCW_DEFAULT: u16 = 0x37f;
+/// FCW: masks of all exceptions.
+pub const X87_MASKS: u16 = 0x3f;
+/// FCW: bits that exist.
+pub const X87_CONTROL: u16 = 0x1f7f;
+/// FSW: error summary and busy.
+const X87_SUMMARY: u16 = 0x8080;
 
 /// More than any budget.
 pub const BANK: i64 = 1 << 61;
@@ -101,12 +122,16 @@ impl Frame {
             mxcsr: MXCSR_DEFAULT,
             host_mxcsr: MXCSR_DEFAULT,
             vectors: 0,
+            x87_usable: 0,
+            x87_live: 0,
+            host_fcw: FCW_DEFAULT,
             end: 0,
             bank: 0,
             stamp: 0,
             stop: None,
             bus: None,
             panic: None,
+            image: Image([0; 512]),
         }
     }
 
@@ -128,6 +153,17 @@ impl Frame {
         let avx = sse && s.cr4.raw() & Cr4::OSXSAVE != 0 && s.xcr0 & AVX_STATE == AVX_STATE;
         self.vectors = u8::from(sse) | u8::from(avx) << 1;
         self.mxcsr = if sse { mxcsr } else { MXCSR_DEFAULT };
+    }
+
+    /// Before generated code goes on: whether it may use the x87 unit. What is stale in the core while the host has
+    /// the state doesn't matter: it was usable then, and nothing that changes that is done meanwhile.
+    #[inline]
+    pub fn take_x87(&mut self, s: &CpuState) {
+        let fp = &s.fp;
+        let masked = fp.fcw & (X87_MASKS | !X87_CONTROL) == X87_MASKS;
+        let usable = masked && fp.fsw & X87_SUMMARY == 0 && s.cr0.raw() & (Cr0::EM | Cr0::TS) == 0;
+        debug_assert!(usable || self.x87_live == 0, "the host's x87 registers still hold the guest's");
+        self.x87_usable = usable.into();
     }
 
     /// After generated code: MXCSR's flags.
@@ -190,4 +226,22 @@ pub fn xmm(n: u8) -> Mem {
 /// The upper half of YMM register `n` in the core.
 pub fn ymm_high(n: u8) -> Mem {
     Mem::at(ENGINE, FP + offset_of!(FpState, ymm_high) + 16 * usize::from(n))
+}
+
+/// Offsets in FXSAVE's image, which [`FpState`] begins with.
+pub mod fx {
+    use super::{FpState, offset_of};
+    pub const FCW: usize = offset_of!(FpState, fcw);
+    pub const FSW: usize = offset_of!(FpState, fsw);
+    pub const FTW: usize = offset_of!(FpState, ftw);
+    pub const FOP: usize = offset_of!(FpState, fop);
+    pub const FIP: usize = offset_of!(FpState, fip);
+    pub const FDP: usize = offset_of!(FpState, fdp);
+    pub const MXCSR: usize = offset_of!(FpState, mxcsr);
+    pub const ST: usize = offset_of!(FpState, st);
+}
+
+/// What is at an offset of the [`FpState`] in the core.
+pub fn fp(offset: usize) -> Mem {
+    Mem::at(ENGINE, FP + offset)
 }

@@ -25,6 +25,7 @@ mod stats;
 mod stubs;
 mod translate;
 mod vector;
+mod x87;
 
 pub use engine::{Jit, JitError, JitOptions};
 pub use stats::JitStats;

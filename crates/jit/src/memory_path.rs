@@ -50,6 +50,11 @@ impl Address {
         }
     }
 
+    /// Without its segment's base: the effective address.
+    pub fn effective(self) -> Self {
+        Self { seg: None, ..self }
+    }
+
     /// `disp` bytes above a guest register, in the stack segment.
     pub fn above(register: u8, disp: i32) -> Self {
         Self { base: Some(register), index: None, disp: disp as i64 as u64, seg: None }
@@ -83,7 +88,7 @@ impl Translator<'_> {
     }
 
     /// Linear address to [`A`]; clobbers [`B`] only if the index register is in memory.
-    fn linear(&mut self, address: &Address) {
+    pub fn linear(&mut self, address: &Address) {
         let e = &mut self.e;
         if address.base.is_none() && address.index.is_none() {
             e.mov_imm(A, address.disp);

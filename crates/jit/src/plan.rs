@@ -1,6 +1,6 @@
 //! Which operations of a block become host code, in what way, and which status flags anything can look at.
 
-use crate::vector;
+use crate::{vector, x87};
 use iced_x86::{ConditionCode, Instruction, Mnemonic as M, OpKind, Register};
 use umbra_cpu::op::Op;
 
@@ -37,6 +37,8 @@ pub enum Kind {
     CompareExchange,
     /// SSE or AVX.
     Vector,
+    /// x87.
+    X87,
     Push,
     Pop,
     Leave,
@@ -93,8 +95,8 @@ pub fn plan(instructions: &[Instruction], ops: &[Op]) -> Vec<Step> {
         steps[at] = Step { kind, live };
         let observes = kind == Kind::Helper || kind.accesses_memory(i) || matches!(kind, Kind::Divide { .. });
         let kills = writes_all(kind) || kind == Kind::Vector && vector::writes_flags(i);
-        // Vector registers may be forbidden.
-        let observes = observes || kind == Kind::Vector;
+        // Vector or x87 registers may be forbidden.
+        let observes = observes || matches!(kind, Kind::Vector | Kind::X87);
         live = observes || reads_flags(i) || live && !kills;
     }
     steps
@@ -106,7 +108,8 @@ fn writes_all(kind: Kind) -> bool {
 
 /// Whether it reads flags; INC and DEC keep CF.
 pub fn reads_flags(i: &Instruction) -> bool {
-    i.condition_code() != ConditionCode::None || matches!(i.mnemonic(), M::Adc | M::Sbb | M::Inc | M::Dec)
+    let reads = matches!(i.mnemonic(), M::Adc | M::Sbb | M::Inc | M::Dec);
+    reads || i.condition_code() != ConditionCode::None || x87::reads_flags(i)
 }
 
 fn kind(i: &Instruction, op: &Op, live: bool) -> Kind {
@@ -115,6 +118,9 @@ fn kind(i: &Instruction, op: &Op, live: bool) -> Kind {
     }
     if vector::fits(i) && (!has_memory(i) || address_fits(i, op)) {
         return Kind::Vector;
+    }
+    if x87::fits(i) && (!has_memory(i) || address_fits(i, op)) {
+        return Kind::X87;
     }
     if !operands_fit(i, op) {
         return Kind::Helper;

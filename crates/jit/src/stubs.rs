@@ -4,6 +4,7 @@ use crate::emitter::{Alu, Emitter, Mem, cc};
 use crate::frame::{Reason, frame_field, gpr, next_rip};
 use crate::jumps::{FOLD, SLOT_SHIFT, SLOTS};
 use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, home};
+use crate::x87;
 
 /// Offsets of the stubs in the code memory.
 #[derive(Clone, Copy)]
@@ -20,6 +21,10 @@ pub struct Stubs {
     pub lookup: usize,
     /// As `lookup` for the RIP in the core.
     pub dispatch: usize,
+    /// Called: the guest's x87 state goes to the host's registers; not equal (ZF) unless it can't. Clobbers [`A`].
+    pub x87_load: usize,
+    /// Called: it goes to the core if it isn't there. Clobbers [`A`] and [`B`].
+    pub x87_store: usize,
 }
 
 /// Registers that the ABI wants back: RBX, RBP, R12 to R15.
@@ -28,7 +33,9 @@ const SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
 /// Emits the stubs; `helper` is the address of the function that does operations:
 /// `extern "sysv64" fn(engine, site) -> u32`, 0 if the block goes on.
 pub fn emit(e: &mut Emitter, helper: u64) -> Stubs {
-    let leave_spilled = leave_spilled(e);
+    let x87_load = x87::emit_load(e);
+    let x87_store = x87::emit_store(e);
+    let leave_spilled = leave_spilled(e, x87_store);
     let leave = e.here();
     spill(e);
     e.jmp_to(leave_spilled);
@@ -45,7 +52,8 @@ pub fn emit(e: &mut Emitter, helper: u64) -> Stubs {
     let dispatch = e.here();
     e.load(A, next_rip());
     let lookup = lookup(e, miss);
-    Stubs { enter: enter(e), helper: call_helper(e, helper, leave_spilled), budget, link, lookup, dispatch }
+    let helper = call_helper(e, helper, leave_spilled);
+    Stubs { enter: enter(e), helper, budget, link, lookup, dispatch, x87_load, x87_store }
 }
 
 fn enter(e: &mut Emitter) -> usize {
@@ -60,8 +68,9 @@ fn enter(e: &mut Emitter) -> usize {
     here
 }
 
-fn leave_spilled(e: &mut Emitter) -> usize {
+fn leave_spilled(e: &mut Emitter, x87_store: usize) -> usize {
     let here = e.here();
+    e.call(x87_store);
     e.alu_imm(Alu::Add, true, RSP, 8);
     SAVED.iter().rev().for_each(|&r| pop(e, r));
     e.raw(&[0xc3]);

@@ -10,6 +10,7 @@ use crate::native::Unencodable;
 use crate::plan::{Kind, Step, plan};
 use crate::registers::{A, BUDGET};
 use crate::stubs::Stubs;
+use crate::x87;
 use iced_x86::{Decoder, DecoderOptions, Encoder, Instruction};
 use umbra_cpu::block::Block;
 use umbra_cpu::op::Op;
@@ -51,13 +52,18 @@ pub fn lookup_code(at: usize, rip: u64, stubs: &Stubs) -> Vec<u8> {
 }
 
 /// Operations of a block done by their functions after all, once or in part.
+#[derive(Default)]
 struct Slow {
     op: usize,
+    /// It works on the x87 state, which what follows wants in the host's registers.
+    x87: bool,
     jumps: Vec<Jump>,
     /// Where the block goes on; a branch's successor otherwise.
     back: Option<usize>,
     /// The host's flags are relied on there.
     flags: bool,
+    /// The last x87 operation before, whose pointers aren't in the core.
+    pointers: Option<usize>,
 }
 
 /// The state of one translation.
@@ -67,10 +73,13 @@ pub struct Translator<'a> {
     /// The host's status flags are the guest's.
     pub host_flags: bool,
     pub encoder: Encoder,
-    stubs: &'a Stubs,
+    pub x87: x87::Place,
+    pub stubs: &'a Stubs,
     number: u32,
     slow: Vec<Slow>,
     exits: Vec<(Exit, Vec<Jump>)>,
+    /// Jumps to where an operation and all that follow are done by their functions.
+    by_function: Vec<(usize, Jump)>,
 }
 
 /// Translates `block`, which has this number and these bytes, for offset `at` of the code memory. The numbers of
@@ -111,10 +120,12 @@ impl<'a> Translator<'a> {
             block,
             host_flags: false,
             encoder: Encoder::new(64),
+            x87: x87::Place::default(),
             stubs,
             number,
             slow: Vec::new(),
             exits: Vec::new(),
+            by_function: Vec::new(),
         }
     }
 
@@ -123,36 +134,58 @@ impl<'a> Translator<'a> {
         let spent = self.e.jcc(cc::SIGN);
         for (at, step) in steps.iter().enumerate() {
             match step.kind {
-                Kind::Helper => self.helper(at),
+                Kind::Helper => self.call_function(at, instructions.get(at)),
                 _ => self.native(at, &instructions[at], *step)?,
             }
         }
         match steps.last().map(|step| step.kind) {
             Some(Kind::Helper) | None => self.e.jmp_to(self.stubs.dispatch),
             Some(kind) if kind.is_branch() => {}
-            Some(_) => self.exit(self.block.end_rip),
+            Some(_) => {
+                self.store_pointers();
+                self.exit(self.block.end_rip);
+            }
         }
         self.e.bind(spent);
         self.e.mov_imm(A, u64::from(self.number << OP_BITS));
         self.e.jmp_to(self.stubs.budget);
+        self.emit_x87_loads();
         self.emit_slow();
+        self.emit_by_function();
         let exits = self.emit_exits(first_exit);
         let helpers = steps.iter().filter(|step| step.kind == Kind::Helper).count();
         Ok(Code { bytes: self.e.bytes, exits, helpers })
     }
 
     fn native(&mut self, at: usize, i: &Instruction, step: Step) -> Result<(), Unencodable> {
-        self.slow.push(Slow { op: at, jumps: Vec::new(), back: None, flags: false });
-        let op: &Op = &self.block.ops[at];
         if step.kind.is_branch() {
-            self.branch(i, op, step.kind);
-            return Ok(());
+            self.store_pointers();
         }
-        self.data(i, op, step)?;
+        let pointers = self.x87.pointers;
+        self.slow.push(Slow { op: at, x87: step.kind == Kind::X87, pointers, ..Slow::default() });
+        let op: &Op = &self.block.ops[at];
+        match step.kind {
+            kind if kind.is_branch() => {
+                self.branch(i, op, kind);
+                return Ok(());
+            }
+            Kind::X87 => self.x87(at, i, op, step.live)?,
+            _ => self.data(i, op, step)?,
+        }
         if let Some(slow) = self.slow.last_mut() {
             (slow.back, slow.flags) = (Some(self.e.here()), self.host_flags);
         }
         Ok(())
+    }
+
+    /// Operation `op` has no host code.
+    fn call_function(&mut self, op: usize, i: Option<&Instruction>) {
+        self.store_pointers();
+        if i.is_none_or(x87::concerns) {
+            self.e.call(self.stubs.x87_store);
+            self.x87.is_live = false;
+        }
+        self.helper(op);
     }
 
     /// Does operation `op` by its function.
@@ -175,7 +208,18 @@ impl<'a> Translator<'a> {
                 continue;
             }
             slow.jumps.iter().for_each(|&jump| self.e.bind(jump));
+            if let Some(op) = slow.pointers {
+                self.emit_pointers(op);
+            }
+            if slow.x87 {
+                self.e.call(self.stubs.x87_store);
+            }
             self.helper(slow.op);
+            if slow.x87 {
+                self.e.call(self.stubs.x87_load);
+                let unusable = self.e.jcc(cc::EQUAL);
+                self.by_function(slow.op + 1, unusable);
+            }
             if slow.flags {
                 self.e.restore_flags();
             }
@@ -195,6 +239,23 @@ impl<'a> Translator<'a> {
         let jump = self.e.jmp();
         others.push(jump);
         self.exits.push((Exit { target, jump: jump.0, guard, unlinked: 0 }, others));
+    }
+
+    /// `jump` is taken where operation `op` and those behind it must be done by their functions.
+    pub fn by_function(&mut self, op: usize, jump: Jump) {
+        self.by_function.push((op, jump));
+    }
+
+    fn emit_by_function(&mut self) {
+        let jumps = std::mem::take(&mut self.by_function);
+        let Some(first) = jumps.iter().map(|&(op, _)| op).min() else { return };
+        for op in first..=self.block.ops.len() {
+            jumps.iter().filter(|&&(to, _)| to == op).for_each(|&(_, jump)| self.e.bind(jump));
+            if op < self.block.ops.len() {
+                self.helper(op);
+            }
+        }
+        self.e.jmp_to(self.stubs.dispatch);
     }
 
     fn emit_exits(&mut self, first: usize) -> Vec<Exit> {

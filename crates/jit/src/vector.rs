@@ -31,7 +31,7 @@ pub fn fits(i: &Instruction) -> bool {
         && !has_implied_operands(i.mnemonic())
 }
 
-/// XMM0, RDI, ECX or a mask decide what these do.
+/// XMM0, RDI, ECX or a mask decide what these do, or they change the x87 state.
 fn has_implied_operands(mnemonic: M) -> bool {
     matches!(
         mnemonic,
@@ -39,6 +39,8 @@ fn has_implied_operands(mnemonic: M) -> bool {
             | M::Blendvps
             | M::Blendvpd
             | M::Sha256rnds2
+            | M::Cvtpi2ps
+            | M::Cvtpi2pd
             | M::Maskmovdqu
             | M::Vmaskmovdqu
             | M::Vmaskmovps

@@ -1,6 +1,9 @@
 //! Random programs on the translator and on the interpreter: registers, flags, memory, counts and time are the
 //! same, whatever is translated when and wherever slices end.
 
+#[path = "programs/x87.rs"]
+mod x87;
+
 use proptest::prelude::*;
 use std::sync::Arc;
 use umbra_arch::control::{Cr0, Cr3, Cr4, Efer};
@@ -16,8 +19,12 @@ const RAM: u64 = 4 << 20;
 const GDT: u64 = 0x1000;
 const IDT: u64 = 0x1800;
 const TABLES: u64 = 0x2000;
-/// A handler of every exception: HLT.
+/// A handler of every exception but two: HLT.
 const HANDLER: u64 = 0x8000;
+/// That of #NM: CLTS, IRETQ.
+const HANDLER_NM: u64 = 0x8010;
+/// That of #MF: FNCLEX, IRETQ.
+const HANDLER_MF: u64 = 0x8020;
 const CODE: u64 = 0x1_0f80;
 const DATA: u64 = 0x4_0000;
 const STACK: u64 = 0x8_0800;
@@ -135,7 +142,7 @@ fn instruction(number: u64) -> Vec<u8> {
     let memory = c.take(3) == 0;
     let reg = c.register();
     let group = [0u8, 1, 2, 3, 4, 5, 6, 7][c.take(8) as usize];
-    match c.take(41) {
+    match c.take(46) {
         0..=3 => c.form(prefix, wide, &[0x01 + 8 * group], reg, memory),
         4..=5 => c.form(prefix, wide, &[0x03 + 8 * group], reg, memory),
         6 => c.form(&[], false, &[8 * group], reg, memory),
@@ -193,6 +200,7 @@ fn instruction(number: u64) -> Vec<u8> {
         33..=36 => vector(&mut c),
         37 => wide_vector(&mut c),
         38 => c.form(prefix, wide, &[0x0f, [0xc1, 0xb1, 0xb1, 0xc0][(group & 3) as usize]], reg, memory),
+        39..=43 => x87::instruction(&mut c),
         // CALL of a function behind the next jump.
         _ => {
             let mut bytes = vec![0xe8, 5, 0, 0, 0];
@@ -237,12 +245,22 @@ fn wide_vector(c: &mut Choice) -> Vec<u8> {
 
 /// Sets registers up, runs the body a number of times, halts.
 fn program(body: &[u64]) -> Vec<u8> {
+    looped(body.iter().flat_map(|&number| instruction(number)))
+}
+
+/// Likewise, mostly of x87 instructions.
+fn x87_program(body: &[u64]) -> Vec<u8> {
+    let x87 = |number: u64| if number >> 61 == 0 { instruction(number) } else { x87::instruction(&mut Choice(number)) };
+    looped(body.iter().flat_map(|&number| x87(number)))
+}
+
+fn looped(body: impl Iterator<Item = u8>) -> Vec<u8> {
     let mut code = vec![0x48, 0xc7, 0xc7]; // mov rdi, DATA
     code.extend((DATA as u32).to_le_bytes());
     code.extend([0x49, 0xc7, 0xc5]); // mov r13, DATA + 0x800
     code.extend((DATA as u32 + 0x800).to_le_bytes());
     code.extend([0x45, 0x31, 0xf6]); // xor r14d, r14d
-    code.extend(body.iter().flat_map(|&number| instruction(number)));
+    code.extend(body);
     // The counter is in memory: dec dword [0x41800]; jnz back
     code.extend([0xff, 0x0c, 0x25]);
     code.extend((DATA as u32 + 0x1800).to_le_bytes());
@@ -259,17 +277,27 @@ fn memory(code: &[u8], data: u64) -> Arc<GuestMemory> {
     put(GDT + 8, descriptor::encode(0, u32::MAX, Attr(0xa09b)));
     put(GDT + 16, descriptor::encode(0, u32::MAX, Attr(0xc093)));
     for vector in 0..32 {
-        put(IDT + 16 * vector, HANDLER & 0xffff | 8 << 16 | 0x8e00 << 32 | (HANDLER >> 16) << 48);
+        let handler = match vector {
+            7 => HANDLER_NM,
+            16 => HANDLER_MF,
+            _ => HANDLER,
+        };
+        put(IDT + 16 * vector, handler & 0xffff | 8 << 16 | 0x8e00 << 32 | (handler >> 16) << 48);
     }
     put(TABLES, TABLES + 0x1003);
     put(TABLES + 0x1000, TABLES + 0x2003);
     put(TABLES + 0x2000, 0x83);
     mem.write(Gpa::new(HANDLER), &[0xf4]);
+    mem.write(Gpa::new(HANDLER_NM), &[0x0f, 0x06, 0x48, 0xcf]);
+    mem.write(Gpa::new(HANDLER_MF), &[0xdb, 0xe2, 0x48, 0xcf]);
     mem.write(Gpa::new(CODE), code);
     for at in (0..0x2000).step_by(8) {
         put(DATA + at, data.wrapping_mul(at | 1).rotate_left(at as u32 & 63));
     }
     put(DATA + 0x1800, 40);
+    for (n, word) in x87::WORDS.iter().enumerate() {
+        mem.write(Gpa::new(x87::CONTROL + 2 * n as u64), &word.to_le_bytes());
+    }
     mem
 }
 
@@ -283,6 +311,12 @@ fn start(data: u64) -> CpuState {
     s.fp.mxcsr = if data & 7 == 1 { 0x1f80 & !(1 << (7 + (data >> 3) % 6)) } else { 0x1f80 };
     for (n, x) in s.fp.xmm.iter_mut().enumerate() {
         *x = [data.rotate_left(n as u32 * 7), (n as f64 * 1.25).to_bits()];
+    }
+    s.fp.fcw = x87::WORDS[if data & 0x70 == 0 { data as usize >> 8 & 7 } else { 0 }];
+    (s.fp.ftw, s.fp.fsw) = (data as u8, (data >> 8) as u16 & 0x3800);
+    for (n, st) in s.fp.st.iter_mut().enumerate() {
+        let exponent = [0x3fff, 0x4001, 0xbffe, data.rotate_right(8 * n as u32) & 0xffff][n & 3];
+        *st = [data.rotate_left(n as u32 * 11) | 1 << 63, exponent];
     }
     s.efer = Efer::new(0x501);
     let flat = |selector, attr| Segment { selector, base: 0, limit: u32::MAX, attr: Attr(attr) };
@@ -361,6 +395,17 @@ proptest! {
     }
 
     #[test]
+    fn x87_programs_do_the_same_on_both_engines(
+        body in prop::collection::vec(any::<u64>(), 1..40),
+        data: u64,
+        pieces in prop::collection::vec(1..1000u64, 0..10),
+    ) {
+        let mut stops: Vec<u64> = pieces.iter().scan(0, |at, piece| { *at += piece; Some(*at) }).collect();
+        stops.push(TICKS);
+        compare(&x87_program(&body), data, SMALL, &stops)?;
+    }
+
+    #[test]
     fn slices_may_end_anywhere(
         body in prop::collection::vec(any::<u64>(), 1..40),
         data: u64,
@@ -431,4 +476,21 @@ fn code_that_patches_itself_is_translated_again() {
 fn no_more_blocks_are_translated_than_the_limit_says() {
     let stats = compare(&patching(), 0, JitOptions { limit: 2, ..SMALL }, &[TICKS]).unwrap();
     assert_eq!(stats.translated, 2);
+}
+
+/// x87 code needs functions only where it looks at the state.
+#[test]
+fn x87_code_is_host_code() {
+    // fld qword [rdi]; fmul st0, st0; fld1; faddp; fstp tbyte [rdi + 0x40]
+    let body = [0xdd, 0x07, 0xdc, 0xc8, 0xd9, 0xe8, 0xde, 0xc1, 0xdb, 0x7f, 0x40];
+    let stats = compare(&looped(body.into_iter()), 0, SMALL, &[TICKS]).unwrap();
+    assert!(stats.ops_translated > 200 && stats.ops_by_helper < 10, "{stats}");
+}
+
+/// CVTPI2PS makes the x87 state an MMX state even with a memory operand.
+#[test]
+fn conversions_from_mmx_are_left_to_functions() {
+    // fld1; cvtpi2ps xmm0, [rdi]; fnsave [rdi + 0x300]
+    let body = [0xd9, 0xe8, 0x0f, 0x2a, 0x07, 0xdd, 0xb7, 0x00, 0x03, 0, 0];
+    compare(&looped(body.into_iter()), 0, SMALL, &[TICKS]).unwrap();
 }

@@ -7,7 +7,7 @@
 use crate::core::Core;
 use crate::decode::Form;
 use crate::flags::Flags;
-use crate::op::{ExecFn, Flow, Op};
+use crate::op::{ExecFn, FOP_AT, Flow, Op};
 use iced_x86::{CpuidFeature, Encoder, OpKind};
 use umbra_arch::control::{Cr0, Cr4};
 use umbra_arch::cpuid::{CpuidProfile, Feature};
@@ -28,8 +28,6 @@ const USES_FLAGS: u64 = 1 << 40;
 const PROBES: u64 = 1 << 41;
 /// Alignment of the memory operand as a shift count, 3 bits.
 const ALIGN_AT: u32 = 42;
-/// x87 opcode, 11 bits.
-const FOP_AT: u32 = 48;
 const _: () = assert!(HostOp::BITS <= 40);
 
 /// Selects the function of a row that the host executes.
@@ -292,7 +290,7 @@ fn execute<U: Unit>(c: &mut Core, op: &Op, mem: &mut MemBuf) -> Result<bool, cra
     }
     if U::X87 {
         c.s.fp.fip = c.block_rip.wrapping_add(u64::from(op.start));
-        c.s.fp.fop = (op.aux >> FOP_AT & 0x7ff) as u16;
+        c.s.fp.fop = op.x87_opcode();
     }
     match outcome {
         Outcome::Done => Ok(true),
