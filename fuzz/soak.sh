@@ -3,6 +3,8 @@
 # it again continues until the total is reached. Stops at the first finding, exit code 1.
 #
 #   fuzz/soak.sh [TARGET [SECONDS [FOLDER]]]      default: decode_execute 3600 target/fuzz/TARGET
+#
+# Environment: TIMEOUT, seconds after which an input counts as a hang (default 20; more on a busy machine).
 set -euo pipefail
 
 target=${1:-decode_execute}
@@ -26,7 +28,7 @@ step=300
 while [ "$(spent)" -lt "$total" ]; do
 	left=$((total - $(spent)))
 	now=$((left < step ? left : step))
-	if ! cargo +nightly fuzz run "$target" -s none "$folder/corpus" "${seeds[@]}" -- -max_total_time="$now" -timeout=20 \
+	if ! cargo +nightly fuzz run "$target" -s none "$folder/corpus" "${seeds[@]}" -- -max_total_time="$now" -timeout="${TIMEOUT:-20}" \
 		"${dictionary[@]}" \
 		-rss_limit_mb=4096 -print_final_stats=1 -artifact_prefix="$folder/artifacts/" >> "$log" 2>&1; then
 		echo "finding after $(spent) s; see $log and $folder/artifacts"

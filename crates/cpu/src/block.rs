@@ -5,11 +5,14 @@
 //! block of its own. Blocks are found by RAM offset, RIP and code mode; RAM lines they were decoded from are
 //! marked, so that any store to such a line drops exactly the blocks on it.
 
+mod aging;
+
 use crate::core::{CodeSize, Core};
 use crate::decode::{DecodeError, decode, resolve};
 use crate::isa::{self, Ends};
 use crate::op::{Flow, Op, Stop};
-use hashbrown::HashMap;
+use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
+use std::hash::BuildHasher;
 use umbra_arch::paging::{Access, AccessKind};
 use umbra_arch::segment::Seg;
 use umbra_arch::{Bus, Fault, Gva, PAGE_SIZE};
@@ -49,11 +52,22 @@ pub struct Block {
     /// Counts the blocks that had this number.
     generation: u32,
     valid: bool,
-    key: Key,
-    /// Bytes it was decoded from: pieces of one page, or of two for a crossing instruction.
-    bytes: [(u64, u32); 2],
-    /// Page the crossing instruction's second part was fetched from.
-    second: Option<(Gva, u64)>,
+    /// Asked for since the last look at what is in use.
+    used: bool,
+    kept: bool,
+    /// Bytes in its first page.
+    len: u32,
+    offset: u64,
+    mode: u64,
+    /// Where its one instruction goes on, if it crosses a page.
+    second: Option<Box<Second>>,
+}
+
+/// The part of an instruction that lies in the next page.
+struct Second {
+    page: Gva,
+    offset: u64,
+    len: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -76,22 +90,37 @@ const NO_JUMP: Jump = Jump { rip: 1, stamp: u64::MAX, mode: u64::MAX, block: u32
 impl Block {
     /// RAM offset of its first byte.
     pub fn offset(&self) -> u64 {
-        self.key.offset
+        self.offset
     }
 
     /// Length in bytes.
     pub fn bytes(&self) -> u32 {
-        self.bytes[0].1 + self.bytes[1].1
+        self.pieces().map(|(_, len)| len).sum()
     }
 
     /// Code mode it was decoded for, as [`Core::code_mode`].
     pub fn mode(&self) -> u64 {
-        self.key.mode
+        self.mode
     }
 
     /// Whether its one instruction goes on in another page.
     pub fn crosses(&self) -> bool {
         self.second.is_some()
+    }
+
+    fn key(&self) -> Key {
+        Key { offset: self.offset, rip: self.rip, mode: self.mode }
+    }
+
+    /// The bytes it was decoded from: RAM offset and length in each page.
+    fn pieces(&self) -> impl Iterator<Item = (u64, u32)> + use<> {
+        let second = self.second.as_ref().map(|second| (second.offset, second.len));
+        std::iter::once((self.offset, self.len)).chain(second)
+    }
+
+    /// Numbers of the pages of RAM it was decoded from.
+    fn pages(&self) -> impl Iterator<Item = u64> + use<> {
+        self.pieces().map(|(offset, _)| offset >> 12)
     }
 }
 
@@ -99,9 +128,13 @@ impl Block {
 pub struct BlockCache {
     blocks: Vec<Block>,
     free: Vec<u32>,
-    map: HashMap<Key, u32>,
+    /// Numbers by [`Key`], which is in the block.
+    map: HashTable<u32>,
+    hasher: DefaultHashBuilder,
     jumps: Box<[Jump]>,
     pages: HashMap<u64, Vec<u32>>,
+    /// Blocks built since the last look at what is in use.
+    built: usize,
     /// Numbers of dropped blocks, if somebody wants to know.
     dropped: Option<Vec<u32>>,
 }
@@ -111,9 +144,11 @@ impl Default for BlockCache {
         Self {
             blocks: Vec::new(),
             free: Vec::new(),
-            map: HashMap::new(),
+            map: HashTable::new(),
+            hasher: DefaultHashBuilder::default(),
             jumps: vec![NO_JUMP; JUMP_SLOTS].into_boxed_slice(),
             pages: HashMap::new(),
+            built: 0,
             dropped: None,
         }
     }
@@ -129,6 +164,11 @@ impl BlockCache {
     #[inline(always)]
     pub fn block(&self, number: u32) -> &Block {
         &self.blocks[number as usize]
+    }
+
+    /// How many there are.
+    pub fn live(&self) -> usize {
+        self.map.len()
     }
 
     /// The block at `c.next_rip`, decoded if need be. Faults are those of the fetch.
@@ -176,26 +216,32 @@ impl BlockCache {
         let lin = fetch_address(c, rip)?;
         let offset = fetch_page(c, lin)?;
         let key = Key { offset: offset.raw(), rip, mode: c.code_mode };
-        let number = match self.map.get(&key) {
-            Some(&number) if self.still_crosses(c, number)? => number,
+        let number = match self.number_of(&key) {
+            Some(number) if self.still_crosses(c, number)? => number,
             found => {
-                if let Some(&number) = found {
+                if let Some(number) = found {
                     self.drop_block(c, number);
                 }
                 self.build(c, key, lin)?
             }
         };
+        self.blocks[number as usize].used = true;
         // The stamp is read after the fetch: filling may have changed it.
         let stamp = c.mmu.fetch_stamp();
         self.jumps[slot_of(rip)] = Jump { rip, stamp, mode: c.code_mode, block: number };
         Ok(number)
     }
 
+    fn number_of(&self, key: &Key) -> Option<u32> {
+        let is_it = |&number: &u32| self.blocks[number as usize].key() == *key;
+        self.map.find(self.hasher.hash_one(key), is_it).copied()
+    }
+
     /// Whether a crossing block's second page is still where it was; #PF if it can't be fetched.
     fn still_crosses(&self, c: &mut Core, number: u32) -> Result<bool, Stop> {
-        match self.block(number).second {
+        match &self.block(number).second {
             None => Ok(true),
-            Some((lin, offset)) => Ok(fetch_page(c, lin.raw())?.raw() == offset),
+            Some(second) => Ok(fetch_page(c, second.page.raw())?.raw() == second.offset),
         }
     }
 
@@ -203,20 +249,23 @@ impl BlockCache {
         if self.map.len() >= MAX_BLOCKS {
             self.clear(c);
         }
+        self.age(c);
         let block = decode_block(c, key, lin)?;
-        for (offset, len) in block.bytes {
+        for (offset, len) in block.pieces() {
             mark_code(c, offset, len);
         }
         let number = self.free.pop().unwrap_or(self.blocks.len() as u32);
-        for page in pages_of(&block) {
+        for page in block.pages() {
             self.pages.entry(page).or_default().push(number);
         }
-        self.map.insert(key, number);
         if let Some(old) = self.blocks.get_mut(number as usize) {
             *old = Block { generation: old.generation, ..block };
         } else {
             self.blocks.push(block);
         }
+        let (blocks, hasher) = (&self.blocks, &self.hasher);
+        let hash = |&number: &u32| hasher.hash_one(blocks[number as usize].key());
+        self.map.insert_unique(hash(&number), number, hash);
         Ok(number)
     }
 
@@ -229,7 +278,7 @@ impl BlockCache {
             let hit: Vec<u32> = numbers
                 .iter()
                 .copied()
-                .filter(|&n| self.block(n).bytes.iter().any(|&(o, l)| overlaps(o, l, offset, len)))
+                .filter(|&n| self.block(n).pieces().any(|(o, l)| overlaps(o, l, offset, len)))
                 .collect();
             for number in hit {
                 self.drop_block(c, number);
@@ -258,12 +307,14 @@ impl BlockCache {
         let block = &mut self.blocks[number as usize];
         block.valid = false;
         block.generation = block.generation.wrapping_add(1);
-        let (key, rip) = (block.key, block.rip);
+        let (key, rip) = (block.key(), block.rip);
         if let Some(dropped) = &mut self.dropped {
             dropped.push(number);
         }
-        let pages: Vec<u64> = pages_of(block).collect();
-        self.map.remove(&key);
+        let pages = block.pages();
+        if let Ok(entry) = self.map.find_entry(self.hasher.hash_one(key), |&n| n == number) {
+            entry.remove();
+        }
         let jump = &mut self.jumps[slot_of(rip)];
         if jump.block == number {
             *jump = NO_JUMP;
@@ -288,8 +339,8 @@ impl BlockCache {
         }
         let mut lines = 0;
         for &number in self.pages.get(&page).into_iter().flatten() {
-            for (offset, len) in self.blocks[number as usize].bytes {
-                if len > 0 && offset >> 12 == page {
+            for (offset, len) in self.blocks[number as usize].pieces() {
+                if offset >> 12 == page {
                     lines |= line_mask(offset, len);
                 }
             }
@@ -299,12 +350,7 @@ impl BlockCache {
 }
 
 fn overlaps(a: u64, a_len: u32, b: u64, b_len: u32) -> bool {
-    a_len > 0 && a < b.saturating_add(u64::from(b_len)) && b < a + u64::from(a_len)
-}
-
-fn pages_of(block: &Block) -> impl Iterator<Item = u64> + use<> {
-    let [first, second] = block.bytes;
-    std::iter::once(first.0 >> 12).chain((second.1 > 0).then_some(second.0 >> 12))
+    a < b.saturating_add(u64::from(b_len)) && b < a + u64::from(a_len)
 }
 
 /// The 64-byte lines of their page that `len` bytes at `offset` touch.
@@ -315,9 +361,6 @@ fn line_mask(offset: u64, len: u32) -> u64 {
 }
 
 fn mark_code(c: &mut Core, offset: u64, len: u32) {
-    if len == 0 {
-        return;
-    }
     *c.code_lines.entry(offset >> 12).or_insert(0) |= line_mask(offset, len);
     let off = RamOffset::new(offset);
     if c.mmu.watcher().claim(off, PageFlags::CODE) {
@@ -413,7 +456,7 @@ fn decode_block(c: &mut Core, key: Key, lin: u64) -> Result<Block, Stop> {
     }
     let first_len = at.min((PAGE_SIZE - (lin & (PAGE_SIZE - 1))) as usize);
     let rest = (at - first_len) as u32;
-    let second_bytes = second.map_or((0, 0), |(_, offset)| (offset, rest.max(1)));
+    let second = second.map(|(page, offset)| Box::new(Second { page, offset, len: rest.max(1) }));
     Ok(Block {
         cost: ops.len() as u32 * COST,
         ops: ops.into_boxed_slice(),
@@ -422,8 +465,11 @@ fn decode_block(c: &mut Core, key: Key, lin: u64) -> Result<Block, Stop> {
         links: [NO_LINK; 2],
         generation: 0,
         valid: true,
-        key,
-        bytes: [(key.offset, first_len as u32), second_bytes],
+        used: true,
+        kept: false,
+        len: first_len as u32,
+        offset: key.offset,
+        mode: key.mode,
         second,
     })
 }

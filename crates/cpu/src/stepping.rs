@@ -96,6 +96,11 @@ impl Interpreter {
         self.cache.watch();
     }
 
+    /// Block `number` will run without [`next_block`](Self::next_block): it stays until its code changes.
+    pub fn keep_block(&mut self, number: u32) {
+        self.cache.keep(number);
+    }
+
     /// Numbers of the blocks dropped since the last call; new blocks may have them by now.
     pub fn take_dropped(&mut self) -> Vec<u32> {
         self.cache.take_dropped()

@@ -291,6 +291,7 @@ impl Engine {
         let translation =
             Translation { entry, rip: block.rip, offset: block.offset(), mode: block.mode(), crosses: block.crosses() };
         self.states[number as usize] = State::Translated(translation);
+        self.interp.keep_block(number);
         Some(translation)
     }
 

@@ -9,6 +9,10 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Seq
 /// Bytes past the last usable one, so that one comparison covers every width.
 const SLACK: u64 = 4096;
 
+/// Where a host's huge pages begin: so that one of the guest's 2 MiB is one of the host's, and few of them reach
+/// beyond what the guest uses.
+const HUGE_PAGE: u64 = 2 << 20;
+
 /// An anonymous private mapping that is accessed by offset.
 pub(crate) struct HostMapping {
     base: *mut u8,
@@ -31,14 +35,16 @@ impl HostMapping {
     pub(crate) fn new(bytes: u64) -> Result<Self, MemoryError> {
         let refused = |source| MemoryError::Map { bytes, source };
         let length = bytes
-            .checked_add(SLACK)
+            .checked_add(SLACK + HUGE_PAGE)
             .and_then(|n| usize::try_from(n).ok())
             .ok_or_else(|| refused(std::io::ErrorKind::OutOfMemory.into()))?;
         let mut map = memmap2::MmapOptions::new().len(length).no_reserve_swap().map_anon().map_err(refused)?;
         #[cfg(target_os = "linux")]
         // Only a hint: a host without transparent huge pages is merely slower.
         let _ = map.advise(memmap2::Advice::HugePage);
-        Ok(Self { base: map.as_mut_ptr(), bytes, _map: map })
+        let start = map.as_mut_ptr();
+        let base = start.wrapping_add(start.align_offset(HUGE_PAGE as usize));
+        Ok(Self { base, bytes, _map: map })
     }
 
     /// Usable bytes.
@@ -54,7 +60,7 @@ impl HostMapping {
     #[inline(always)]
     fn pointer(&self, off: RamOffset) -> Option<*mut u8> {
         if off.raw() < self.bytes {
-            // SAFETY: below `bytes`, and the mapping is SLACK bytes longer than that.
+            // SAFETY: below `bytes`, and the mapping goes on for SLACK bytes behind that.
             Some(unsafe { self.base.add(off.raw() as usize) })
         } else {
             None

@@ -95,6 +95,11 @@ impl Guest {
         self.cpu.retired()
     }
 
+    /// Decoded blocks.
+    pub fn blocks(&self) -> usize {
+        self.cpu.blocks().live()
+    }
+
     pub fn mmu_stats(&self) -> &umbra_mmu::MmuStats {
         self.cpu.mmu_stats()
     }
