@@ -98,6 +98,12 @@ pub enum CliError {
     /// The translator can't be made.
     #[error("--engine jit: {0}")]
     Jit(#[from] JitError),
+    /// An option of the translator without it.
+    #[error("{flag} needs --engine jit: the interpreter translates nothing")]
+    NeedsJit {
+        /// The flag.
+        flag: &'static str,
+    },
     /// Two engines.
     #[error("--engine jit is for --accel soft: a hand-over goes to the interpreter")]
     AccelEngine,

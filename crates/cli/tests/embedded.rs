@@ -57,3 +57,20 @@ fn caches_dropped_at_random_change_nothing_that_a_guest_sees() {
         }
     }
 }
+
+#[test]
+fn the_translator_and_what_it_can_do_without_change_nothing() {
+    let (serial, report) = run(&[]);
+    assert!(report.get("jit").is_none());
+    for off in ["", "native", "vectors,x87,flags", "memory", "links", "jumps"] {
+        let options: &[&str] = if off.is_empty() { &[] } else { &["--jit-off", off] };
+        let (translated, jit) = run(&[&["--engine", "jit"], options].concat());
+        assert_eq!(serial, translated, "{off}");
+        assert_eq!(report["guest_ns"], jit["guest_ns"], "{off}");
+        assert_eq!(report["retired"], jit["retired"], "{off}");
+        let counter = |name: &str| jit["jit"][name].as_u64().unwrap();
+        assert!(counter("ops_translated") > 1_000_000, "{off}: {jit}");
+        assert_eq!(counter("linked") == 0, ["links", "native"].contains(&off), "{off}: {jit}");
+        assert_eq!(counter("ops_by_helper") == counter("ops_translated"), off == "native", "{off}: {jit}");
+    }
+}

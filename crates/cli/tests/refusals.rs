@@ -189,3 +189,10 @@ fn hand_overs_without_an_accelerator_and_accelerated_machines_of_many() {
     refused(&["run", "--accel", "kvm", "--smp", "2"], &["--accel kvm", "--smp"]);
     refused(&["run", "--accel", "kvm", "--handover-at", "later"], &["later", "refusal"]);
 }
+
+#[test]
+fn options_of_the_translator_without_it() {
+    refused(&["run", "--jit-off", "links"], &["--jit-off", "--engine jit"]);
+    refused(&["run", "--jit-limit", "3"], &["--jit-limit", "--engine jit"]);
+    refused(&["run", "--engine", "jit", "--jit-off", "everything"], &["everything", "native"]);
+}

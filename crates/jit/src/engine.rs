@@ -4,6 +4,7 @@ use crate::emitter::{Emitter, displacement};
 use crate::flags::{logic_clears_af, pack, unpack};
 use crate::frame::{Frame, Reason};
 use crate::jumps::{Contexts, Jumps};
+use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::stats::JitStats;
 use crate::stubs::{self, Stubs};
 use crate::translate::{Exit as DirectExit, OP_BITS, lookup_code, translate};
@@ -41,11 +42,19 @@ pub struct JitOptions {
     pub legacy: bool,
     /// Blocks translated at most, to find by bisection one that is wrong.
     pub limit: u64,
+    /// Mechanisms that aren't used.
+    pub off: Mechanisms,
+}
+
+impl JitOptions {
+    /// What a run has unless something else is said.
+    pub const DEFAULT: Self =
+        Self { threshold: 8, code_bytes: 128 << 20, legacy: false, limit: u64::MAX, off: Mechanisms::NONE };
 }
 
 impl Default for JitOptions {
     fn default() -> Self {
-        Self { threshold: 8, code_bytes: 128 << 20, legacy: false, limit: u64::MAX }
+        Self::DEFAULT
     }
 }
 
@@ -282,7 +291,7 @@ impl Engine {
         let mut bytes = vec![0; block.bytes() as usize];
         self.interp.core().mem.load_bytes(RamOffset::new(block.offset()), &mut bytes);
         let entry = self.code.next();
-        let code = translate(block, number, &bytes, entry, self.exits.len(), &self.stubs);
+        let code = translate(block, number, &bytes, entry, self.exits.len(), &self.stubs, self.options.off);
         self.code.append(&code.bytes).ok()?;
         self.stats.translated += 1;
         self.stats.translated_ops += block.ops.len() as u64;
@@ -320,8 +329,10 @@ impl Engine {
         }
         let budget = self.enter_frame(bus, until);
         let code = self.code.address() + translation.entry as u64;
-        self.jumps.enter(translation.rip, self.frame.context, code);
-        if let Some(pending) = self.pending.take() {
+        if !self.options.off.has(Mechanism::Jumps) {
+            self.jumps.enter(translation.rip, self.frame.context, code);
+        }
+        if let Some(pending) = self.pending.take().filter(|_| !self.options.off.has(Mechanism::Links)) {
             self.link(pending, &translation);
         }
         let enter = self.code.address() + self.stubs.enter as u64;

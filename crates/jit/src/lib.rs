@@ -17,6 +17,7 @@ mod engine;
 mod flags;
 mod frame;
 mod jumps;
+mod mechanisms;
 mod memory_path;
 mod native;
 mod plan;
@@ -28,4 +29,5 @@ mod vector;
 mod x87;
 
 pub use engine::{Jit, JitError, JitOptions};
+pub use mechanisms::{Mechanism, Mechanisms};
 pub use stats::JitStats;

@@ -1,5 +1,6 @@
 //! Which operations of a block become host code, in what way, and which status flags anything can look at.
 
+use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::{vector, x87};
 use iced_x86::{ConditionCode, Instruction, Mnemonic as M, OpKind, Register};
 use umbra_cpu::op::Op;
@@ -64,6 +65,14 @@ impl Kind {
         matches!(self, Kind::Jcc | Kind::Jmp | Kind::JmpIndirect | Kind::Call | Kind::CallIndirect | Kind::Ret)
     }
 
+    /// Whether it can't be had without these mechanisms.
+    fn needs(self, i: &Instruction, off: Mechanisms) -> bool {
+        off.has(Mechanism::Native)
+            || off.has(Mechanism::Vectors) && self == Kind::Vector
+            || off.has(Mechanism::X87) && self == Kind::X87
+            || off.has(Mechanism::Memory) && self.accesses_memory(i)
+    }
+
     fn accesses_memory(self, i: &Instruction) -> bool {
         match self {
             Kind::Push | Kind::Pop | Kind::Leave | Kind::Call | Kind::CallIndirect | Kind::Ret => true,
@@ -86,12 +95,14 @@ pub fn has_memory(i: &Instruction) -> bool {
     (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
 }
 
-/// Plans a block, last operation first. Flags are live at its end and before everything that can leave it.
-pub fn plan(instructions: &[Instruction], ops: &[Op]) -> Vec<Step> {
+/// Plans a block without the mechanisms that are `off`, last operation first. Flags are live at its end and before
+/// everything that can leave it.
+pub fn plan(instructions: &[Instruction], ops: &[Op], off: Mechanisms) -> Vec<Step> {
     let mut steps = vec![Step { kind: Kind::Helper, live: true }; ops.len()];
     let mut live = true;
     for (at, i) in instructions.iter().enumerate().rev() {
-        let kind = kind(i, &ops[at], live);
+        live |= off.has(Mechanism::Flags);
+        let kind = Some(kind(i, &ops[at], live)).filter(|kind| !kind.needs(i, off)).unwrap_or(Kind::Helper);
         steps[at] = Step { kind, live };
         let observes = kind == Kind::Helper || kind.accesses_memory(i) || matches!(kind, Kind::Divide { .. });
         let kills = writes_all(kind) || kind == Kind::Vector && vector::writes_flags(i);

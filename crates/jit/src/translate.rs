@@ -6,6 +6,7 @@
 
 use crate::emitter::{Alu, Emitter, Jump, cc};
 use crate::frame::frame_field;
+use crate::mechanisms::Mechanisms;
 use crate::native::Unencodable;
 use crate::plan::{Kind, Step, plan};
 use crate::registers::{A, BUDGET};
@@ -83,10 +84,18 @@ pub struct Translator<'a> {
 }
 
 /// Translates `block`, which has this number and these bytes, for offset `at` of the code memory. The numbers of
-/// its exits begin with `first_exit`.
-pub fn translate(block: &Block, number: u32, bytes: &[u8], at: usize, first_exit: usize, stubs: &Stubs) -> Code {
+/// its exits begin with `first_exit`. Mechanisms that are `off` aren't used.
+pub fn translate(
+    block: &Block,
+    number: u32,
+    bytes: &[u8],
+    at: usize,
+    first_exit: usize,
+    stubs: &Stubs,
+    off: Mechanisms,
+) -> Code {
     let instructions = decode(block, bytes);
-    let steps = plan(&instructions, &block.ops);
+    let steps = plan(&instructions, &block.ops, off);
     let native = Translator::new(block, number, at, stubs).run(&instructions, &steps, first_exit);
     native.unwrap_or_else(|Unencodable| {
         // Every operation by its function: no encoder is asked.

@@ -12,7 +12,7 @@ use umbra_arch::segment::{Attr, Seg, Segment, TableRegister};
 use umbra_arch::state::Activity;
 use umbra_arch::{AccessWidth, Bus, CpuState, Exit, Fault, Gpa, Reply, Slice, Vcpu, VirtualTime, descriptor};
 use umbra_cpu::{EngineOptions, Interpreter};
-use umbra_jit::{Jit, JitOptions, JitStats};
+use umbra_jit::{Jit, JitOptions, JitStats, Mechanism, Mechanisms};
 use umbra_memory::GuestMemory;
 
 const RAM: u64 = 4 << 20;
@@ -384,7 +384,7 @@ fn compare(code: &[u8], data: u64, options: JitOptions, stops: &[u64]) -> Result
     Ok(jit.stats())
 }
 
-const SMALL: JitOptions = JitOptions { threshold: 2, code_bytes: 1 << 20, legacy: true, limit: u64::MAX };
+const SMALL: JitOptions = JitOptions { threshold: 2, code_bytes: 1 << 20, legacy: true, ..JitOptions::DEFAULT };
 
 proptest! {
     #![proptest_config(ProptestConfig::default())]
@@ -493,4 +493,42 @@ fn conversions_from_mmx_are_left_to_functions() {
     // fld1; cvtpi2ps xmm0, [rdi]; fnsave [rdi + 0x300]
     let body = [0xd9, 0xe8, 0x0f, 0x2a, 0x07, 0xdd, 0xb7, 0x00, 0x03, 0, 0];
     compare(&looped(body.into_iter()), 0, SMALL, &[TICKS]).unwrap();
+}
+
+/// A function that adds, multiplies and stores, called in a loop.
+fn calling() -> Vec<u8> {
+    let mut code = vec![0x48, 0xc7, 0xc7];
+    code.extend((DATA as u32).to_le_bytes());
+    let round = code.len();
+    // call the function; paddd xmm0, xmm1; fld1; dec dword [0x41800]
+    code.extend([0xe8, 21, 0, 0, 0, 0x66, 0x0f, 0xfe, 0xc1, 0xd9, 0xe8, 0xff, 0x0c, 0x25]);
+    code.extend((DATA as u32 + 0x1800).to_le_bytes());
+    code.extend([0x0f, 0x85]);
+    code.extend((round as i32 - code.len() as i32 - 4).to_le_bytes());
+    code.extend([0xf4, 0x90]);
+    // add eax, ecx; add ecx, 3, ten times; xor edx, eax; add [rdi], rdx; ret
+    code.extend([0x01, 0xc8]);
+    code.extend([0x83, 0xc1, 3].repeat(10));
+    code.extend([0x31, 0xc2, 0x48, 0x01, 0x17, 0xc3]);
+    code
+}
+
+/// Each mechanism that is left out changes what its counter says, and no result.
+#[test]
+fn mechanisms_can_be_left_out() {
+    let without = |off| compare(&calling(), 8, JitOptions { off, ..SMALL }, &[TICKS]).unwrap();
+    let all = without(Mechanisms::NONE);
+    assert!(all.ops_translated > 100 && all.linked > 0 && all.ops_by_helper < all.ops_translated / 2, "{all}");
+    for mechanism in Mechanism::ALL {
+        let some = without(Mechanisms::NONE.with(mechanism));
+        let differs = match mechanism {
+            Mechanism::Native => some.ops_by_helper == some.ops_translated && some.translated_helpers > 0,
+            Mechanism::Vectors | Mechanism::X87 => some.translated_helpers == all.translated_helpers + 1,
+            Mechanism::Memory => some.translated_helpers > all.translated_helpers + 2,
+            Mechanism::Flags => some.code_bytes > all.code_bytes,
+            Mechanism::Links => some.linked == 0 && some.left_by_link > 10 * all.left_by_link,
+            Mechanism::Jumps => some.left_by_miss > 10 * all.left_by_miss,
+        };
+        assert!(differs, "{mechanism:?}: {some}\nall:\n{all}");
+    }
 }

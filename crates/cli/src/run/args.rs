@@ -5,6 +5,7 @@ use crate::size::{parse_address, parse_duration, parse_latency, parse_range, par
 use clap::{Args as ClapArgs, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
+use umbra_jit::{JitOptions, Mechanism, Mechanisms};
 
 /// Run a guest. Its first serial port is on stdout; everything else goes to stderr. When stdin is a
 /// terminal it becomes the guest's keyboard on that port: Ctrl-A x leaves, Ctrl-A Ctrl-A sends Ctrl-A.
@@ -61,9 +62,8 @@ pub struct Args {
     /// What executes the guest; results are always the same
     #[arg(long, value_enum, value_name = "ENGINE", default_value_t = EngineChoice::Interp)]
     pub engine: EngineChoice,
-    /// Translate at most so many blocks, to find by bisection one that is translated wrongly
-    #[arg(long, value_name = "N")]
-    pub jit_limit: Option<u64>,
+    #[command(flatten)]
+    pub jit: JitArgs,
     /// What the MMU's caches do when control registers change; results are always the same
     #[arg(long, value_enum, value_name = "MODE", default_value_t = MmuChoice::NoUnload)]
     pub mmu: MmuChoice,
@@ -95,6 +95,65 @@ pub enum EngineChoice {
     Interp,
     /// The interpreter, and host code for what is hot
     Jit,
+}
+
+/// What belongs to `--engine jit`; no result changes.
+#[derive(ClapArgs, Debug, Clone)]
+#[group(id = "translator")]
+pub struct JitArgs {
+    /// Translate at most so many blocks, to find by bisection one that is translated wrongly
+    #[arg(long, value_name = "N")]
+    pub jit_limit: Option<u64>,
+    /// Do without a mechanism of the translator, to see whether it is wrong or what it gains; comma-separated
+    #[arg(long, value_enum, value_name = "FLAG", value_delimiter = ',')]
+    pub jit_off: Vec<JitOff>,
+}
+
+impl JitArgs {
+    /// The translator's options.
+    pub fn options(&self) -> JitOptions {
+        let off = self.jit_off.iter().fold(Mechanisms::NONE, |off, flag| off.with(flag.mechanism()));
+        JitOptions { limit: self.jit_limit.unwrap_or(u64::MAX), off, ..JitOptions::DEFAULT }
+    }
+
+    /// The first of these options that was given.
+    pub fn given(&self) -> Option<&'static str> {
+        let limit = self.jit_limit.map(|_| "--jit-limit");
+        limit.or(self.jit_off.first().map(|_| "--jit-off"))
+    }
+}
+
+/// `--jit-off`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum JitOff {
+    /// Host code for operations: each is a call
+    Native,
+    /// Host code for SSE and AVX
+    Vectors,
+    /// Host code for x87
+    X87,
+    /// Memory operands looked up in generated code
+    Memory,
+    /// Saving status flags only where something looks at them
+    Flags,
+    /// Jumps from block to block
+    Links,
+    /// Finding blocks by address in generated code
+    Jumps,
+}
+
+impl JitOff {
+    fn mechanism(self) -> Mechanism {
+        match self {
+            Self::Native => Mechanism::Native,
+            Self::Vectors => Mechanism::Vectors,
+            Self::X87 => Mechanism::X87,
+            Self::Memory => Mechanism::Memory,
+            Self::Flags => Mechanism::Flags,
+            Self::Links => Mechanism::Links,
+            Self::Jumps => Mechanism::Jumps,
+        }
+    }
 }
 
 /// `--mmu`.
@@ -212,6 +271,12 @@ pub enum TraceChoice {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_mechanism_can_be_left_out() {
+        let offered: Vec<_> = JitOff::value_variants().iter().map(|flag| flag.mechanism()).collect();
+        assert_eq!(offered, Mechanism::ALL);
+    }
 
     #[test]
     fn places_of_a_hand_over() {

@@ -109,10 +109,11 @@ fn choice(args: &Args) -> Result<Choice, CliError> {
 /// What `--engine` and its companions come to.
 fn translation(args: &Args, choice: Choice) -> Result<Option<JitOptions>, CliError> {
     match (args.engine, choice) {
-        (EngineChoice::Interp, _) => Ok(None),
-        (EngineChoice::Jit, Choice::Soft) => {
-            Ok(Some(JitOptions { limit: args.jit_limit.unwrap_or(u64::MAX), ..JitOptions::default() }))
-        }
+        (EngineChoice::Interp, _) => match args.jit.given() {
+            Some(flag) => Err(CliError::NeedsJit { flag }),
+            None => Ok(None),
+        },
+        (EngineChoice::Jit, Choice::Soft) => Ok(Some(args.jit.options())),
         (EngineChoice::Jit, Choice::Kvm) => Err(CliError::AccelEngine),
     }
 }

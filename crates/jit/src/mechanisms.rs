@@ -1,0 +1,46 @@
+//! What of the translator can be left out, to find by elimination which part is wrong or what it gains.
+
+/// A mechanism. Without any of them everything is the same for the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Mechanism {
+    /// Host code for operations: without it each is a call of its function.
+    Native,
+    /// Host code for SSE and AVX.
+    Vectors,
+    /// Host code for x87.
+    X87,
+    /// Looking memory operands up in generated code: without it each operation on memory is a call.
+    Memory,
+    /// Saving status flags only where something looks at them.
+    Flags,
+    /// Jumps from one block straight to another.
+    Links,
+    /// Finding a block by its RIP in generated code.
+    Jumps,
+}
+
+impl Mechanism {
+    /// All of them.
+    pub const ALL: [Self; 7] =
+        [Self::Native, Self::Vectors, Self::X87, Self::Memory, Self::Flags, Self::Links, Self::Jumps];
+}
+
+/// A set of mechanisms.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Mechanisms(u8);
+
+impl Mechanisms {
+    /// No mechanism.
+    pub const NONE: Self = Self(0);
+
+    /// This set and one more.
+    pub const fn with(self, one: Mechanism) -> Self {
+        Self(self.0 | 1 << one as u8)
+    }
+
+    /// Whether it is in the set.
+    pub const fn has(self, one: Mechanism) -> bool {
+        self.0 >> (one as u8) & 1 != 0
+    }
+}
