@@ -53,7 +53,9 @@ pub struct Frame {
     pub host_mxcsr: u32,
     /// Vector units that generated code may use: [`VECTOR_SSE`], [`VECTOR_AVX`].
     pub vectors: u8,
-    /// Not 0: no x87 instruction can fault for the x87 state's sake, and no exception is unmasked.
+    /// As `vectors` while the host's vector registers hold the guest's, the core's are stale; otherwise 0.
+    pub vectors_live: u8,
+    /// 1: no x87 instruction can fault for the x87 state's sake, and no exception is unmasked.
     pub x87_usable: u8,
     /// Not 0: the host's x87 registers hold the guest's FSW, tags and stack, the core's are stale.
     pub x87_live: u8,
@@ -72,7 +74,7 @@ pub struct Frame {
     pub bus: Option<*mut (dyn Bus + 'static)>,
     /// A panic on its way through generated code.
     pub panic: Option<Box<dyn std::any::Any + Send>>,
-    /// What FXSAVE writes on the way to the core.
+    /// What FXSAVE writes on the way to the core, and FXRSTOR reads on the way back.
     pub image: Image,
 }
 
@@ -122,6 +124,7 @@ impl Frame {
             mxcsr: MXCSR_DEFAULT,
             host_mxcsr: MXCSR_DEFAULT,
             vectors: 0,
+            vectors_live: 0,
             x87_usable: 0,
             x87_live: 0,
             host_fcw: FCW_DEFAULT,
@@ -237,7 +240,6 @@ pub mod fx {
     pub const FOP: usize = offset_of!(FpState, fop);
     pub const FIP: usize = offset_of!(FpState, fip);
     pub const FDP: usize = offset_of!(FpState, fdp);
-    pub const MXCSR: usize = offset_of!(FpState, mxcsr);
     pub const ST: usize = offset_of!(FpState, st);
 }
 

@@ -26,6 +26,7 @@ mod stats;
 mod stubs;
 mod translate;
 mod vector;
+mod vector_file;
 mod x87;
 
 pub use engine::{Jit, JitError, JitOptions};

@@ -38,7 +38,6 @@ impl Translator<'_> {
                 self.compare_exchange(i, op, step.live);
                 Ok(())
             }
-            Kind::Vector => self.vector(i, op, step.live),
             Kind::Multiply => self.multiply(i, op, step.live),
             Kind::Divide { signed } => self.divide(i, op, signed),
             Kind::Extend => {

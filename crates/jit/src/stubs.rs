@@ -4,7 +4,7 @@ use crate::emitter::{Alu, Emitter, Mem, cc};
 use crate::frame::{Reason, frame_field, gpr, next_rip};
 use crate::jumps::{FOLD, SLOT_SHIFT, SLOTS};
 use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, home};
-use crate::x87;
+use crate::{vector_file, x87};
 
 /// Offsets of the stubs in the code memory.
 #[derive(Clone, Copy)]
@@ -21,7 +21,11 @@ pub struct Stubs {
     pub lookup: usize,
     /// As `lookup` for the RIP in the core.
     pub dispatch: usize,
-    /// Called: the guest's x87 state goes to the host's registers; not equal (ZF) unless it can't. Clobbers [`A`].
+    /// Called: the guest's vector registers go to the host's; not equal (ZF) if the units in [`A`] can't be used.
+    /// Clobbers [`B`].
+    pub vectors_load: usize,
+    /// Called: the guest's x87 state goes to the host's registers; not equal (ZF) if it can't be used. Clobbers
+    /// [`A`] and [`B`].
     pub x87_load: usize,
     /// Called: it goes to the core if it isn't there. Clobbers [`A`] and [`B`].
     pub x87_store: usize,
@@ -33,6 +37,7 @@ const SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
 /// Emits the stubs; `helper` is the address of the function that does operations:
 /// `extern "sysv64" fn(engine, site) -> u32`, 0 if the block goes on.
 pub fn emit(e: &mut Emitter, helper: u64) -> Stubs {
+    let vectors_load = vector_file::emit_load(e);
     let x87_load = x87::emit_load(e);
     let x87_store = x87::emit_store(e);
     let leave_spilled = leave_spilled(e, x87_store);
@@ -53,7 +58,7 @@ pub fn emit(e: &mut Emitter, helper: u64) -> Stubs {
     e.load(A, next_rip());
     let lookup = lookup(e, miss);
     let helper = call_helper(e, helper, leave_spilled);
-    Stubs { enter: enter(e), helper, budget, link, lookup, dispatch, x87_load, x87_store }
+    Stubs { enter: enter(e), helper, budget, link, lookup, dispatch, vectors_load, x87_load, x87_store }
 }
 
 fn enter(e: &mut Emitter) -> usize {
@@ -105,9 +110,7 @@ fn spill(e: &mut Emitter) {
     }
     e.store32(frame_field!(flags), FLAGS);
     e.store(frame_field!(budget), BUDGET);
-    if is_x86_feature_detected!("avx") {
-        e.raw(&[0xc5, 0xf8, 0x77]); // vzeroupper
-    }
+    vector_file::emit_store(e);
     e.rm(false, &[0x0f, 0xae], 3, frame_field!(mxcsr)); // stmxcsr
     e.rm(false, &[0x0f, 0xae], 2, frame_field!(host_mxcsr)); // ldmxcsr
 }

@@ -11,7 +11,7 @@ use crate::native::Unencodable;
 use crate::plan::{Kind, Step, plan};
 use crate::registers::{A, BUDGET};
 use crate::stubs::Stubs;
-use crate::x87;
+use crate::{vector, x87};
 use iced_x86::{Decoder, DecoderOptions, Encoder, Instruction};
 use umbra_cpu::block::Block;
 use umbra_cpu::op::Op;
@@ -63,6 +63,8 @@ struct Slow {
     back: Option<usize>,
     /// The host's flags are relied on there.
     flags: bool,
+    /// Units whose registers what follows wants in the host's.
+    vectors: u8,
     /// The last x87 operation before, whose pointers aren't in the core.
     pointers: Option<usize>,
 }
@@ -74,6 +76,7 @@ pub struct Translator<'a> {
     /// The host's status flags are the guest's.
     pub host_flags: bool,
     pub encoder: Encoder,
+    pub vectors: vector::Place,
     pub x87: x87::Place,
     pub stubs: &'a Stubs,
     number: u32,
@@ -129,6 +132,7 @@ impl<'a> Translator<'a> {
             block,
             host_flags: false,
             encoder: Encoder::new(64),
+            vectors: vector::Place::default(),
             x87: x87::Place::default(),
             stubs,
             number,
@@ -158,6 +162,7 @@ impl<'a> Translator<'a> {
         self.e.bind(spent);
         self.e.mov_imm(A, u64::from(self.number << OP_BITS));
         self.e.jmp_to(self.stubs.budget);
+        self.emit_vector_loads();
         self.emit_x87_loads();
         self.emit_slow();
         self.emit_by_function();
@@ -178,11 +183,13 @@ impl<'a> Translator<'a> {
                 self.branch(i, op, kind);
                 return Ok(());
             }
+            Kind::Vector => self.vector(at, i, op, step.live)?,
             Kind::X87 => self.x87(at, i, op, step.live)?,
             _ => self.data(i, op, step)?,
         }
         if let Some(slow) = self.slow.last_mut() {
             (slow.back, slow.flags) = (Some(self.e.here()), self.host_flags);
+            slow.vectors = self.vectors.live;
         }
         Ok(())
     }
@@ -195,6 +202,7 @@ impl<'a> Translator<'a> {
             self.x87.is_live = false;
         }
         self.helper(op);
+        self.vectors.live = 0;
     }
 
     /// Does operation `op` by its function.
@@ -226,8 +234,11 @@ impl<'a> Translator<'a> {
             self.helper(slow.op);
             if slow.x87 {
                 self.e.call(self.stubs.x87_load);
-                let unusable = self.e.jcc(cc::EQUAL);
+                let unusable = self.e.jcc(cc::NOT_EQUAL);
                 self.by_function(slow.op + 1, unusable);
+            }
+            if slow.vectors != 0 {
+                self.load_vectors(slow.vectors, slow.op + 1);
             }
             if slow.flags {
                 self.e.restore_flags();
@@ -250,7 +261,8 @@ impl<'a> Translator<'a> {
         self.exits.push((Exit { target, jump: jump.0, guard, unlinked: 0 }, others));
     }
 
-    /// `jump` is taken where operation `op` and those behind it must be done by their functions.
+    /// `jump` is taken, with the x87 state in the core, where operation `op` and those behind it must be done by
+    /// their functions.
     pub fn by_function(&mut self, op: usize, jump: Jump) {
         self.by_function.push((op, jump));
     }

@@ -1,22 +1,41 @@
-//! SSE and AVX data instructions as host code: the guest's own, on vector registers that are loaded from the core
-//! before and stored after.
+//! SSE and AVX data instructions as host code: the guest's own, on the host's registers of the same numbers.
 //!
-//! Generated code runs with the guest's MXCSR where no exception of it is unmasked; otherwise, and where CR0, CR4 or
-//! XCR0 forbid the registers, a flag in the frame sends the instruction to its function.
+//! While the frame says that they are live, these are the guest's. The first vector operation of a block loads them,
+//! calling a function stores them. Generated code runs with the guest's MXCSR where no exception of it is unmasked;
+//! otherwise, and where CR0, CR4 or XCR0 forbid the registers, the block goes on with its operations' functions.
 
-use crate::emitter::{Mem, cc};
-use crate::frame::{VECTOR_AVX, VECTOR_SSE, frame_field, gpr, xmm, ymm_high};
-use crate::memory_path::{Access, Address, Place};
+use crate::emitter::{Jump, cc};
+use crate::frame::{VECTOR_AVX, VECTOR_SSE, frame_field, gpr};
+use crate::memory_path::{self, Access, Address};
 use crate::native::{Unencodable, host_operand, sized};
 use crate::plan::has_memory;
 use crate::registers::{A, Reg, home};
 use crate::translate::Translator;
-use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic as M, OpKind, Register};
+use iced_x86::{EncodingKind, Instruction, Mnemonic as M, OpKind, Register};
 use umbra_cpu::decode::register_index;
 use umbra_cpu::op::Op;
 
-/// Whether an instruction has vector and general registers and an ordinary memory operand only, all of them
-/// explicit.
+/// What is known of the vector registers at the place in a block that is being translated.
+#[derive(Default)]
+pub struct Place {
+    /// Units that are allowed, the registers being in the host's.
+    pub live: u8,
+    loads: Vec<Load>,
+}
+
+/// A block's first operation of a unit found the registers in the core.
+struct Load {
+    op: usize,
+    unit: u8,
+    jump: Jump,
+    /// Where the operation begins when they are loaded.
+    back: usize,
+    /// The last x87 operation before, whose pointers aren't in the core.
+    pointers: Option<usize>,
+}
+
+/// Whether an instruction's operands are vector and general registers, and perhaps an ordinary memory operand. XMM0
+/// and RCX, which some use without naming them, are where the host's are.
 pub fn fits(i: &Instruction) -> bool {
     let code = i.code().op_code();
     let encoded = matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX);
@@ -24,24 +43,19 @@ pub fn fits(i: &Instruction) -> bool {
         (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register).map(|n| i.op_register(n)).collect();
     let known = registers.iter().all(|r| r.is_xmm() || r.is_ymm() || r.is_gpr32() || r.is_gpr64());
     let index = i.memory_index();
+    let vector = registers.iter().any(|r| r.is_xmm() || r.is_ymm());
     encoded
         && known
-        && registers.iter().any(|r| r.is_xmm() || r.is_ymm())
+        && (vector || matches!(i.mnemonic(), M::Vzeroupper | M::Vzeroall))
         && (index == Register::None || index.is_gpr())
-        && !has_implied_operands(i.mnemonic())
+        && !is_special(i.mnemonic())
 }
 
-/// XMM0, RDI, ECX or a mask decide what these do, or they change the x87 state.
-fn has_implied_operands(mnemonic: M) -> bool {
+/// RAX, RDX or RDI are operands, a mask says which bytes are accessed, or the x87 state changes.
+fn is_special(mnemonic: M) -> bool {
     matches!(
         mnemonic,
-        M::Pblendvb
-            | M::Blendvps
-            | M::Blendvpd
-            | M::Sha256rnds2
-            | M::Cvtpi2ps
-            | M::Cvtpi2pd
-            | M::Maskmovdqu
+        M::Maskmovdqu
             | M::Vmaskmovdqu
             | M::Vmaskmovps
             | M::Vmaskmovpd
@@ -51,14 +65,12 @@ fn has_implied_operands(mnemonic: M) -> bool {
             | M::Pcmpestri64
             | M::Pcmpestrm
             | M::Pcmpestrm64
-            | M::Pcmpistri
-            | M::Pcmpistrm
             | M::Vpcmpestri
             | M::Vpcmpestri64
             | M::Vpcmpestrm
             | M::Vpcmpestrm64
-            | M::Vpcmpistri
-            | M::Vpcmpistrm
+            | M::Cvtpi2ps
+            | M::Cvtpi2pd
     )
 }
 
@@ -71,19 +83,6 @@ fn is_vex(i: &Instruction) -> bool {
     i.code().op_code().encoding() == EncodingKind::VEX
 }
 
-/// Whether the first operand's old value has a part in the result.
-fn reads_first(i: &Instruction) -> bool {
-    if is_vex(i) {
-        return writes_flags(i) || i.cpuid_features().contains(&CpuidFeature::FMA);
-    }
-    match i.mnemonic() {
-        M::Movaps | M::Movups | M::Movapd | M::Movupd | M::Movdqa | M::Movdqu | M::Lddqu => false,
-        M::Movd | M::Movq | M::Pshufd | M::Movddup | M::Movntdqa => false,
-        M::Movss | M::Movsd => !has_memory(i),
-        _ => true,
-    }
-}
-
 /// Bytes that the memory operand's address must be a multiple of.
 fn alignment(i: &Instruction) -> u8 {
     let size = i.memory_size().size() as u8;
@@ -93,15 +92,15 @@ fn alignment(i: &Instruction) -> u8 {
             M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntdq | M::Vmovntps | M::Vmovntpd | M::Vmovntdqa
         )
     } else {
-        size < 16 || matches!(i.mnemonic(), M::Movups | M::Movupd | M::Movdqu | M::Lddqu)
+        size < 16 || matches!(i.mnemonic(), M::Movups | M::Movupd | M::Movdqu | M::Lddqu | M::Pcmpistri | M::Pcmpistrm)
     };
     if unaligned { 1 } else { size }
 }
 
 impl Translator<'_> {
-    /// A vector instruction. Its slow path is open.
-    pub fn vector(&mut self, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
-        self.need_vectors(if is_vex(i) { VECTOR_AVX } else { VECTOR_SSE });
+    /// Vector operation number `at`. Its slow path is open.
+    pub fn vector(&mut self, at: usize, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
+        self.need_vectors(at, if is_vex(i) { VECTOR_AVX } else { VECTOR_SSE });
         let mut host = *i;
         let mut free = A;
         if has_memory(i) {
@@ -109,7 +108,7 @@ impl Translator<'_> {
             let mut place = self.lookup(&Address::of(op), i.memory_size().size() as u32, access);
             if alignment(i) > 1 {
                 self.e.lea(A, place.mem);
-                place = Place::SCRATCH;
+                place = memory_path::Place::SCRATCH;
                 self.e.rr(false, &[0xf6], 0, A); // test
                 self.e.raw(&[alignment(i) - 1]);
                 let misaligned = self.e.jcc(cc::NOT_EQUAL);
@@ -118,20 +117,12 @@ impl Translator<'_> {
             host_operand(&mut host, &place);
             free = place.free;
         }
-        let mut vectors = 0;
         for n in (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register) {
             let register = i.op_register(n);
             if register.is_gpr() {
                 let place = self.general(i, n, free);
                 host.set_op_register(n, sized(place, register.size()));
-                continue;
             }
-            let first = if register.is_ymm() { Register::YMM0 } else { Register::XMM0 };
-            host.set_op_register(n, Register::try_from(first as usize + vectors).unwrap_or(Register::None));
-            if n > 0 || reads_first(i) {
-                self.load_vector(vectors as u8, register);
-            }
-            vectors += 1;
         }
         self.encode(&host)?;
         self.result(i, live, free);
@@ -147,60 +138,55 @@ impl Translator<'_> {
         })
     }
 
+    /// Flags, and a general register that isn't at home in one of the host.
     fn result(&mut self, i: &Instruction, live: bool, free: Reg) {
         if writes_flags(i) {
             self.host_flags = live;
             if live {
                 self.e.save_flags();
             }
-            return;
-        }
-        if i.op0_kind() != OpKind::Register {
-            return;
-        }
-        let register = i.op0_register();
-        if register.is_gpr() {
-            let guest = register_index(register);
+        } else if i.op0_kind() == OpKind::Register && i.op0_register().is_gpr() {
+            let guest = register_index(i.op0_register());
             if home(guest).is_none() {
                 self.e.store(gpr(guest), free);
             }
+        }
+    }
+
+    /// The vector registers must be the guest's from here on, and `unit` allowed.
+    fn need_vectors(&mut self, op: usize, unit: u8) {
+        if self.vectors.live & unit != 0 {
             return;
         }
-        let n = register.number() as u8;
-        self.e.rm(false, &[0x0f, 0x11], 0, xmm(n)); // movups
-        if register.is_ymm() {
-            vex_lane(self, 0x19, 0, ymm_high(n)); // vextractf128
-        } else if is_vex(i) {
-            self.e.store_imm(ymm_high(n), 0);
-            self.e.store_imm(Mem { disp: ymm_high(n).disp + 8, ..ymm_high(n) }, 0);
-        }
-    }
-
-    fn load_vector(&mut self, host: u8, register: Register) {
-        let n = register.number() as u8;
-        self.e.rm(false, &[0x0f, 0x10], host, xmm(n)); // movups
-        if register.is_ymm() {
-            vex_lane(self, 0x18, host, ymm_high(n)); // vinsertf128 host, host, mem, 1
-        }
-    }
-
-    /// Vector registers may be used, or the function is called: that may find it so, and go on.
-    fn need_vectors(&mut self, unit: u8) {
         self.host_flags = false;
-        self.e.rm(false, &[0xf6], 0, frame_field!(vectors)); // test byte
+        self.e.rm(false, &[0xf6], 0, frame_field!(vectors_live)); // test byte
         self.e.raw(&[unit]);
-        let forbidden = self.e.jcc(cc::EQUAL);
-        self.slow(forbidden);
+        let jump = self.e.jcc(cc::EQUAL);
+        self.vectors.loads.push(Load { op, unit, jump, back: self.e.here(), pointers: self.x87.pointers });
+        self.vectors.live |= unit;
     }
-}
 
-/// VINSERTF128 (18h) or VEXTRACTF128 (19h) of the upper lane.
-fn vex_lane(t: &mut Translator<'_>, opcode: u8, host: u8, mem: Mem) {
-    // Three-byte VEX, map 0F3A, 256 bits, prefix 66; inverted bits: R and X set, B by the base.
-    let base = mem.base.unwrap_or(0);
-    let source = if opcode == 0x18 { !host & 0xf } else { 0xf };
-    let second = 0xc0 | u8::from(base < 8) << 5 | 3;
-    t.e.raw(&[0xc4, second, source << 3 | 5, opcode]);
-    t.e.modrm(host, mem);
-    t.e.raw(&[1]);
+    /// What [`need_vectors`](Self::need_vectors) jumps to.
+    pub fn emit_vector_loads(&mut self) {
+        for load in std::mem::take(&mut self.vectors.loads) {
+            self.e.bind(load.jump);
+            if let Some(op) = load.pointers {
+                self.emit_pointers(op);
+            }
+            self.load_vectors(load.unit, load.op);
+            self.e.jmp_to(load.back);
+        }
+    }
+
+    /// Loads the vector registers; from operation `next` on everything is done by functions if the units can't be
+    /// used.
+    pub fn load_vectors(&mut self, units: u8, next: usize) {
+        self.e.mov_imm(A, units.into());
+        self.e.call(self.stubs.vectors_load);
+        let loaded = self.e.jcc(cc::EQUAL);
+        self.e.call(self.stubs.x87_store);
+        let forbidden = self.e.jmp();
+        self.by_function(next, forbidden);
+        self.e.bind(loaded);
+    }
 }

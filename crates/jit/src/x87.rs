@@ -167,7 +167,7 @@ impl Translator<'_> {
                 self.emit_pointers(op);
             }
             self.e.call(self.stubs.x87_load);
-            let unusable = self.e.jcc(cc::EQUAL);
+            let unusable = self.e.jcc(cc::NOT_EQUAL);
             self.by_function(load.op, unusable);
             self.e.jmp_to(load.back);
         }
@@ -197,22 +197,32 @@ fn store16(e: &mut Emitter, mem: Mem, from: u8) {
     e.rm(false, &[0x89], from, mem);
 }
 
-/// See [`Stubs::x87_load`](crate::stubs::Stubs::x87_load). No vector register holds anything there.
+/// See [`Stubs::x87_load`](crate::stubs::Stubs::x87_load). Vector registers and MXCSR come back as they are.
 pub fn emit_load(e: &mut Emitter) -> usize {
     let here = e.here();
     e.rm(false, &[0x80], 7, frame_field!(x87_usable)); // cmp
-    e.raw(&[0]);
-    let unusable = e.jcc(cc::EQUAL);
-    // FXRSTOR loads MXCSR, too: let it be the one in use.
-    e.load32(A, fp(fx::MXCSR));
-    e.rm(false, &[0x0f, 0xae], 3, fp(fx::MXCSR)); // stmxcsr
-    e.rm(true, &[0x0f, 0xae], 1, fp(0)); // fxrstor64
-    e.store32(fp(fx::MXCSR), A);
+    e.raw(&[1]);
+    let unusable = e.jcc(cc::NOT_EQUAL);
+    e.rm(true, &[0x0f, 0xae], 0, image(0)); // fxsave64
+    e.load(A, fp(fx::FCW));
+    e.store(image(fx::FCW), A);
+    for n in (0..8 * 16).step_by(16) {
+        e.load(A, fp(fx::ST + n));
+        e.load(B, fp(fx::ST + n + 8));
+        e.store(image(fx::ST + n), A);
+        e.store(image(fx::ST + n + 8), B);
+    }
+    e.rm(true, &[0x0f, 0xae], 1, image(0)); // fxrstor64
     e.rm(false, &[0xc6], 0, frame_field!(x87_live)); // mov byte
     e.raw(&[1]);
     e.bind(unusable);
     e.raw(&[0xc3]);
     here
+}
+
+/// Place in the frame's FXSAVE image.
+fn image(offset: usize) -> Mem {
+    Mem { disp: frame_field!(image).disp + offset as i32, ..frame_field!(image) }
 }
 
 /// See [`Stubs::x87_store`](crate::stubs::Stubs::x87_store).
@@ -221,7 +231,6 @@ pub fn emit_store(e: &mut Emitter) -> usize {
     e.rm(false, &[0x80], 7, frame_field!(x87_live)); // cmp
     e.raw(&[0]);
     let stored = e.jcc(cc::EQUAL);
-    let image = |offset: usize| Mem { disp: frame_field!(image).disp + offset as i32, ..frame_field!(image) };
     e.rm(true, &[0x0f, 0xae], 0, image(0)); // fxsave64
     e.rm(false, &[0x0f, 0xb7], A, image(fx::FSW)); // movzx
     store16(e, fp(fx::FSW), A);

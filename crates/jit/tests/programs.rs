@@ -215,7 +215,7 @@ fn instruction(number: u64) -> Vec<u8> {
 fn vector(c: &mut Choice) -> Vec<u8> {
     const PREFIXES: [&[u8]; 4] = [&[], &[0x66], &[0xf3], &[0xf2]];
     let opcode = 0x50 + c.take(16) as u8;
-    let (prefix, opcode) = match c.take(8) {
+    let (prefix, opcode) = match c.take(9) {
         // Arithmetic of all four types; logic, conversions.
         0 | 1 => (PREFIXES[c.take(4) as usize], [0x51u8, 0x58, 0x59, 0x5c, 0x5d, 0x5e, 0x5f][c.take(7) as usize]),
         2 => (PREFIXES[c.take(2) as usize], [0x14, 0x15, 0x54, 0x55, 0x56, 0x57, 0x2e, 0x2f, 0x5a][c.take(9) as usize]),
@@ -223,10 +223,32 @@ fn vector(c: &mut Choice) -> Vec<u8> {
         4 => (PREFIXES[c.take(2) as usize], [0x28, 0x29][c.take(2) as usize]),
         5 => (PREFIXES[1 + c.take(2) as usize], [0x6f, 0x7f][c.take(2) as usize]),
         6 => (PREFIXES[2 + c.take(2) as usize], [0x2a, 0x2c, 0x2d][c.take(3) as usize]),
+        7 => return special_vector(c),
         _ => (PREFIXES[1], [0x60, 0x62, 0x6c, 0x74, 0xd4, 0xdb, 0xef, 0xfe, 0xf4, 0x6e, 0x7e][opcode as usize % 11]),
     };
     let (reg, wide, memory) = (c.register(), c.take(2) == 1, c.take(3) == 0);
     c.form(prefix, wide, &[0x0f, opcode], reg, memory)
+}
+
+/// With operands that aren't named, or on control state.
+fn special_vector(c: &mut Choice) -> Vec<u8> {
+    const CHOICES: [&[u8]; 14] = [
+        &[0x66, 0x0f, 0x38, 0x10, 0xca],             // pblendvb xmm1, xmm2, xmm0
+        &[0x66, 0x44, 0x0f, 0x38, 0x14, 0x47, 0x30], // blendvps xmm8, [rdi + 0x30], xmm0
+        &[0x66, 0x0f, 0x3a, 0x63, 0xca, 0x0c],       // pcmpistri xmm1, xmm2, 12
+        &[0x66, 0x0f, 0x3a, 0x62, 0x4f, 0x11, 0x48], // pcmpistrm xmm1, [rdi + 0x11], 0x48
+        &[0x66, 0x0f, 0x3a, 0x61, 0xca, 0x0c],       // pcmpestri xmm1, xmm2, 12
+        &[0x66, 0x44, 0x0f, 0xf7, 0xca],             // maskmovdqu xmm9, xmm2
+        &[0x66, 0x45, 0x0f, 0x38, 0x17, 0xca],       // ptest xmm9, xmm10
+        &[0x44, 0x0f, 0x50, 0xd9],                   // movmskps r11d, xmm1
+        &[0xf3, 0x4c, 0x0f, 0x2d, 0x1f],             // cvtss2si r11, [rdi]
+        &[0x0f, 0xae, 0x5f, 0x44],                   // stmxcsr [rdi + 0x44]
+        &[0x0f, 0xae, 0x97, 0x20, 0x18, 0, 0],       // ldmxcsr [rdi + 0x1820]
+        &[0x0f, 0xae, 0x97, 0x24, 0x18, 0, 0],       // ldmxcsr [rdi + 0x1824]: unmasks
+        &[0xc5, 0xf8, 0x77],                         // vzeroupper
+        &[0xc5, 0xfc, 0x77],                         // vzeroall
+    ];
+    CHOICES[c.take(14) as usize].to_vec()
 }
 
 /// An AVX instruction on registers or `[rdi]`, of 16 or 32 bytes; FMA now and then.
@@ -295,6 +317,7 @@ fn memory(code: &[u8], data: u64) -> Arc<GuestMemory> {
         put(DATA + at, data.wrapping_mul(at | 1).rotate_left(at as u32 & 63));
     }
     put(DATA + 0x1800, 40);
+    put(DATA + 0x1820, 0x3f80 | 0x1e80 << 32);
     for (n, word) in x87::WORDS.iter().enumerate() {
         mem.write(Gpa::new(x87::CONTROL + 2 * n as u64), &word.to_le_bytes());
     }
@@ -311,6 +334,9 @@ fn start(data: u64) -> CpuState {
     s.fp.mxcsr = if data & 7 == 1 { 0x1f80 & !(1 << (7 + (data >> 3) % 6)) } else { 0x1f80 };
     for (n, x) in s.fp.xmm.iter_mut().enumerate() {
         *x = [data.rotate_left(n as u32 * 7), (n as f64 * 1.25).to_bits()];
+    }
+    for (n, y) in s.fp.ymm_high.iter_mut().enumerate() {
+        *y = [data.rotate_right(n as u32 * 3), data ^ n as u64];
     }
     s.fp.fcw = x87::WORDS[if data & 0x70 == 0 { data as usize >> 8 & 7 } else { 0 }];
     (s.fp.ftw, s.fp.fsw) = (data as u8, (data >> 8) as u16 & 0x3800);
