@@ -101,7 +101,8 @@ fn call_helper(e: &mut Emitter, function: u64, leave_spilled: usize) -> usize {
     here
 }
 
-/// Stores what lives in host registers.
+/// Stores what lives in host registers. Vector registers aren't live afterwards and [`reload`] doesn't bring them back:
+/// code that goes on with them calls [`Stubs::vectors_load`].
 fn spill(e: &mut Emitter) {
     for n in 0..RESIDENT {
         if let Some(r) = home(n) {
