@@ -86,8 +86,8 @@ pub struct Image([u8; 512]);
 pub const VECTOR_SSE: u8 = 1;
 /// AVX, too.
 pub const VECTOR_AVX: u8 = 2;
-/// All exceptions masked, round to nearest.
-const MXCSR_DEFAULT: u32 = 0x1f80;
+/// All exceptions masked, round to nearest: the mask bits.
+pub const MXCSR_DEFAULT: u32 = 0x1f80;
 
 /// FCW after FNINIT.
 const FCW_DEFAULT: u16 = 0x37f;

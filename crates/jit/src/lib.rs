@@ -19,6 +19,7 @@ mod frame;
 mod jumps;
 mod mechanisms;
 mod memory_path;
+mod mmx;
 mod native;
 mod plan;
 mod registers;

@@ -4,8 +4,8 @@
 //! calling a function stores them. Generated code runs with the guest's MXCSR where no exception of it is unmasked;
 //! otherwise, and where CR0, CR4 or XCR0 forbid the registers, the block goes on with its operations' functions.
 
-use crate::emitter::{Jump, cc};
-use crate::frame::{VECTOR_AVX, VECTOR_SSE, frame_field, gpr};
+use crate::emitter::{Alu, Jump, cc};
+use crate::frame::{MXCSR_DEFAULT, VECTOR_AVX, VECTOR_SSE, frame_field, gpr};
 use crate::memory_path::{self, Access, Address};
 use crate::native::{Unencodable, host_operand, sized};
 use crate::plan::has_memory;
@@ -46,21 +46,39 @@ pub fn fits(i: &Instruction) -> bool {
     let vector = registers.iter().any(|r| r.is_xmm() || r.is_ymm());
     encoded
         && known
-        && (vector || matches!(i.mnemonic(), M::Vzeroupper | M::Vzeroall))
+        && (vector || names_no_vector(i.mnemonic()))
         && (index == Register::None || index.is_gpr())
         && !is_special(i.mnemonic())
 }
 
-/// RAX, RDX or RDI are operands, a mask says which bytes are accessed, or the x87 state changes.
+/// What has to do with vector registers or MXCSR without a vector register among its operands, at least with a
+/// memory operand.
+fn names_no_vector(mnemonic: M) -> bool {
+    matches!(
+        mnemonic,
+        M::Vzeroupper
+            | M::Vzeroall
+            | M::Stmxcsr
+            | M::Vstmxcsr
+            | M::Ldmxcsr
+            | M::Vldmxcsr
+            | M::Cvtss2si
+            | M::Cvttss2si
+            | M::Cvtsd2si
+            | M::Cvttsd2si
+            | M::Vcvtss2si
+            | M::Vcvttss2si
+            | M::Vcvtsd2si
+            | M::Vcvttsd2si
+    )
+}
+
+/// RAX, RDX or RDI are operands, or the x87 state changes.
 fn is_special(mnemonic: M) -> bool {
     matches!(
         mnemonic,
         M::Maskmovdqu
             | M::Vmaskmovdqu
-            | M::Vmaskmovps
-            | M::Vmaskmovpd
-            | M::Vpmaskmovd
-            | M::Vpmaskmovq
             | M::Pcmpestri
             | M::Pcmpestri64
             | M::Pcmpestrm
@@ -101,16 +119,26 @@ impl Translator<'_> {
     /// Vector operation number `at`. Its slow path is open.
     pub fn vector(&mut self, at: usize, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
         self.need_vectors(at, if is_vex(i) { VECTOR_AVX } else { VECTOR_SSE });
+        if matches!(i.mnemonic(), M::Ldmxcsr | M::Vldmxcsr) {
+            self.load_mxcsr(op);
+            return Ok(());
+        }
+        self.on_host(i, op, alignment(i), live)
+    }
+
+    /// Emits `i` with its general registers and its memory operand, whose address must be a multiple of `alignment`,
+    /// on the host. It writes its first operand at most.
+    pub fn on_host(&mut self, i: &Instruction, op: &Op, alignment: u8, live: bool) -> Result<(), Unencodable> {
         let mut host = *i;
         let mut free = A;
         if has_memory(i) {
             let access = if i.op0_kind() == OpKind::Memory { Access::Write } else { Access::Read };
             let mut place = self.lookup(&Address::of(op), i.memory_size().size() as u32, access);
-            if alignment(i) > 1 {
+            if alignment > 1 {
                 self.e.lea(A, place.mem);
                 place = memory_path::Place::SCRATCH;
                 self.e.rr(false, &[0xf6], 0, A); // test
-                self.e.raw(&[alignment(i) - 1]);
+                self.e.raw(&[alignment - 1]);
                 let misaligned = self.e.jcc(cc::NOT_EQUAL);
                 self.slow(misaligned);
             }
@@ -127,6 +155,18 @@ impl Translator<'_> {
         self.encode(&host)?;
         self.result(i, live, free);
         Ok(())
+    }
+
+    /// LDMXCSR: its function unmasks exceptions, and knows what bits there are.
+    fn load_mxcsr(&mut self, op: &Op) {
+        let place = self.lookup(&Address::of(op), 4, Access::Read);
+        self.e.load32(A, place.mem);
+        self.e.store32(frame_field!(scratch), A);
+        self.e.alu_imm(Alu::And, false, A, !0xffff | MXCSR_DEFAULT as i32);
+        self.e.alu_imm(Alu::Cmp, false, A, MXCSR_DEFAULT as i32);
+        let unmasks = self.e.jcc(cc::NOT_EQUAL);
+        self.slow(unmasks);
+        self.e.rm(false, &[0x0f, 0xae], 2, frame_field!(scratch));
     }
 
     /// General register operand `n` to a host register.

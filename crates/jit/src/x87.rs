@@ -8,6 +8,7 @@
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::{X87_CONTROL, X87_MASKS, fp, frame_field, fx};
 use crate::memory_path::{Access, Address};
+use crate::mmx;
 use crate::native::{Unencodable, host_operand};
 use crate::plan::has_memory;
 use crate::registers::{A, B, FLAGS, GUEST_RAX};
@@ -39,14 +40,14 @@ fn is_x87(i: &Instruction) -> bool {
     sets.iter().any(|set| matches!(set, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387))
 }
 
-/// Whether it has host code: all but those that change control state or more than one operand.
+/// Whether it has host code, as all do but those that change control state or more than one operand.
 pub fn fits(i: &Instruction) -> bool {
     let control = matches!(
         i.mnemonic(),
         M::Fninit | M::Fnclex | M::Fneni | M::Fndisi | M::Fnsetpm | M::Fnstenv | M::Fldenv | M::Fnsave | M::Frstor
     );
     let flags = i.rflags_modified() & STATUS;
-    is_x87(i) && !control && (flags == 0 || flags == STATUS)
+    is_x87(i) && !control && (flags == 0 || flags == STATUS) || i.mnemonic() == M::Wait || mmx::fits(i)
 }
 
 /// All status flags; iced-x86 has C0 to C3 among the others.
@@ -77,6 +78,9 @@ impl Translator<'_> {
     pub fn x87(&mut self, at: usize, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
         self.need_x87(at);
         match i.mnemonic() {
+            // Nothing is pending.
+            M::Wait => {}
+            _ if mmx::fits(i) => self.on_host(i, op, 1, live)?,
             M::Fldcw => self.load_control(op),
             M::Fnstcw => {
                 let place = self.lookup(&Address::of(op), 2, Access::Write);

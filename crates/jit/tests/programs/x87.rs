@@ -10,12 +10,13 @@ pub const CONTROL: u64 = DATA + 0x1810;
 
 /// An x87 instruction, now and then another that has to do with its state.
 pub fn instruction(c: &mut Choice) -> Vec<u8> {
-    match c.take(20) {
+    match c.take(22) {
         0..=6 => registers(c),
         7..=14 => memory(c),
         15 => constant(c),
         16 => control_word(c),
         17 | 18 => vec![0xdf, 0xe0], // fnstsw ax
+        19 | 20 => mmx(c),
         _ => state(c),
     }
 }
@@ -54,6 +55,16 @@ fn control_word(c: &mut Choice) -> Vec<u8> {
     let mut bytes = vec![0xd9, 0x2c, 0x25];
     bytes.extend((CONTROL as u32 + 2 * which as u32).to_le_bytes());
     bytes
+}
+
+fn mmx(c: &mut Choice) -> Vec<u8> {
+    const OPCODES: [u8; 24] = [
+        0x60, 0x61, 0x63, 0x67, 0x6b, 0x6e, 0x6f, 0x75, 0x7e, 0x7f, 0xd1, 0xd4, 0xd5, 0xd8, 0xda, 0xdf, 0xe0, 0xe4,
+        0xf1, 0xf4, 0xf6, 0xfa, 0xfd, 0xfe,
+    ];
+    let opcode = OPCODES[c.take(24) as usize];
+    let (reg, wide, memory) = (c.register(), c.take(2) == 1, c.take(3) == 0);
+    c.form(&[], wide, &[0x0f, opcode], reg, memory)
 }
 
 fn state(c: &mut Choice) -> Vec<u8> {
