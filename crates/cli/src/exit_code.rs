@@ -4,6 +4,8 @@ use umbra_machine::{End, Stop};
 
 /// Clean end, or the expected string appeared.
 pub const CLEAN: u8 = 0;
+/// The engines of --lockstep differ.
+pub const DIFFERENT: u8 = 121;
 /// No CPU will ever run again.
 pub const HALTED: u8 = 122;
 /// The guest ended without the expected string.
@@ -24,6 +26,7 @@ pub const TABLE: &str = "\
 Exit codes:
   0    the guest powered off or rebooted, or the string of --expect appeared
   N    the guest wrote V to the debug-exit port (0xf4): N is (V << 1) | 1, its low 8 bits
+  121  the engines that --lockstep compares differ
   122  every CPU is halted for ever (HLT with interrupts off, or nothing left to wake it)
   123  the guest ended without the string of --expect, or the embedded guest's report says so
   124  timeout (--timeout)
@@ -48,6 +51,7 @@ pub fn of(end: &End, expecting: bool) -> u8 {
         End::Stopped(Stop::Timeout) => TIMEOUT,
         End::Stopped(Stop::User) => USER,
         End::Stopped(Stop::Signal(signal)) => 128u8.wrapping_add(*signal as u8),
+        End::Stopped(Stop::Difference) => DIFFERENT,
         End::Stopped(Stop::OutputClosed | Stop::HandOver) | End::MemoryFile(_) | End::Limit | End::Mark(_) => HOST,
     }
 }
@@ -73,7 +77,7 @@ mod tests {
 
     #[test]
     fn every_constant_is_documented() {
-        for code in [CLEAN, HALTED, NOT_SEEN, TIMEOUT, HOST, UNSUPPORTED, TRIPLE_FAULT, USER] {
+        for code in [CLEAN, DIFFERENT, HALTED, NOT_SEEN, TIMEOUT, HOST, UNSUPPORTED, TRIPLE_FAULT, USER] {
             assert!(TABLE.contains(&format!("\n  {code:<4} ")), "{code}");
         }
     }

@@ -59,6 +59,21 @@ fn caches_dropped_at_random_change_nothing_that_a_guest_sees() {
 }
 
 #[test]
+fn lockstep_finds_no_difference_and_makes_none() {
+    let (serial, report) = run(&[]);
+    for blocks in ["1", "37"] {
+        let (stepped, lockstep) = run(&["--engine", "jit", "--lockstep", blocks]);
+        assert_eq!(serial, stepped, "{blocks}");
+        // The time at the end is that of the last turn's start.
+        for same in ["retired", "written_bytes"] {
+            assert_eq!(report[same], lockstep[same], "{blocks}: {same}");
+        }
+        let count = |name: &str| lockstep["jit"][name].as_u64().unwrap();
+        assert!(count("ops_translated") > 10 * count("ops_interpreted"), "{lockstep}");
+    }
+}
+
+#[test]
 fn the_translator_and_what_it_can_do_without_change_nothing() {
     let (serial, report) = run(&[]);
     assert!(report.get("jit").is_none());

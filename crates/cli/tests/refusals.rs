@@ -177,7 +177,7 @@ fn help_lists_every_exit_code() {
     let output = umbra(&["run", "--help"]);
     assert_eq!(output.status.code(), Some(0));
     let help = String::from_utf8(output.stdout).unwrap();
-    for part in ["122", "123", "124", "125", "126", "127", "(V << 1) | 1", "--expect", "--mmu", "Ctrl-A x"] {
+    for part in ["121", "122", "123", "124", "125", "126", "127", "(V << 1) | 1", "--expect", "--mmu", "Ctrl-A x"] {
         assert!(help.contains(part), "no {part:?} in the help");
     }
 }
@@ -193,6 +193,7 @@ fn hand_overs_without_an_accelerator_and_accelerated_machines_of_many() {
 #[test]
 fn options_of_the_translator_without_it() {
     refused(&["run", "--jit-off", "links"], &["--jit-off", "--engine jit"]);
+    refused(&["run", "--lockstep"], &["--lockstep", "--engine jit"]);
     refused(&["run", "--jit-limit", "3"], &["--jit-limit", "--engine jit"]);
     refused(&["run", "--engine", "jit", "--jit-off", "everything"], &["everything", "native"]);
 }

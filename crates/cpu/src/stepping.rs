@@ -8,7 +8,7 @@ use crate::block::BlockCache;
 use crate::core::Core;
 use crate::interp::Interpreter;
 use crate::op::Stop;
-use umbra_arch::{Bus, Exit, Slice, VirtualTime};
+use umbra_arch::{Bus, Exit, Slice, Stopped, VirtualTime};
 
 impl Interpreter {
     /// Where the [`Core`] lies in an interpreter, in bytes, for generated code.
@@ -17,6 +17,17 @@ impl Interpreter {
     /// Starts a slice: before the first [`next_block`](Self::next_block).
     pub fn begin_slice(&mut self, slice: Slice) {
         self.begin(slice);
+    }
+
+    /// Runs at most so many blocks of a slice, which is as good as spent then.
+    pub fn run_blocks(&mut self, bus: &mut dyn Bus, slice: Slice, blocks: u64) -> Stopped {
+        self.begin(slice);
+        let one = |_| match self.next_block(bus, slice.until) {
+            Ok(number) => self.run_block(bus, number, slice.until),
+            Err(exit) => Some(exit),
+        };
+        let exit = (0..blocks).find_map(one).unwrap_or(Exit::BudgetSpent);
+        Stopped { exit, now: self.core.clock }
     }
 
     /// Takes interrupts, delivers faults of fetches, drops stale code, and finds the block to run next.

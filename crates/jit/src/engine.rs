@@ -173,6 +173,15 @@ impl Jit {
         &mut self.0.interp
     }
 
+    /// Runs at most so many blocks of a slice, one at a time; the slice is as good as spent then.
+    pub fn run_blocks(&mut self, bus: &mut dyn Bus, slice: Slice, blocks: u64) -> Stopped {
+        let engine = &mut *self.0;
+        engine.interp.begin_slice(slice);
+        let one = |_| engine.run_some(bus, slice.until, true);
+        let exit = (0..blocks).find_map(one).unwrap_or(Exit::BudgetSpent);
+        Stopped { exit, now: engine.interp.core().clock }
+    }
+
     /// Counters.
     pub fn stats(&self) -> JitStats {
         let stats = self.0.stats;
@@ -218,23 +227,26 @@ impl Vcpu for Jit {
 impl Engine {
     fn run_until(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Exit {
         loop {
-            let number = match self.interp.next_block(bus, until) {
-                Ok(number) => number,
-                Err(exit) => return exit,
-            };
-            self.forget_dropped();
-            let cost = u64::from(self.interp.blocks().block(number).cost);
-            let fits = self.interp.core().clock.plus(cost) <= until;
-            let translation = if fits && !self.interp.must_interpret() { self.translation(number) } else { None };
-            let left = match translation {
-                Some(translation) => self.execute(bus, number, translation, until),
-                None => {
-                    self.pending = None;
-                    self.interp.run_block(bus, number, until)
-                }
-            };
-            if let Some(exit) = left {
+            if let Some(exit) = self.run_some(bus, until, false) {
                 return exit;
+            }
+        }
+    }
+
+    /// Runs a block, and those that follow it in generated code unless it is to be `alone`.
+    fn run_some(&mut self, bus: &mut dyn Bus, until: VirtualTime, alone: bool) -> Option<Exit> {
+        let number = match self.interp.next_block(bus, until) {
+            Ok(number) => number,
+            Err(exit) => return Some(exit),
+        };
+        self.forget_dropped();
+        let end = self.interp.core().clock.plus(u64::from(self.interp.blocks().block(number).cost));
+        let can = end <= until && !self.interp.must_interpret();
+        match if can { self.translation(number) } else { None } {
+            Some(translation) => self.execute(bus, number, translation, if alone { end } else { until }),
+            None => {
+                self.pending = None;
+                self.interp.run_block(bus, number, until)
             }
         }
     }

@@ -57,4 +57,6 @@ pub enum Stop {
     OutputClosed,
     /// Another engine is to take over; run on.
     HandOver,
+    /// Two engines did different things.
+    Difference,
 }

@@ -98,7 +98,7 @@ pub enum EngineChoice {
 }
 
 /// What belongs to `--engine jit`; no result changes.
-#[derive(ClapArgs, Debug, Clone)]
+#[derive(ClapArgs, Debug, Clone, Default)]
 #[group(id = "translator")]
 pub struct JitArgs {
     /// Translate at most so many blocks, to find by bisection one that is translated wrongly
@@ -107,6 +107,11 @@ pub struct JitArgs {
     /// Do without a mechanism of the translator, to see whether it is wrong or what it gains; comma-separated
     #[arg(long, value_enum, value_name = "FLAG", value_delimiter = ',')]
     pub jit_off: Vec<JitOff>,
+    /// Run the guest on the interpreter, too, and compare registers, flags, counts and time after every N blocks [default
+    /// N: 1], and memory now and then; the first difference ends the run with exit code 121
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "1",
+        value_parser = clap::value_parser!(u64).range(1..), conflicts_with_all = ["serial_stdin", "clock", "trace"])]
+    pub lockstep: Option<u64>,
 }
 
 impl JitArgs {
@@ -119,7 +124,8 @@ impl JitArgs {
     /// The first of these options that was given.
     pub fn given(&self) -> Option<&'static str> {
         let limit = self.jit_limit.map(|_| "--jit-limit");
-        limit.or(self.jit_off.first().map(|_| "--jit-off"))
+        let off = self.jit_off.first().map(|_| "--jit-off");
+        limit.or(off).or(self.lockstep.map(|_| "--lockstep"))
     }
 }
 

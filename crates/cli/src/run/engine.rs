@@ -7,13 +7,30 @@ use umbra_accel::handover::{Side, StopAt};
 use umbra_accel::kvm::{KvmVcpu, fit};
 use umbra_accel::{Backend, HandOver};
 use umbra_arch::cpuid::CpuidProfile;
-use umbra_arch::{Bus, CpuState, Slice, Stopped, Vcpu};
+use umbra_arch::{Bus, CpuState, Slice, Stopped, Vcpu, VirtualTime};
 use umbra_cpu::Interpreter;
 use umbra_jit::{Jit, JitOptions, JitStats};
 use umbra_memory::GuestMemory;
 
+/// A virtual CPU's engine.
+pub struct Engine {
+    kind: Kind,
+    pace: Pace,
+}
+
+/// How much of a slice an engine runs at a time.
+#[derive(Clone, Copy, Debug)]
+pub enum Pace {
+    /// All of it.
+    Slice,
+    /// So many blocks; an accelerator knows of none.
+    Blocks(u64),
+    /// What comes before this time.
+    Until(VirtualTime),
+}
+
 /// Umbra's own engine, with or without its translator, or an accelerator that can hand over to it.
-pub enum Engine {
+enum Kind {
     Soft(Box<Interpreter>),
     Translated(Jit),
     Accelerated(Box<HandOver<KvmVcpu, Interpreter>>),
@@ -74,10 +91,10 @@ pub fn make(
     soft: Interpreter,
 ) -> Result<Engine, CliError> {
     if choice == Choice::Soft {
-        return Ok(match translation {
-            None => Engine::Soft(Box::new(soft)),
-            Some(options) => Engine::Translated(Jit::around(soft, options)?),
-        });
+        return Ok(Engine::of(match translation {
+            None => Kind::Soft(Box::new(soft)),
+            Some(options) => Kind::Translated(Jit::around(soft, options)?),
+        }));
     }
     let accelerator = KvmVcpu::new(Arc::clone(memory), &fit(profile)?)?;
     let mut pair = HandOver::new(accelerator, soft);
@@ -90,94 +107,107 @@ pub fn make(
             HandOverAt::Serial(_) => {}
         }
     }
-    Ok(Engine::Accelerated(Box::new(pair)))
+    Ok(Engine::of(Kind::Accelerated(Box::new(pair))))
 }
 
 impl Engine {
+    fn of(kind: Kind) -> Self {
+        Self { kind, pace: Pace::Slice }
+    }
+
+    /// From now on.
+    pub fn set_pace(&mut self, pace: Pace) {
+        self.pace = pace;
+    }
+
     /// Umbra's own engine, which may not be the one that runs.
     pub fn soft(&self) -> &Interpreter {
-        match self {
-            Engine::Soft(engine) => engine,
-            Engine::Translated(engine) => engine.interpreter(),
-            Engine::Accelerated(pair) => pair.soft(),
+        match &self.kind {
+            Kind::Soft(engine) => engine,
+            Kind::Translated(engine) => engine.interpreter(),
+            Kind::Accelerated(pair) => pair.soft(),
         }
     }
 
     /// The translator's counters.
     pub fn jit_stats(&self) -> Option<JitStats> {
-        match self {
-            Engine::Translated(engine) => Some(engine.stats()),
-            Engine::Soft(_) | Engine::Accelerated(_) => None,
+        match &self.kind {
+            Kind::Translated(engine) => Some(engine.stats()),
+            Kind::Soft(_) | Kind::Accelerated(_) => None,
         }
     }
 
     /// Whether an accelerator holds the state.
     pub fn is_accelerated(&self) -> bool {
-        matches!(self, Engine::Accelerated(pair) if pair.side() == Side::Accelerator)
+        matches!(&self.kind, Kind::Accelerated(pair) if pair.side() == Side::Accelerator)
     }
 
     /// Leaves the accelerator, if there is one, before the next instruction.
     pub fn hand_over(&mut self) {
-        if let Engine::Accelerated(pair) = self {
+        if let Kind::Accelerated(pair) = &mut self.kind {
             pair.hand_over(Side::Soft);
         }
     }
 
     /// The accelerator's backend, if there is one.
     pub fn backend(&self) -> Option<Backend> {
-        match self {
-            Engine::Soft(_) | Engine::Translated(_) => None,
-            Engine::Accelerated(pair) => Some(pair.accelerator().backend()),
+        match &self.kind {
+            Kind::Soft(_) | Kind::Translated(_) => None,
+            Kind::Accelerated(pair) => Some(pair.accelerator().backend()),
         }
     }
 
     /// The changes of engines so far, in words.
     pub fn switches(&self) -> Vec<String> {
-        match self {
-            Engine::Soft(_) | Engine::Translated(_) => Vec::new(),
-            Engine::Accelerated(pair) => pair.switches().iter().map(ToString::to_string).collect(),
+        match &self.kind {
+            Kind::Soft(_) | Kind::Translated(_) => Vec::new(),
+            Kind::Accelerated(pair) => pair.switches().iter().map(ToString::to_string).collect(),
         }
     }
 }
 
 impl Vcpu for Engine {
     fn run(&mut self, bus: &mut dyn Bus, slice: Slice) -> Stopped {
-        match self {
-            Engine::Soft(engine) => engine.run(bus, slice),
-            Engine::Translated(engine) => engine.run(bus, slice),
-            Engine::Accelerated(pair) => pair.run(bus, slice),
+        let until = if let Pace::Until(time) = self.pace { slice.until.min(time.max(slice.now)) } else { slice.until };
+        let slice = Slice { until, ..slice };
+        match (&mut self.kind, self.pace) {
+            (Kind::Soft(engine), Pace::Blocks(blocks)) => engine.run_blocks(bus, slice, blocks),
+            (Kind::Translated(engine), Pace::Blocks(blocks)) => engine.run_blocks(bus, slice, blocks),
+            (Kind::Soft(engine), _) => engine.run(bus, slice),
+            (Kind::Translated(engine), _) => engine.run(bus, slice),
+            (Kind::Accelerated(pair), _) => pair.run(bus, slice),
         }
     }
 
     fn state(&self) -> CpuState {
-        match self {
-            Engine::Soft(engine) => engine.state(),
-            Engine::Translated(engine) => engine.state(),
-            Engine::Accelerated(pair) => pair.state(),
+        match &self.kind {
+            Kind::Soft(engine) => engine.state(),
+            Kind::Translated(engine) => engine.state(),
+            Kind::Accelerated(pair) => pair.state(),
         }
     }
 
     fn set_state(&mut self, state: &CpuState) {
-        match self {
-            Engine::Soft(engine) => engine.set_state(state),
-            Engine::Translated(engine) => engine.set_state(state),
-            Engine::Accelerated(pair) => pair.set_state(state),
+        match &mut self.kind {
+            Kind::Soft(engine) => engine.set_state(state),
+            Kind::Translated(engine) => engine.set_state(state),
+            Kind::Accelerated(pair) => pair.set_state(state),
         }
     }
 
     fn retired(&self) -> u64 {
-        match self {
-            Engine::Soft(engine) => engine.retired(),
-            Engine::Translated(engine) => engine.retired(),
-            Engine::Accelerated(pair) => pair.retired(),
+        match &self.kind {
+            Kind::Soft(engine) => engine.retired(),
+            Kind::Translated(engine) => engine.retired(),
+            Kind::Accelerated(pair) => pair.retired(),
         }
     }
 
     fn wait_is_over(&mut self) -> bool {
-        match self {
-            Engine::Soft(engine) => engine.wait_is_over(),
-            Engine::Translated(engine) => engine.wait_is_over(),
-            Engine::Accelerated(pair) => pair.wait_is_over(),
+        match &mut self.kind {
+            Kind::Soft(engine) => engine.wait_is_over(),
+            Kind::Translated(engine) => engine.wait_is_over(),
+            Kind::Accelerated(pair) => pair.wait_is_over(),
         }
     }
 }

@@ -92,6 +92,9 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
             None
         }
     };
+    if let Some(text) = &args.expect {
+        machine.pc_mut().serial_mut().expect(text.as_bytes());
+    }
     let is_embedded = args.kernel.is_none();
     let verdict = is_embedded.then(|| umbra_test_roms::embedded_guest().expect);
     Ok(Guest { machine, dropped, kind, is_embedded, verdict })

@@ -54,7 +54,8 @@ impl ConsoleHost {
             signal_hook::flag::register_usize(number, Arc::clone(&signal), number as usize)
                 .map_err(CliError::Signals)?;
         }
-        let terminal = RawTerminal::is_there();
+        // Two machines can't share a terminal.
+        let terminal = RawTerminal::is_there() && args.jit.lockstep.is_none();
         let raw = terminal.then(RawTerminal::enter).transpose().map_err(CliError::Terminal)?;
         let default = if terminal { ClockChoice::Real } else { ClockChoice::Virtual };
         let now = Instant::now();

@@ -8,6 +8,7 @@ pub mod explain;
 mod guest;
 mod host;
 mod image;
+mod lockstep;
 mod measure;
 pub mod report;
 pub mod rom;
@@ -22,6 +23,7 @@ use crate::error::CliError;
 use crate::exit_code;
 use engine::Engine;
 use host::ConsoleHost;
+use lockstep::{Course, Lockstep};
 use measure::Measurements;
 use report::{Acceleration, Report};
 use std::time::Instant;
@@ -41,19 +43,24 @@ pub fn run(args: &Args) -> Result<Report, CliError> {
 /// [`CliError`] when nothing could be run.
 pub fn finish(args: &Args) -> Result<(Report, Guest), CliError> {
     let start = Instant::now();
-    let mut guest = guest::build(args)?;
-    if let Some(text) = &args.expect {
-        guest.machine.pc_mut().serial_mut().expect(text.as_bytes());
-    }
-    let mut host = ConsoleHost::new(args)?;
     let mut measurements = Measurements::default();
-    let end = loop {
-        let end = guest.machine.run(&mut host, None);
-        match end {
-            End::Mark(id) => measurements.mark(id, &guest.mmu_stats()),
-            End::Stopped(Stop::HandOver) => guest.machine.vcpus_mut().for_each(Engine::hand_over),
-            end => break end,
+    let (guest, mut host, course) = match args.jit.lockstep {
+        None => {
+            let mut guest = guest::build(args)?;
+            let mut host = ConsoleHost::new(args)?;
+            let end = to_the_end(&mut guest, &mut host, &mut measurements);
+            (guest, host, Course::Same(end))
         }
+        Some(blocks) => {
+            let mut both = Lockstep::new(args, blocks)?;
+            let mut host = ConsoleHost::new(args)?;
+            let course = both.run(&mut host);
+            (both.into_guest(), host, course)
+        }
+    };
+    let (end, difference) = match course {
+        Course::Same(end) => (end, None),
+        Course::Different(what) => (End::Stopped(Stop::Difference), Some(what)),
     };
     let verdict_missing = guest.verdict.is_some_and(|text| !host.has_sent(text.as_bytes()));
     drop(host);
@@ -64,6 +71,7 @@ pub fn finish(args: &Args) -> Result<(Report, Guest), CliError> {
     let explanation = explain::end(&guest, &end);
     let report = Report {
         end,
+        difference,
         explanation,
         exit_code,
         verdict_missing,
@@ -81,4 +89,14 @@ pub fn finish(args: &Args) -> Result<(Report, Guest), CliError> {
         stats: args.stats || guest.is_embedded,
     };
     Ok((report, guest))
+}
+
+fn to_the_end(guest: &mut Guest, host: &mut ConsoleHost, measurements: &mut Measurements) -> End {
+    loop {
+        match guest.machine.run(host, None) {
+            End::Mark(id) => measurements.mark(id, &guest.mmu_stats()),
+            End::Stopped(Stop::HandOver) => guest.machine.vcpus_mut().for_each(Engine::hand_over),
+            end => return end,
+        }
+    }
 }

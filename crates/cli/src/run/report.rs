@@ -24,6 +24,8 @@ pub struct Report {
     pub verdict_missing: bool,
     pub kind: Option<ImageKind>,
     pub state: Option<CpuState>,
+    /// What differs in lockstep.
+    pub difference: Option<String>,
     /// Why, where that can be said.
     pub explanation: Option<Explanation>,
     /// Virtual time at the end, in nanoseconds.
@@ -112,7 +114,9 @@ impl Report {
         if self.exit_code == exit_code::NOT_SEEN && !self.verdict_missing {
             let _ = writeln!(out, "umbra: the string of --expect did not appear");
         }
-        if let Some(explanation) = &self.explanation {
+        if let Some(difference) = &self.difference {
+            out.push_str(difference);
+        } else if let Some(explanation) = &self.explanation {
             out.push_str(&explanation.text);
         } else if let Some(state) = self.state.as_ref().filter(|_| self.shows_registers()) {
             out.push_str(&registers(state));
@@ -174,6 +178,9 @@ impl Report {
         object.insert("retired".into(), self.retired.into());
         object.insert("written_bytes".into(), self.written_bytes.into());
         object.insert("host_seconds".into(), self.host.as_secs_f64().into());
+        if let Some(difference) = &self.difference {
+            object.insert("difference".into(), difference.clone().into());
+        }
         if let Some(explanation) = &self.explanation {
             object.insert("causes".into(), explanation.causes.clone().into());
             object.insert("explanation".into(), explanation.text.clone().into());
@@ -232,6 +239,7 @@ fn name(end: &End) -> &'static str {
         End::Stopped(Stop::Signal(_)) => "signal",
         End::Stopped(Stop::OutputClosed) => "output-closed",
         End::Stopped(Stop::HandOver) => "hand-over",
+        End::Stopped(Stop::Difference) => "difference",
     }
 }
 
@@ -258,6 +266,7 @@ pub fn sentence(end: &End) -> String {
         End::Stopped(Stop::Signal(signal)) => format!("ended by signal {signal}"),
         End::Stopped(Stop::OutputClosed) => "stdout can't be written any more".into(),
         End::Stopped(Stop::HandOver) => "another engine is to take over".into(),
+        End::Stopped(Stop::Difference) => "the interpreter and the translator differ".into(),
     }
 }
 
@@ -303,7 +312,7 @@ fn detail(end: &End, object: &mut Map<String, Value>) {
 }
 
 /// The registers one needs to start looking for the cause.
-fn registers(state: &CpuState) -> String {
+pub fn registers(state: &CpuState) -> String {
     const NAMES: [&str; 16] =
         ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
     let mut out = String::new();

@@ -1,0 +1,303 @@
+//! `--lockstep`: the same guest on the interpreter and on the translator, in two machines that take turns and are
+//! compared after each.
+
+use super::args::{Args, EngineChoice, JitArgs};
+use super::engine::Pace;
+use super::guest::{self, Guest};
+use crate::error::CliError;
+use serde_json::Value;
+use std::fmt::Write;
+use umbra_arch::{CpuState, PAGE_SIZE, Vcpu, VirtualTime};
+use umbra_cpu::Interpreter;
+use umbra_machine::explain::{Scene, disassemble};
+use umbra_machine::{End, Host, Stop};
+use umbra_memory::{GuestMemory, PageFlags};
+
+/// Turns from one comparison of memory to the next.
+const MEMORY_EVERY: u64 = 1 << 22;
+/// Instructions shown of a block that did different things.
+const SHOWN: usize = 64;
+
+/// A guest twice.
+pub struct Lockstep {
+    reference: Guest,
+    translated: Guest,
+    /// Blocks in a turn.
+    blocks: u64,
+    turns: u64,
+    /// The reference's CPUs before the turn.
+    before: Vec<CpuState>,
+}
+
+/// How far lockstep came.
+pub enum Course {
+    /// To the guest's end.
+    Same(End),
+    /// Not so far: what differs, in words.
+    Different(String),
+}
+
+/// Lets a machine have one turn of its run loop.
+struct Turn<'a> {
+    /// Where the guest's output goes, if it isn't only compared.
+    host: Option<&'a mut dyn Host>,
+    sent: Vec<u8>,
+    is_over: bool,
+}
+
+impl<'a> Turn<'a> {
+    fn new(host: Option<&'a mut dyn Host>) -> Self {
+        Self { host, sent: Vec::new(), is_over: false }
+    }
+}
+
+impl Host for Turn<'_> {
+    fn serial(&mut self, bytes: &[u8]) {
+        self.sent.extend(bytes);
+        if let Some(host) = &mut self.host {
+            host.serial(bytes);
+        }
+    }
+
+    fn debug(&mut self, bytes: &[u8]) {
+        self.sent.extend(bytes);
+        if let Some(host) = &mut self.host {
+            host.debug(bytes);
+        }
+    }
+
+    fn stop(&mut self) -> Option<Stop> {
+        if std::mem::replace(&mut self.is_over, true) {
+            return Some(Stop::HandOver);
+        }
+        self.host.as_mut().and_then(|host| host.stop())
+    }
+}
+
+/// Whether a machine that stopped for this reason goes on.
+fn goes_on(end: &End) -> bool {
+    matches!(end, End::Stopped(Stop::HandOver) | End::Mark(_))
+}
+
+impl Lockstep {
+    /// Both machines, for turns of `blocks` blocks.
+    ///
+    /// # Errors
+    /// [`CliError`] names the argument that has to change.
+    pub fn new(args: &Args, blocks: u64) -> Result<Self, CliError> {
+        let translated = guest::build(args)?;
+        let reference = Args { engine: EngineChoice::Interp, jit: JitArgs::default(), ..args.clone() };
+        Ok(Self::of(guest::build(&reference)?, translated, blocks))
+    }
+
+    fn of(mut reference: Guest, mut translated: Guest, blocks: u64) -> Self {
+        let pace = Pace::Blocks(blocks);
+        reference.machine.vcpus_mut().for_each(|engine| engine.set_pace(pace));
+        translated.machine.vcpus_mut().for_each(|engine| engine.set_pace(pace));
+        let before = reference.machine.vcpus().map(Vcpu::state).collect();
+        Self { reference, translated, blocks, turns: 0, before }
+    }
+
+    /// Runs both to the guest's end or the first difference.
+    pub fn run(&mut self, host: &mut dyn Host) -> Course {
+        loop {
+            let mut first = Turn::new(Some(host));
+            let end = self.reference.machine.run(&mut first, None);
+            if !goes_on(&end) && matches!(end, End::Stopped(_)) {
+                return Course::Same(end);
+            }
+            let sent = first.sent;
+            // Several blocks are a stretch of time to the translator, so that it leaves its code as seldom as ever.
+            if self.blocks > 1 {
+                let times: Vec<_> = self.reference.machine.vcpus().map(|engine| engine.soft().core().clock).collect();
+                for (engine, time) in self.translated.machine.vcpus_mut().zip(times) {
+                    engine.set_pace(Pace::Until(time));
+                }
+            }
+            let mut second = Turn::new(None);
+            let other = self.translated.machine.run(&mut second, None);
+            self.turns += 1;
+            let difference = self.difference().or_else(|| ended(&end, &other)).or_else(|| {
+                let differs = sent != second.sent;
+                differs.then(|| format!("output: {:?} and {:?}\n", text(&sent), text(&second.sent)))
+            });
+            let looks_at_memory = self.turns.is_multiple_of(MEMORY_EVERY) || !goes_on(&end);
+            let difference = difference.or_else(|| if looks_at_memory { self.memory() } else { None });
+            if let Some(what) = difference {
+                return Course::Different(self.report(&what));
+            }
+            if !goes_on(&end) {
+                return Course::Same(end);
+            }
+        }
+    }
+
+    /// The guest as the translator left it.
+    pub fn into_guest(self) -> Guest {
+        self.translated
+    }
+
+    /// What differs in the CPUs; remembers their states otherwise.
+    fn difference(&mut self) -> Option<String> {
+        let pairs = self.reference.machine.vcpus().zip(self.translated.machine.vcpus());
+        for (index, (reference, translated)) in pairs.enumerate() {
+            let (ours, theirs) = (reference.state(), translated.state());
+            let counts = [counts(reference.soft()), counts(translated.soft())];
+            if ours != theirs || counts[0] != counts[1] {
+                return Some(format!("CPU {index}, interpreter and translator:\n{}", fields(&ours, &theirs, counts)));
+            }
+            self.before[index] = ours;
+        }
+        None
+    }
+
+    /// The first byte of memory that differs.
+    fn memory(&self) -> Option<String> {
+        let [ours, theirs] = [&self.reference, &self.translated].map(|guest| guest.machine.memory());
+        let mut pages: Vec<_> = ours.pages_with(PageFlags::DIRTY).chain(theirs.pages_with(PageFlags::DIRTY)).collect();
+        pages.sort_unstable();
+        pages.dedup();
+        let mut bytes = [[0; PAGE_SIZE as usize]; 2];
+        for page in pages {
+            for (memory, bytes) in [ours, theirs].into_iter().zip(&mut bytes) {
+                memory.load_bytes(page, bytes);
+            }
+            if let Some(at) = bytes[0].iter().zip(&bytes[1]).position(|(a, b)| a != b) {
+                let values = (bytes[0][at], bytes[1][at]);
+                return Some(format!(
+                    "memory at RAM offset {:#x}: {:#x} and {:#x}, written in the last {MEMORY_EVERY} turns\n",
+                    page.raw() + at as u64,
+                    values.0,
+                    values.1
+                ));
+            }
+        }
+        None
+    }
+
+    /// A difference, and the blocks since the states were the same.
+    fn report(&self, what: &str) -> String {
+        let mut out = format!("the engines differ after turn {} ({} blocks each)\n{what}", self.turns, self.blocks);
+        for (index, (state, engine)) in self.before.iter().zip(self.translated.machine.vcpus()).enumerate() {
+            let core = engine.soft().core();
+            let memory: &GuestMemory = self.reference.machine.memory();
+            let scene = Scene { state, memory, limits: core.limits, branches: &[] };
+            // Writing to a String can't fail.
+            let _ = writeln!(out, "CPU {index} before it:\n{}", super::report::registers(state).trim_end());
+            let mut rip = state.rip;
+            for _ in 0..SHOWN {
+                let Some(line) = disassemble(&scene, rip) else { break };
+                rip = rip.wrapping_add(line.bytes.len() as u64);
+                let _ = writeln!(out, "  {line}");
+                if rip >> 12 != state.rip >> 12 || ends_block(&line.text) {
+                    break;
+                }
+            }
+        }
+        out
+    }
+}
+
+/// Roughly: what comes behind it isn't of interest.
+fn ends_block(text: &str) -> bool {
+    text.starts_with('j') || ["call", "ret", "iret", "sys", "hlt", "("].iter().any(|start| text.starts_with(start))
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Two ends that aren't the same.
+fn ended(ours: &End, theirs: &End) -> Option<String> {
+    let [first, second] = [ours, theirs].map(super::report::sentence);
+    (ours != theirs).then(|| format!("end: {first}; {second}\n"))
+}
+
+/// Instructions retired and virtual time.
+fn counts(engine: &Interpreter) -> (u64, VirtualTime) {
+    (engine.retired(), engine.core().clock)
+}
+
+/// The fields that differ, by name.
+fn fields(ours: &CpuState, theirs: &CpuState, counts: [(u64, VirtualTime); 2]) -> String {
+    let mut out = String::new();
+    // A state is plain data: it can't fail to be written.
+    let values = [ours, theirs].map(|state| serde_json::to_value(state).unwrap_or_default());
+    list("", &values[0], &values[1], &mut out);
+    let numbers = [("instructions", counts[0].0, counts[1].0), ("virtual time", counts[0].1.0, counts[1].1.0)];
+    for (name, first, second) in numbers.into_iter().filter(|(_, first, second)| first != second) {
+        let _ = writeln!(out, "  {name:<14}{first:>20} {second:>20}");
+    }
+    out
+}
+
+fn list(name: &str, ours: &Value, theirs: &Value, out: &mut String) {
+    match (ours, theirs) {
+        _ if ours == theirs => {}
+        (Value::Object(first), Value::Object(second)) => {
+            for (key, value) in first {
+                list(&format!("{name}.{key}"), value, &second[key], out);
+            }
+        }
+        (Value::Array(first), Value::Array(second)) => {
+            for (index, (first, second)) in first.iter().zip(second).enumerate() {
+                list(&format!("{name}[{index}]"), first, second, out);
+            }
+        }
+        _ => {
+            let number = |value: &Value| value.as_u64().map_or_else(|| value.to_string(), |n| format!("{n:#x}"));
+            let _ = writeln!(out, "  {:<14}{:>20} {:>20}", name.trim_start_matches('.'), number(ours), number(theirs));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    /// Hears nothing.
+    struct Deaf;
+
+    impl Host for Deaf {
+        fn serial(&mut self, _: &[u8]) {}
+    }
+
+    fn both(blocks: &str) -> Lockstep {
+        let command = Command::parse_from(["umbra", "--engine", "jit", "--lockstep", blocks]);
+        Lockstep::new(&command.args, command.args.jit.lockstep.unwrap()).unwrap()
+    }
+
+    #[track_caller]
+    fn differs(mut both: Lockstep, parts: &[&str]) {
+        let Course::Different(report) = both.run(&mut Deaf) else { panic!("no difference") };
+        for part in parts {
+            assert!(report.contains(part), "no {part:?} in {report}");
+        }
+    }
+
+    #[test]
+    fn another_register_is_told_with_the_block_that_made_it() {
+        for blocks in ["1", "10"] {
+            let mut both = both(blocks);
+            let engine = both.translated.machine.vcpus_mut().next().unwrap();
+            let mut state = engine.state();
+            state.gpr[5] = 0x77;
+            engine.set_state(&state);
+            differs(both, &["gpr[5]", "0x77", "CPU 0 before it", "rip 000000000000fff0", "0xfff0: "]);
+        }
+    }
+
+    #[test]
+    fn another_byte_of_memory_is_told_at_the_end() {
+        let both = both("50");
+        both.translated.machine.memory().write(umbra_arch::Gpa::new(0x7_7777), &[9]);
+        differs(both, &["memory at RAM offset 0x77777: 0x0 and 0x9"]);
+    }
+}
