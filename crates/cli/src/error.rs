@@ -104,6 +104,9 @@ pub enum CliError {
         /// The flag.
         flag: &'static str,
     },
+    /// Several CPUs in lockstep.
+    #[error("--lockstep compares one CPU: leave out --smp")]
+    LockstepCpus,
     /// Two engines.
     #[error("--engine jit is for --accel soft: a hand-over goes to the interpreter")]
     AccelEngine,

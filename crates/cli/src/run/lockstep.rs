@@ -6,6 +6,7 @@ use super::engine::Pace;
 use super::guest::{self, Guest};
 use crate::error::CliError;
 use serde_json::Value;
+use std::cmp::Ordering;
 use std::fmt::Write;
 use umbra_arch::{CpuState, PAGE_SIZE, Vcpu, VirtualTime};
 use umbra_cpu::Interpreter;
@@ -79,57 +80,92 @@ fn goes_on(end: &End) -> bool {
     matches!(end, End::Stopped(Stop::HandOver) | End::Mark(_))
 }
 
+/// One turn of a machine's run loop.
+fn turn(guest: &mut Guest, host: &mut Turn<'_>, pace: Pace) -> End {
+    guest.machine.vcpus_mut().for_each(|engine| engine.set_pace(pace));
+    host.is_over = false;
+    guest.machine.run(host, None)
+}
+
+/// Virtual time of the one CPU.
+fn clock(guest: &Guest) -> VirtualTime {
+    guest.machine.vcpu(0).map_or(VirtualTime(0), |engine| engine.soft().core().clock)
+}
+
 impl Lockstep {
     /// Both machines, for turns of `blocks` blocks.
     ///
     /// # Errors
     /// [`CliError`] names the argument that has to change.
     pub fn new(args: &Args, blocks: u64) -> Result<Self, CliError> {
+        if args.smp > 1 {
+            return Err(CliError::LockstepCpus);
+        }
         let translated = guest::build(args)?;
         let reference = Args { engine: EngineChoice::Interp, jit: JitArgs::default(), ..args.clone() };
         Ok(Self::of(guest::build(&reference)?, translated, blocks))
     }
 
-    fn of(mut reference: Guest, mut translated: Guest, blocks: u64) -> Self {
-        let pace = Pace::Blocks(blocks);
-        reference.machine.vcpus_mut().for_each(|engine| engine.set_pace(pace));
-        translated.machine.vcpus_mut().for_each(|engine| engine.set_pace(pace));
+    fn of(reference: Guest, translated: Guest, blocks: u64) -> Self {
         let before = reference.machine.vcpus().map(Vcpu::state).collect();
         Self { reference, translated, blocks, turns: 0, before }
     }
 
     /// Runs both to the guest's end or the first difference.
     pub fn run(&mut self, host: &mut dyn Host) -> Course {
+        let blocks = self.blocks;
         loop {
-            let mut first = Turn::new(Some(host));
-            let end = self.reference.machine.run(&mut first, None);
+            let mut first = Turn::new(Some(&mut *host));
+            let mut end = turn(&mut self.reference, &mut first, Pace::Blocks(blocks));
             if !goes_on(&end) && matches!(end, End::Stopped(_)) {
                 return Course::Same(end);
             }
-            let sent = first.sent;
             // Several blocks are a stretch of time to the translator, so that it leaves its code as seldom as ever.
-            if self.blocks > 1 {
-                let times: Vec<_> = self.reference.machine.vcpus().map(|engine| engine.soft().core().clock).collect();
-                for (engine, time) in self.translated.machine.vcpus_mut().zip(times) {
-                    engine.set_pace(Pace::Until(time));
+            let pace = if blocks > 1 { Pace::Until(clock(&self.reference)) } else { Pace::Blocks(1) };
+            let mut second = Turn::new(None);
+            let mut other = turn(&mut self.translated, &mut second, pace);
+            self.turns += 1;
+            // A block may end after a store to what only one of them has decoded.
+            while goes_on(&end) && goes_on(&other) {
+                let (ours, theirs) = (clock(&self.reference), clock(&self.translated));
+                let moved = match ours.cmp(&theirs) {
+                    Ordering::Less => {
+                        end = turn(&mut self.reference, &mut first, Pace::Until(theirs));
+                        clock(&self.reference) > ours
+                    }
+                    Ordering::Greater => {
+                        other = turn(&mut self.translated, &mut second, Pace::Until(ours));
+                        clock(&self.translated) > theirs
+                    }
+                    Ordering::Equal => break,
+                };
+                if !moved {
+                    break;
                 }
             }
-            let mut second = Turn::new(None);
-            let other = self.translated.machine.run(&mut second, None);
-            self.turns += 1;
-            let difference = self.difference().or_else(|| ended(&end, &other)).or_else(|| {
-                let differs = sent != second.sent;
-                differs.then(|| format!("output: {:?} and {:?}\n", text(&sent), text(&second.sent)))
-            });
-            let looks_at_memory = self.turns.is_multiple_of(MEMORY_EVERY) || !goes_on(&end);
-            let difference = difference.or_else(|| if looks_at_memory { self.memory() } else { None });
-            if let Some(what) = difference {
+            let sent = (first.sent, second.sent);
+            if let Some(what) = self.compare((&end, &other), (&sent.0, &sent.1)) {
                 return Course::Different(self.report(&what));
             }
             if !goes_on(&end) {
                 return Course::Same(end);
             }
         }
+    }
+
+    /// What differs after a turn, if anything does.
+    fn compare(&mut self, ends: (&End, &End), sent: (&[u8], &[u8])) -> Option<String> {
+        if let Some(what) = self.difference() {
+            return Some(what);
+        }
+        if sent.0 != sent.1 {
+            return Some(format!("output: {:?} and {:?}\n", text(sent.0), text(sent.1)));
+        }
+        if ends.0 != ends.1 && !(goes_on(ends.0) && goes_on(ends.1)) {
+            let sentence = super::report::sentence;
+            return Some(format!("end: {}; {}\n", sentence(ends.0), sentence(ends.1)));
+        }
+        if self.turns.is_multiple_of(MEMORY_EVERY) || !goes_on(ends.0) { self.memory() } else { None }
     }
 
     /// The guest as the translator left it.
@@ -205,12 +241,6 @@ fn ends_block(text: &str) -> bool {
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// Two ends that aren't the same.
-fn ended(ours: &End, theirs: &End) -> Option<String> {
-    let [first, second] = [ours, theirs].map(super::report::sentence);
-    (ours != theirs).then(|| format!("end: {first}; {second}\n"))
 }
 
 /// Instructions retired and virtual time.
