@@ -33,6 +33,7 @@ impl Translator<'_> {
             Kind::Silent => self.silent(i, op).map(drop),
             Kind::Shift(kind) => self.shift(i, op, kind, step.live),
             Kind::Imul => self.imul(i, op, step.live),
+            Kind::Bits(bits) => self.bits(i, op, bits, step.live),
             Kind::BitTest => self.bit_test(i, op, step.live),
             Kind::CompareExchange => {
                 self.compare_exchange(i, op, step.live);

@@ -1,5 +1,6 @@
 //! Which operations of a block become host code, in what way, and which status flags anything can look at.
 
+use crate::bits::Bits;
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::{vector, x87};
 use iced_x86::{ConditionCode, Instruction, Mnemonic as M, OpKind, Register};
@@ -36,6 +37,8 @@ pub enum Kind {
     Exchange,
     /// CMPXCHG of 4 or 8 bytes in memory.
     CompareExchange,
+    /// Bit scans, counts and fields.
+    Bits(Bits),
     /// SSE or AVX.
     Vector,
     /// x87.
@@ -114,7 +117,8 @@ pub fn plan(instructions: &[Instruction], ops: &[Op], off: Mechanisms) -> Vec<St
 }
 
 fn writes_all(kind: Kind) -> bool {
-    matches!(kind, Kind::Arithmetic | Kind::Shift(_) | Kind::Imul | Kind::Multiply | Kind::CompareExchange)
+    let bits = if let Kind::Bits(bits) = kind { bits.writes_all() } else { false };
+    bits || matches!(kind, Kind::Arithmetic | Kind::Shift(_) | Kind::Imul | Kind::Multiply | Kind::CompareExchange)
 }
 
 /// Whether it reads flags; INC and DEC keep CF.
@@ -136,6 +140,9 @@ fn kind(i: &Instruction, op: &Op, live: bool) -> Kind {
     if !operands_fit(i, op) {
         return Kind::Helper;
     }
+    if let Some(bits) = Bits::of(i) {
+        return Kind::Bits(bits);
+    }
     match i.mnemonic() {
         M::Nop | M::Endbr64 | M::Endbr32 | M::Reservednop | M::Prefetchw => Kind::Nop,
         M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta => Kind::Nop,
@@ -154,6 +161,8 @@ fn kind(i: &Instruction, op: &Op, live: bool) -> Kind {
         M::Bt | M::Bts | M::Btr | M::Btc if !has_memory(i) || i.op1_kind() != OpKind::Register => Kind::BitTest,
         M::Cdqe | M::Cwde | M::Cdq | M::Cqo => Kind::Extend,
         M::Xchg => Kind::Exchange,
+        M::Popcnt if is_x86_feature_detected!("popcnt") => Kind::Arithmetic,
+        M::Movbe if is_x86_feature_detected!("movbe") => Kind::Move,
         M::Xadd => Kind::Arithmetic,
         M::Cmpxchg if has_memory(i) && width(i) >= 4 => Kind::CompareExchange,
         M::Push if pushes_64(i) => Kind::Push,

@@ -142,7 +142,7 @@ fn instruction(number: u64) -> Vec<u8> {
     let memory = c.take(3) == 0;
     let reg = c.register();
     let group = [0u8, 1, 2, 3, 4, 5, 6, 7][c.take(8) as usize];
-    match c.take(46) {
+    match c.take(48) {
         0..=3 => c.form(prefix, wide, &[0x01 + 8 * group], reg, memory),
         4..=5 => c.form(prefix, wide, &[0x03 + 8 * group], reg, memory),
         6 => c.form(&[], false, &[8 * group], reg, memory),
@@ -200,6 +200,7 @@ fn instruction(number: u64) -> Vec<u8> {
         33..=36 => vector(&mut c),
         37 => wide_vector(&mut c),
         38 => c.form(prefix, wide, &[0x0f, [0xc1, 0xb1, 0xb1, 0xc0][(group & 3) as usize]], reg, memory),
+        44 | 45 => bits(&mut c, memory),
         39..=43 => x87::instruction(&mut c),
         // CALL of a function behind the next jump.
         _ => {
@@ -209,6 +210,38 @@ fn instruction(number: u64) -> Vec<u8> {
             bytes
         }
     }
+}
+
+/// A bit scan, count or field; MOVBE.
+fn bits(c: &mut Choice, memory: bool) -> Vec<u8> {
+    let (reg, wide) = (c.register(), c.take(2) == 1);
+    let prefix: &[u8] = [&[][..], &[0xf3], &[0x66], &[0x66, 0xf3]][c.take(4) as usize];
+    match c.take(8) {
+        0 => c.form(prefix, wide, &[0x0f, 0xbc], reg, memory),
+        1 => c.form(prefix, wide, &[0x0f, 0xbd], reg, memory),
+        2 => c.form(&[0xf3], wide, &[0x0f, 0xb8], reg, memory),
+        3 => {
+            let (prefix, opcode): (&[u8], _) = ([&[][..], &[0x66]][c.take(2) as usize], 0xf0 | c.take(2) as u8);
+            c.form(prefix, wide, &[0x0f, 0x38, opcode], reg, true)
+        }
+        _ => bit_field(c, reg, wide),
+    }
+}
+
+/// VEX-encoded, on registers or `[rdi + 0x10]`.
+fn bit_field(c: &mut Choice, reg: u8, wide: bool) -> Vec<u8> {
+    // pp bits and opcode: ANDN, the group of BLSR, BZHI, PEXT, PDEP, BEXTR, SHLX, SARX, SHRX.
+    const FORMS: [(u8, u8); 9] =
+        [(0, 0xf2), (0, 0xf3), (0, 0xf5), (2, 0xf5), (3, 0xf5), (0, 0xf7), (1, 0xf7), (2, 0xf7), (3, 0xf7)];
+    let (prefix, opcode) = FORMS[c.take(9) as usize];
+    let reg = if opcode == 0xf3 { 1 + reg % 3 } else { reg };
+    let (second, rm) = (c.register(), c.register());
+    let memory = c.take(3) == 0;
+    let rm = if memory { 7 } else { rm };
+    let first = u8::from(reg < 8) << 7 | 0x40 | u8::from(rm < 8) << 5 | 2;
+    let mut bytes = vec![0xc4, first, u8::from(wide) << 7 | (!second & 15) << 3 | prefix, opcode];
+    bytes.extend(if memory { vec![0x47 | reg << 3 & 0x38, 0x10] } else { vec![0xc0 | reg << 3 & 0x38 | rm & 7] });
+    bytes
 }
 
 /// An SSE instruction.
@@ -509,7 +542,7 @@ fn no_more_blocks_are_translated_than_the_limit_says() {
 /// What is at home in the host's x87 and vector registers needs functions only where a page is missing.
 #[test]
 fn code_on_host_registers_calls_no_functions() {
-    const BODIES: [&[u8]; 4] = [
+    const BODIES: [&[u8]; 5] = [
         // fld qword [rdi]; fmul st0, st0; fld1; faddp; fstp tbyte [rdi + 0x40]; fwait
         &[0xdd, 0x07, 0xdc, 0xc8, 0xd9, 0xe8, 0xde, 0xc1, 0xdb, 0x7f, 0x40, 0x9b],
         // fnstcw [rdi + 0x30]; fldcw [rdi + 0x1810]; fnstsw ax
@@ -518,6 +551,8 @@ fn code_on_host_registers_calls_no_functions() {
         &[0x0f, 0x6f, 0x0f, 0x0f, 0xfe, 0xc9, 0x0f, 0x7f, 0x0f, 0x0f, 0x77],
         // stmxcsr [rdi + 0x44]; ldmxcsr [rdi + 0x1820]; cvtsd2si eax, [rdi]; vzeroupper
         &[0x0f, 0xae, 0x5f, 0x44, 0x0f, 0xae, 0x97, 0x20, 0x18, 0, 0, 0xf2, 0x0f, 0x2d, 0x07, 0xc5, 0xf8, 0x77],
+        // tzcnt r11, rax; bsf rax, rdx; blsr rax, rax; movbe eax, [rdi]
+        &[0xf3, 0x4c, 0x0f, 0xbc, 0xd8, 0x48, 0x0f, 0xbc, 0xc2, 0xc4, 0xe2, 0xf8, 0xf3, 0xc8, 0x0f, 0x38, 0xf0, 0x07],
     ];
     for body in BODIES {
         let stats = compare(&looped(body.iter().copied()), 0, SMALL, &[TICKS]).unwrap();
