@@ -32,7 +32,8 @@ pub const IRET_KEEPS_SEGMENTS: Defect = Defect {
 pub const EVENT_CLEARS_AC: Defect = Defect {
     name: "event-clears-ac",
     backend: Backend::KvmPvm,
-    what: "an exception in ring 3 clears RFLAGS.AC in its handler; a processor leaves it alone",
+    what: "an exception clears RFLAGS.AC in its handler, so that SMAP stops it from reading a user's page; \
+           a processor leaves it alone",
 };
 
 /// Accessed bits of a read-modify-write that faults.
@@ -62,6 +63,13 @@ pub const NXE_OFF_KEEPS_TRANSLATIONS: Defect = Defect {
     name: "nxe-off-keeps-translations",
     backend: Backend::KvmPvm,
     what: "after EFER.NXE is cleared and the page invalidated, a translation whose XD bit is reserved now is still used",
+};
+
+/// Pages of 1 GiB.
+pub const GIB_PAGES_RESERVED: Defect = Defect {
+    name: "gib-pages-reserved",
+    backend: Backend::KvmPvm,
+    what: "CPUID shows pages of 1 GiB (cpuid-shows-host), but PS in a PDPTE is a reserved bit",
 };
 
 /// CPUID and features that KVM doesn't list.
@@ -95,7 +103,7 @@ pub const SYSRET_SHUTDOWN: Defect = Defect {
 };
 
 /// All of them.
-pub const DEFECTS: [Defect; 11] = [
+pub const DEFECTS: [Defect; 12] = [
     LEGACY_PAGING,
     IRET_KEEPS_SEGMENTS,
     EVENT_CLEARS_AC,
@@ -103,6 +111,7 @@ pub const DEFECTS: [Defect; 11] = [
     PKE_WITHOUT_PKU,
     ALIGNMENT_WITHOUT_AM,
     NXE_OFF_KEEPS_TRANSLATIONS,
+    GIB_PAGES_RESERVED,
     CPUID_SHOWS_HOST,
     STEP_OVER_HLT,
     PARTIAL_WRITE,

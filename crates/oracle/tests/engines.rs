@@ -87,7 +87,11 @@ fn saved_cases_stay_the_same() {
         let (case, origin) = saved::read(&std::fs::read_to_string(&path).unwrap()).unwrap();
         assert_eq!(saved::read(&saved::write(&case, &origin)).unwrap(), (case.clone(), origin.clone()));
         let mut engines: Vec<_> = origin.engines.iter().map(|name| make(name).unwrap()).collect();
-        assert_eq!(judge(&mut engines, &case), Verdict::Same, "{}", path.display());
+        let verdict = judge(&mut engines, &case);
+        // On this host's processor it may be one of several right answers.
+        let free =
+            matches!(&verdict, Verdict::CannotAnswer(why) if why.iter().all(|why| why.starts_with("undefined: ")));
+        assert!(free || verdict == Verdict::Same, "{}: {verdict:?}", path.display());
         count += 1;
     }
     assert!(count > 0, "no cases in {folder}");

@@ -3,10 +3,10 @@
 use crate::case::{Case, Piece};
 use crate::compare::{Comparison, compare};
 use crate::engine::Outcome;
-use crate::ring0::{LOG, TABLES, TABLES_END, step};
+use crate::ring0::{LOG, TABLES, TABLES_END, shapes, step};
 use std::borrow::Cow;
 use umbra_accel::defects::{
-    ALIGNMENT_WITHOUT_AM, Defect, EVENT_CLEARS_AC, IRET_KEEPS_SEGMENTS, MODIFY_SETS_ACCESSED,
+    ALIGNMENT_WITHOUT_AM, Defect, EVENT_CLEARS_AC, GIB_PAGES_RESERVED, IRET_KEEPS_SEGMENTS, MODIFY_SETS_ACCESSED,
     NXE_OFF_KEEPS_TRANSLATIONS, PKE_WITHOUT_PKU,
 };
 use umbra_arch::control::{Cr4, Efer};
@@ -17,10 +17,12 @@ use umbra_arch::{CpuState, rflags};
 /// Vectors, as the log has them.
 const AC: u32 = umbra_arch::fault::vector::AC as u32;
 const PF: u32 = umbra_arch::fault::vector::PF as u32;
-/// The error code's bit for reserved bits in tables ("Page-Fault Exceptions").
+/// The error code's bits: present, a write, reserved bits in tables ("Page-Fault Exceptions").
+const PRESENT: u32 = 1;
+const WRITE: u32 = 1 << 1;
 const RSVD: u32 = 1 << 3;
 
-/// The names of the defects that together are the whole difference; `None` if something is left.
+/// The names of the defects of the engine that answered `ours` that together are the whole difference; `None` if something is left.
 pub(super) fn explain(case: &Case, ours: &Outcome, theirs: &Outcome) -> Option<Cow<'static, str>> {
     if case.code.steps.contains(&step::toggle_control(4, Cr4::PKE as u32)) {
         // What follows differs in all sorts of ways.
@@ -46,11 +48,22 @@ pub(super) fn explain(case: &Case, ours: &Outcome, theirs: &Outcome) -> Option<C
 /// A defect by which the two logs of exceptions part.
 fn other_exception(case: &Case, ours: &Outcome, theirs: &Outcome) -> Option<Defect> {
     let has = |step: Vec<u8>| case.code.steps.contains(&step);
-    let ([vector, code], [their_vector, their_code]) = first_difference(&ours.memory, &theirs.memory)?;
+    let parting = first_difference(&ours.memory, &theirs.memory)?;
+    let ([vector, code], [their_vector, their_code]) = (parting.ours, parting.theirs);
     let checks = has(step::set_ac(true));
+    let smap = checks && has(step::toggle_control(4, Cr4::SMAP as u32));
+    let [before, its_code] = parting.before;
+    if before == PF && its_code & RSVD != 0 && has(step::toggle_efer(Efer::NXE as u32)) {
+        // Of an access to two pages only the second one faults.
+        return Some(NXE_OFF_KEEPS_TRANSLATIONS);
+    }
     match (vector, their_vector) {
         (AC, other) if other != AC && checks => Some(ALIGNMENT_WITHOUT_AM),
         (other, AC) if other != AC && checks => Some(EVENT_CLEARS_AC),
+        (PF, _) if smap && parting.later && code & !WRITE == PRESENT => Some(EVENT_CLEARS_AC),
+        (PF, other) if code & RSVD != 0 && (other != PF || their_code & RSVD == 0) && shapes::has_gib_page(case) => {
+            Some(GIB_PAGES_RESERVED)
+        }
         (vector, PF) if their_code & RSVD != 0 && (vector != PF || code & RSVD == 0) => {
             has(step::toggle_efer(Efer::NXE as u32)).then_some(NXE_OFF_KEEPS_TRANSLATIONS)
         }
@@ -58,16 +71,33 @@ fn other_exception(case: &Case, ours: &Outcome, theirs: &Outcome) -> Option<Defe
     }
 }
 
-/// Vector and error code of the first entries that differ in the two logs: ours, then theirs.
-fn first_difference(ours: &[Piece], theirs: &[Piece]) -> Option<([u32; 2], [u32; 2])> {
+/// Where the two logs part.
+struct Parting {
+    ours: [u32; 2],
+    theirs: [u32; 2],
+    /// There was an exception before.
+    later: bool,
+    /// The entry before, the same in both: if a #PF, then the addresses differ.
+    before: [u32; 2],
+}
+
+/// Vector and error code of the first entries that differ in the two logs.
+fn first_difference(ours: &[Piece], theirs: &[Piece]) -> Option<Parting> {
     let log = |pieces: &[Piece]| pieces.iter().find(|piece| piece.gpa == LOG).map(|piece| piece.bytes.clone());
     let (ours, theirs) = (log(ours)?, log(theirs)?);
     let entry = |bytes: &[u8]| {
         let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| bytes[at + n]));
         [word(0), word(4)]
     };
-    let mut pairs = ours.chunks_exact(8).zip(theirs.chunks_exact(8));
-    pairs.find(|(ours, theirs)| ours != theirs).map(|(ours, theirs)| (entry(ours), entry(theirs)))
+    let (mut later, mut before) = (false, [0; 2]);
+    for (ours, theirs) in ours.chunks_exact(8).zip(theirs.chunks_exact(8)) {
+        if ours != theirs {
+            return Some(Parting { ours: entry(ours), theirs: entry(theirs), later, before });
+        }
+        before = entry(ours);
+        later |= (1..32).contains(&before[0]);
+    }
+    None
 }
 
 fn note(found: &mut Vec<&'static str>, defect: Defect, was_there: bool) {

@@ -50,6 +50,13 @@ fn path(paging: Paging) -> Vec<(u64, u64)> {
     all
 }
 
+/// Whether a case in long mode goes by a page of 1 GiB.
+pub fn has_gib_page(case: &Case) -> bool {
+    let on_the_way = path(Paging::Long)[1].0;
+    let large = |piece: &Piece| piece.gpa == on_the_way && u64::from(piece.bytes[0]) & (P | PS) == P | PS;
+    case.state.efer.lma() && case.memory.iter().any(large)
+}
+
 /// A random access.
 pub fn case(r: &mut Random) -> Case {
     let paging = r.pick(&Paging::ALL);

@@ -85,8 +85,10 @@ fn free_one_way(i: &Instruction, ours: Result<(), Fault>, theirs: Result<(), Fau
         {
             matches!(ours.vector, vector::GP | vector::SS) && code(ours) == 0
         }
-        // The stack pointer's new place may be touched first.
-        Mnemonic::Retf => ours.vector == vector::GP && theirs.is_err_and(|t| t.vector == vector::PF),
+        // AMD's take the outer stack pointer off the stack before they look at the selector.
+        Mnemonic::Retf => {
+            ours.vector == vector::GP && theirs.is_err_and(|t| matches!(t.vector, vector::PF | vector::SS))
+        }
         // AMD's have one bit more in MXCSR.
         Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr => ours.vector == vector::GP && theirs.is_ok(),
         // A bad target, and a stack that can't be written, or is before the target is looked at.
