@@ -5,9 +5,10 @@ use crate::flags::{logic_clears_af, pack, unpack};
 use crate::frame::{Frame, Reason};
 use crate::jumps::{Contexts, Jumps};
 use crate::mechanisms::{Mechanism, Mechanisms};
+use crate::ranges::{Misses, Saved};
 use crate::stats::JitStats;
 use crate::stubs::{self, Stubs};
-use crate::translate::{Exit as DirectExit, OP_BITS, lookup_code, translate};
+use crate::translate::{Exit as DirectExit, OP_BITS, Source, lookup_code, translate};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
@@ -102,6 +103,9 @@ pub(crate) struct Engine {
     states: Vec<State>,
     exits: Vec<KnownExit>,
     jumps: Jumps,
+    /// Ranges of other tables.
+    saved: Saved,
+    misses: Misses,
     contexts: Contexts,
     /// The exit that was left by, to be linked when its target is translated.
     pending: Option<usize>,
@@ -156,6 +160,8 @@ impl Jit {
             states: Vec::new(),
             exits: Vec::new(),
             jumps,
+            saved: Saved::new(),
+            misses: Misses::new(),
             contexts: Contexts::new(),
             pending: None,
             options: jit,
@@ -251,17 +257,27 @@ impl Engine {
         }
     }
 
-    /// Translations of dropped blocks become lookups of their RIP.
+    /// Translations of dropped blocks become lookups of their RIP; so do those to be made anew.
     fn forget_dropped(&mut self) {
+        for number in self.misses.take_again() {
+            self.forget(number);
+        }
         for number in self.interp.take_dropped() {
-            let Some(state) = self.states.get_mut(number as usize) else { continue };
-            if let State::Translated(old) = std::mem::replace(state, State::Cold(0)) {
-                let code = lookup_code(old.entry, old.rip, &self.stubs);
-                self.patch(old.entry, &code);
-                self.jumps.forget(old.rip, self.code.address() + old.entry as u64);
+            self.misses.forget_block(number);
+            if self.forget(number) {
                 self.stats.dropped += 1;
             }
         }
+    }
+
+    /// Forgets a block's translation. True if there was one.
+    fn forget(&mut self, number: u32) -> bool {
+        let Some(state) = self.states.get_mut(number as usize) else { return false };
+        let State::Translated(old) = std::mem::replace(state, State::Cold(0)) else { return false };
+        let code = lookup_code(old.entry, old.rip, &self.stubs);
+        self.patch(old.entry, &code);
+        self.jumps.forget(old.rip, self.code.address() + old.entry as u64);
+        true
     }
 
     fn patch(&mut self, at: usize, code: &[u8]) {
@@ -303,11 +319,14 @@ impl Engine {
         let mut bytes = vec![0; block.bytes() as usize];
         self.interp.core().mem.load_bytes(RamOffset::new(block.offset()), &mut bytes);
         let entry = self.code.next();
-        let code = translate(block, number, &bytes, entry, self.exits.len(), &self.stubs, self.options.off);
+        let source =
+            Source { block, number, bytes: &bytes, missing: self.misses.operations(number), off: self.options.off };
+        let code = translate(source, entry, self.exits.len(), &self.stubs);
         self.code.append(&code.bytes).ok()?;
         self.stats.translated += 1;
         self.stats.translated_ops += block.ops.len() as u64;
         self.stats.translated_helpers += code.helpers as u64;
+        self.misses.know(code.missers);
         self.exits.extend(code.exits.into_iter().map(|exit| KnownExit { exit, number, entry }));
         let translation =
             Translation { entry, rip: block.rip, offset: block.offset(), mode: block.mode(), crosses: block.crosses() };
@@ -321,6 +340,7 @@ impl Engine {
         self.code.truncate(self.stubs_end);
         self.states.iter_mut().for_each(|state| *state = State::Cold(0));
         self.exits.clear();
+        self.misses.forget_code();
         self.jumps.clear();
         self.pending = None;
         self.stats.emptied += 1;
@@ -381,7 +401,7 @@ impl Engine {
         frame.stamp = core.mmu.fetch_stamp();
         frame.context = self.contexts.number(frame.stamp, core.code_mode);
         frame.flags = pack(core.flags);
-        frame.take_table(core.mmu.fast_table());
+        self.saved.follow(frame, &core.mmu);
         frame.take_vectors(&core.s);
         frame.take_x87(&core.s);
         budget as i64
@@ -389,6 +409,7 @@ impl Engine {
 
     /// Accounts for what generated code did, by the reason for which it was left.
     fn left(&mut self, bus: &mut dyn Bus, budget: i64) -> Option<Exit> {
+        self.misses.look(&mut self.frame, &self.interp.core().mmu, self.code.address());
         let (reason, site) = (self.frame.reason, self.frame.site);
         let number = site >> OP_BITS;
         let mut left = self.frame.left();
@@ -475,7 +496,7 @@ impl Engine {
             frame.stop = flow.err();
             return true;
         }
-        frame.take_table(core.mmu.fast_table());
+        self.saved.follow(frame, &core.mmu);
         if core.check_events || core.mmu.fetch_stamp() != frame.stamp {
             frame.leave_soon();
         }

@@ -2,6 +2,7 @@
 
 use crate::emitter::Mem;
 use crate::engine::Engine;
+use crate::ranges::{self, Ranges};
 use crate::registers::ENGINE;
 use std::mem::offset_of;
 use umbra_arch::control::{Cr0, Cr4};
@@ -40,6 +41,12 @@ pub struct Frame {
     /// Ticks left, negative when there is not enough for the next block. In R14 while code runs.
     pub budget: i64,
     pub scratch: u64,
+    /// The linear address of a range's miss.
+    pub linear: u64,
+    /// A range that was missed for some time, and one: where, and where the code that missed goes on.
+    pub missed: u32,
+    pub missed_gva: u64,
+    pub missed_back: u64,
     /// Number of the fetch stamp and code mode in force.
     pub context: u32,
     /// Packed status flags, in RAX while code runs.
@@ -61,7 +68,10 @@ pub struct Frame {
     pub x87_live: u8,
     /// FCW that Rust code runs with.
     pub host_fcw: u16,
+    pub ranges: Ranges,
 
+    /// The table in force.
+    pub table: Option<FastTable>,
     /// Virtual time when the budget is used up.
     pub end: u64,
     /// Taken from the budget so that the next block's head leaves.
@@ -117,6 +127,10 @@ impl Frame {
             jumps,
             budget: 0,
             scratch: 0,
+            linear: 0,
+            missed: 0,
+            missed_gva: 0,
+            missed_back: 0,
             context: 0,
             flags: 0,
             reason: Reason::Op,
@@ -128,6 +142,8 @@ impl Frame {
             x87_usable: 0,
             x87_live: 0,
             host_fcw: FCW_DEFAULT,
+            ranges: ranges::NONE,
+            table: None,
             end: 0,
             bank: 0,
             stamp: 0,
@@ -141,6 +157,7 @@ impl Frame {
     /// After anything that may have moved or cleared the MMU's table.
     #[inline]
     pub fn take_table(&mut self, table: Option<FastTable>) {
+        self.table = table;
         let table = table.unwrap_or(FastTable { slots: &NOTHING, mask: 0, generation: 0 });
         self.slots = table.slots as u64;
         self.mask = table.mask * size_of::<Entry>() as u64;
@@ -175,6 +192,11 @@ impl Frame {
         if self.vectors & VECTOR_SSE != 0 {
             s.fp.mxcsr = self.mxcsr;
         }
+    }
+
+    /// Virtual time, as far as blocks have been charged.
+    pub fn now(&self) -> u64 {
+        self.end.wrapping_sub(self.left() as u64)
     }
 
     /// Ticks left, whatever is banked.

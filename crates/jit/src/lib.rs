@@ -23,6 +23,7 @@ mod memory_path;
 mod mmx;
 mod native;
 mod plan;
+mod ranges;
 mod registers;
 mod stats;
 mod stubs;

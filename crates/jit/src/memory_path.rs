@@ -1,7 +1,8 @@
-//! Guest addresses to host addresses: one lookup in the MMU's fast table.
+//! Guest addresses to host addresses: a range register, or one lookup in the MMU's fast table.
 
-use crate::emitter::{Alu, Mem, cc};
+use crate::emitter::{Alu, Jump, Mem, cc};
 use crate::frame::{frame_field, gpr, seg_base};
+use crate::ranges::{self, ABSOLUTE, Name, SEGMENT};
 use crate::registers::{A, B, Reg, home};
 use crate::translate::Translator;
 use std::mem::offset_of;
@@ -38,6 +39,16 @@ pub enum Access {
     Write,
 }
 
+impl Access {
+    /// Offset of the tag that allows it.
+    pub const fn tag(self) -> usize {
+        match self {
+            Access::Read => offset_of!(Entry, tag_read),
+            Access::Write => offset_of!(Entry, tag_write),
+        }
+    }
+}
+
 impl Address {
     /// The memory operand of `op`.
     pub fn of(op: &Op) -> Self {
@@ -55,10 +66,32 @@ impl Address {
         Self { seg: None, ..self }
     }
 
+    /// The range register that it is looked for in.
+    fn range(&self) -> Name {
+        let general = self.base.or(self.index.map(|(n, _)| n));
+        general.unwrap_or(if self.seg.is_some() { SEGMENT } else { ABSOLUTE })
+    }
+
+    /// Whether it is a resident register and a displacement, so that the host's address needs no other.
+    fn is_direct(&self) -> bool {
+        self.index.is_none() && self.seg.is_none() && self.base.and_then(home).is_some()
+    }
+
     /// `disp` bytes above a guest register, in the stack segment.
     pub fn above(register: u8, disp: i32) -> Self {
         Self { base: Some(register), index: None, disp: disp as i64 as u64, seg: None }
     }
+}
+
+/// An access that missed its range: looked up in the table, then it goes on.
+pub struct Cold {
+    missed: Jump,
+    back: usize,
+    address: Address,
+    bytes: u32,
+    access: Access,
+    /// Which of the block's slow paths does it all if the table has no such page.
+    slow: usize,
 }
 
 impl Translator<'_> {
@@ -66,7 +99,42 @@ impl Translator<'_> {
     /// page of the table. Clobbers [`A`], [`B`] and the host's flags.
     pub fn lookup(&mut self, address: &Address, bytes: u32, access: Access) -> Place {
         self.host_flags = false;
+        let slow = self.slow_number();
+        if self.missing >> self.op_of(slow) & 1 != 0 {
+            return self.lookup_in_table(address, bytes, access);
+        }
+        let name = address.range();
+        let direct = address.is_direct();
         self.linear(address);
+        let compared = if direct { A } else { B };
+        if !direct {
+            self.e.mov(B, A);
+        }
+        self.e.alu_mem(Alu::Sub, true, compared, ranges::first(name, access));
+        self.e.alu_mem(Alu::Cmp, true, compared, ranges::limit(name, access));
+        let missed = self.e.jcc(cc::NOT_BELOW);
+        let addend = ranges::addend(name, access);
+        let place = match address.base.filter(|_| direct).and_then(home) {
+            Some(base) => {
+                self.e.load(A, addend);
+                Place { mem: Mem { base: Some(base), index: Some((A, 0)), disp: address.disp as i32 }, free: B }
+            }
+            None => {
+                self.e.alu_mem(Alu::Add, true, A, addend);
+                Place::SCRATCH
+            }
+        };
+        self.cold.push(Cold { missed, back: self.e.here(), address: *address, bytes, access, slow });
+        place
+    }
+
+    /// As [`lookup`](Self::lookup) for an operation that ranges have been no good for.
+    fn lookup_in_table(&mut self, address: &Address, bytes: u32, access: Access) -> Place {
+        let index_in_memory = address.index.is_some_and(|(n, _)| home(n).is_none());
+        self.linear(address);
+        if index_in_memory {
+            self.e.store(frame_field!(linear), A);
+        }
         let e = &mut self.e;
         e.mov(B, A);
         e.shr(true, B, 12 - size_of::<Entry>().trailing_zeros() as u8);
@@ -77,14 +145,41 @@ impl Translator<'_> {
         }
         e.alu_imm(Alu::And, true, A, -4096);
         e.alu_mem(Alu::Or, true, A, frame_field!(generation));
-        let tag = match access {
-            Access::Read => offset_of!(Entry, tag_read),
-            Access::Write => offset_of!(Entry, tag_write),
-        };
-        e.alu_mem(Alu::Cmp, true, A, Mem::at(B, tag));
+        e.alu_mem(Alu::Cmp, true, A, Mem::at(B, access.tag()));
         let miss = e.jcc(cc::NOT_EQUAL);
+        e.load(B, Mem::at(B, offset_of!(Entry, addend)));
+        e.alu_mem(Alu::Add, true, B, frame_field!(ram));
         self.slow(miss);
-        self.host_place(address)
+        if let Some(base) = address.base.filter(|_| address.is_direct()).and_then(home) {
+            return Place { mem: Mem { base: Some(base), index: Some((B, 0)), disp: address.disp as i32 }, free: A };
+        }
+        if index_in_memory {
+            self.e.load(A, frame_field!(linear));
+        } else {
+            self.linear(address);
+        }
+        self.e.alu(Alu::Add, true, A, B);
+        Place::SCRATCH
+    }
+
+    /// The code for accesses that missed their ranges.
+    pub fn emit_cold(&mut self) {
+        for cold in std::mem::take(&mut self.cold) {
+            self.e.bind(cold.missed);
+            let direct = cold.address.is_direct();
+            if direct {
+                self.linear(&cold.address);
+            }
+            self.e.mov_imm(B, u64::from(cold.bytes) - 1);
+            self.e.call(self.stubs.range(cold.address.range(), cold.access));
+            self.missers.push((self.e.here(), self.op_of(cold.slow)));
+            let nowhere = self.e.jcc(cc::NOT_EQUAL);
+            self.slow_of(cold.slow, nowhere);
+            if !direct {
+                self.e.alu(Alu::Add, true, A, B);
+            }
+            self.e.jmp_to(cold.back);
+        }
     }
 
     /// Linear address to [`A`]; clobbers [`B`] only if the index register is in memory.
@@ -101,42 +196,14 @@ impl Translator<'_> {
             };
             let base = address.base.map(|n| resident(n, A));
             let index = address.index.map(|(n, scale)| (resident(n, B), scale));
-            e.lea(A, Mem { base, index, disp: address.disp as i32 });
+            match (base, index, address.disp) {
+                (Some(A), None, 0) => {}
+                (Some(base), None, 0) => e.mov(A, base),
+                _ => e.lea(A, Mem { base, index, disp: address.disp as i32 }),
+            }
         }
         if let Some(seg) = address.seg {
             e.alu_mem(Alu::Add, true, A, seg_base(seg));
         }
-    }
-
-    /// With the slot's address in [`B`]: where the access goes.
-    fn host_place(&mut self, address: &Address) -> Place {
-        let addend = Mem::at(B, offset_of!(Entry, addend));
-        if let Address { base: Some(base), index: None, seg: None, disp } = *address
-            && let Some(base) = home(base)
-        {
-            self.e.load(B, addend);
-            self.e.alu_mem(Alu::Add, true, B, frame_field!(ram));
-            let mem = Mem { base: Some(base), index: Some((B, 0)), disp: disp as i32 };
-            return Place { mem, free: A };
-        }
-        if let Some((index, scale)) = address.index.filter(|&(n, _)| home(n).is_none()) {
-            let e = &mut self.e;
-            e.load(A, addend);
-            e.load(B, gpr(index));
-            e.lea(A, Mem { base: Some(A), index: Some((B, scale)), disp: address.disp as i32 });
-            match address.base.map(|n| (n, home(n))) {
-                Some((_, Some(r))) => e.alu(Alu::Add, true, A, r),
-                Some((n, None)) => e.alu_mem(Alu::Add, true, A, gpr(n)),
-                None => {}
-            }
-            if let Some(seg) = address.seg {
-                e.alu_mem(Alu::Add, true, A, seg_base(seg));
-            }
-        } else {
-            self.linear(address);
-            self.e.alu_mem(Alu::Add, true, A, addend);
-        }
-        self.e.alu_mem(Alu::Add, true, A, frame_field!(ram));
-        Place::SCRATCH
     }
 }

@@ -1,10 +1,14 @@
 //! The code that all translations share: entering, leaving, calling an operation's function, finding a RIP.
 
 use crate::emitter::{Alu, Emitter, Mem, cc};
-use crate::frame::{Reason, frame_field, gpr, next_rip};
+use crate::frame::{BANK, Reason, frame_field, gpr, next_rip};
 use crate::jumps::{FOLD, SLOT_SHIFT, SLOTS};
+use crate::memory_path::Access;
+use crate::ranges::{self, MARGIN, NAMES, Name, PATIENCE, Range};
 use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, home};
 use crate::{vector_file, x87};
+use std::mem::offset_of;
+use umbra_mmu::Entry;
 
 /// Offsets of the stubs in the code memory.
 #[derive(Clone, Copy)]
@@ -29,6 +33,16 @@ pub struct Stubs {
     pub x87_load: usize,
     /// Called: it goes to the core if it isn't there. Clobbers [`A`] and [`B`].
     pub x87_store: usize,
+    /// By range: called with a linear address in [`A`] and a number of bytes less one in [`B`]. If the MMU's table has
+    /// them in one page: ZF set, the addend in [`A`], the linear address in [`B`].
+    ranges: [[usize; NAMES]; 2],
+}
+
+impl Stubs {
+    /// The stub of a range.
+    pub fn range(&self, name: Name, access: Access) -> usize {
+        self.ranges[usize::from(access == Access::Write)][usize::from(name)]
+    }
 }
 
 /// Registers that the ABI wants back: RBX, RBP, R12 to R15.
@@ -58,7 +72,11 @@ pub fn emit(e: &mut Emitter, helper: u64) -> Stubs {
     e.load(A, next_rip());
     let lookup = lookup(e, miss);
     let helper = call_helper(e, helper, leave_spilled);
-    Stubs { enter: enter(e), helper, budget, link, lookup, dispatch, vectors_load, x87_load, x87_store }
+    let mut ranges = [[0; NAMES]; 2];
+    for (n, stub) in ranges.iter_mut().flatten().enumerate() {
+        *stub = range(e, n);
+    }
+    Stubs { enter: enter(e), helper, budget, link, lookup, dispatch, vectors_load, x87_load, x87_store, ranges }
 }
 
 fn enter(e: &mut Emitter) -> usize {
@@ -98,6 +116,56 @@ fn call_helper(e: &mut Emitter, function: u64, leave_spilled: usize) -> usize {
     e.bind(left);
     e.alu_imm(Alu::Add, true, RSP, 8);
     e.jmp_to(leave_spilled);
+    here
+}
+
+/// What a miss of range `n` calls.
+fn range(e: &mut Emitter, n: usize) -> usize {
+    let (name, access) = ((n % NAMES) as Name, if n < NAMES { Access::Read } else { Access::Write });
+    let here = e.here();
+    e.store(frame_field!(linear), A);
+    e.alu(Alu::Add, true, B, A);
+    e.alu_imm(Alu::And, true, B, -4096);
+    e.alu_mem(Alu::Or, true, B, frame_field!(generation));
+    e.shr(true, A, 12 - size_of::<Entry>().trailing_zeros() as u8);
+    e.alu_mem(Alu::And, true, A, frame_field!(mask));
+    e.alu_mem(Alu::Add, true, A, frame_field!(slots));
+    e.alu_mem(Alu::Cmp, true, B, Mem::at(A, access.tag()));
+    let nowhere = e.jcc(cc::NOT_EQUAL);
+    e.load(A, Mem::at(A, offset_of!(Entry, addend)));
+    e.alu_mem(Alu::Add, true, A, frame_field!(ram));
+    e.rm(false, &[0xff], 1, ranges::field(name, access, offset_of!(Range, patience))); // dec
+    let impatient = e.jcc(cc::EQUAL);
+    e.alu_imm(Alu::And, true, B, -4096);
+    let patient = e.here();
+    e.cmp_mem_imm(ranges::field(name, access, offset_of!(Range, fixed)), 0);
+    let fixed = e.jcc(cc::NOT_EQUAL);
+    e.store(ranges::first(name, access), B);
+    e.store(ranges::addend(name, access), A);
+    e.store_imm(ranges::limit(name, access), (4096 - MARGIN) as i32);
+    e.bind(fixed);
+    e.load(B, frame_field!(linear));
+    e.alu(Alu::Cmp, false, B, B);
+    e.bind(nowhere);
+    e.raw(&[0xc3]);
+    e.bind(impatient);
+    e.load(B, Mem { base: Some(RSP), index: None, disp: 0 });
+    e.store(frame_field!(missed_back), B);
+    e.load(B, frame_field!(linear));
+    e.store(frame_field!(missed_gva), B);
+    e.store_imm32(frame_field!(missed), n as u32 + 1);
+    e.store_imm32(ranges::field(name, access, offset_of!(Range, patience)), PATIENCE);
+    // The next block's head leaves, as after `Frame::leave_soon`.
+    e.rm(true, &[0x83], 7, frame_field!(bank)); // cmp
+    e.raw(&[0]);
+    let banked = e.jcc(cc::NOT_EQUAL);
+    e.mov_imm(B, BANK as u64);
+    e.store(frame_field!(bank), B);
+    e.alu(Alu::Sub, true, BUDGET, B);
+    e.bind(banked);
+    e.load(B, frame_field!(linear));
+    e.alu_imm(Alu::And, true, B, -4096);
+    e.jmp_to(patient);
     here
 }
 

@@ -7,6 +7,7 @@
 use crate::emitter::{Alu, Emitter, Jump, cc};
 use crate::frame::frame_field;
 use crate::mechanisms::Mechanisms;
+use crate::memory_path::Cold;
 use crate::native::Unencodable;
 use crate::plan::{Kind, Step, plan};
 use crate::registers::{A, BUDGET};
@@ -40,6 +41,8 @@ pub struct Exit {
 pub struct Code {
     pub bytes: Vec<u8>,
     pub exits: Vec<Exit>,
+    /// Where stubs of ranges go back to, and the sites there.
+    pub missers: Vec<(usize, u32)>,
     /// Operations that are done by their functions.
     pub helpers: usize,
 }
@@ -78,6 +81,12 @@ pub struct Translator<'a> {
     pub encoder: Encoder,
     pub vectors: vector::Place,
     pub x87: x87::Place,
+    /// Accesses whose ranges are missed.
+    pub cold: Vec<Cold>,
+    /// Operations, by bits, that ranges are no good for.
+    pub missing: u64,
+    /// Where stubs of ranges go back to, and the operations there.
+    pub missers: Vec<(usize, usize)>,
     pub stubs: &'a Stubs,
     number: u32,
     slow: Vec<Slow>,
@@ -86,25 +95,29 @@ pub struct Translator<'a> {
     by_function: Vec<(usize, Jump)>,
 }
 
-/// Translates `block`, which has this number and these bytes, for offset `at` of the code memory. The numbers of
-/// its exits begin with `first_exit`. Mechanisms that are `off` aren't used.
-pub fn translate(
-    block: &Block,
-    number: u32,
-    bytes: &[u8],
-    at: usize,
-    first_exit: usize,
-    stubs: &Stubs,
-    off: Mechanisms,
-) -> Code {
-    let instructions = decode(block, bytes);
-    let steps = plan(&instructions, &block.ops, off);
-    let native = Translator::new(block, number, at, stubs).run(&instructions, &steps, first_exit);
+/// What is to be translated.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    pub block: &'a Block,
+    pub number: u32,
+    pub bytes: &'a [u8],
+    /// Operations, by bits, that ranges are no good for.
+    pub missing: u64,
+    /// Mechanisms that aren't used.
+    pub off: Mechanisms,
+}
+
+/// Translates for offset `at` of the code memory. The numbers of the exits begin with `first_exit`.
+pub fn translate(source: Source<'_>, at: usize, first_exit: usize, stubs: &Stubs) -> Code {
+    let block = source.block;
+    let instructions = decode(block, source.bytes);
+    let steps = plan(&instructions, &block.ops, source.off);
+    let native = Translator::new(source, at, stubs).run(&instructions, &steps, first_exit);
     native.unwrap_or_else(|Unencodable| {
         // Every operation by its function: no encoder is asked.
         let helpers = vec![Step { kind: Kind::Helper, live: true }; block.ops.len()];
-        let all = Translator::new(block, number, at, stubs).run(&[], &helpers, first_exit);
-        all.unwrap_or(Code { bytes: Vec::new(), exits: Vec::new(), helpers: 0 })
+        let all = Translator::new(source, at, stubs).run(&[], &helpers, first_exit);
+        all.unwrap_or(Code { bytes: Vec::new(), exits: Vec::new(), missers: Vec::new(), helpers: 0 })
     })
 }
 
@@ -126,7 +139,8 @@ fn decode(block: &Block, bytes: &[u8]) -> Vec<Instruction> {
 }
 
 impl<'a> Translator<'a> {
-    fn new(block: &'a Block, number: u32, at: usize, stubs: &'a Stubs) -> Self {
+    fn new(source: Source<'a>, at: usize, stubs: &'a Stubs) -> Self {
+        let Source { block, number, missing, .. } = source;
         Self {
             e: Emitter::new(at),
             block,
@@ -134,6 +148,9 @@ impl<'a> Translator<'a> {
             encoder: Encoder::new(64),
             vectors: vector::Place::default(),
             x87: x87::Place::default(),
+            cold: Vec::new(),
+            missing,
+            missers: Vec::new(),
             stubs,
             number,
             slow: Vec::new(),
@@ -162,13 +179,16 @@ impl<'a> Translator<'a> {
         self.e.bind(spent);
         self.e.mov_imm(A, u64::from(self.number << OP_BITS));
         self.e.jmp_to(self.stubs.budget);
+        self.emit_cold();
         self.emit_vector_loads();
         self.emit_x87_loads();
         self.emit_slow();
         self.emit_by_function();
         let exits = self.emit_exits(first_exit);
         let helpers = steps.iter().filter(|step| step.kind == Kind::Helper).count();
-        Ok(Code { bytes: self.e.bytes, exits, helpers })
+        let site = |op| self.number << OP_BITS | op as u32;
+        let missers = self.missers.into_iter().map(|(back, op)| (back, site(op))).collect();
+        Ok(Code { bytes: self.e.bytes, exits, missers, helpers })
     }
 
     fn native(&mut self, at: usize, i: &Instruction, step: Step) -> Result<(), Unencodable> {
@@ -217,6 +237,21 @@ impl<'a> Translator<'a> {
         if let Some(slow) = self.slow.last_mut() {
             slow.jumps.push(jump);
         }
+    }
+
+    /// The operation that a slow path belongs to.
+    pub fn op_of(&self, slow: usize) -> usize {
+        self.slow[slow].op
+    }
+
+    /// The running operation's slow path.
+    pub fn slow_number(&self) -> usize {
+        self.slow.len() - 1
+    }
+
+    /// `jump` is taken where the operation of that slow path must be done by its function.
+    pub fn slow_of(&mut self, number: usize, jump: Jump) {
+        self.slow[number].jumps.push(jump);
     }
 
     fn emit_slow(&mut self) {

@@ -123,6 +123,25 @@ impl Mmu {
         Some(FastTable { slots: first, mask, generation })
     }
 
+    /// As long as this is the same, what was found in a [`FastTable`] holds for that table, even if its slot
+    /// holds another page by now.
+    #[inline(always)]
+    pub fn withdrawals(&self) -> u64 {
+        self.pool.withdrawals
+    }
+
+    /// The pages around `gva`, at most `most` in each direction, that the fast table maps to neighbouring RAM for a
+    /// read or a write: the first one's address and their number; `None` if not even `gva`'s is there.
+    pub fn run_around(&self, gva: Gva, write: bool, most: u64) -> Option<(Gva, u64)> {
+        let lookup = |page: Gva| if write { self.lookup_write(page, 1) } else { self.lookup_read(page, 1) };
+        let page = Gva::new(gva.raw() & !0xfff);
+        let ram = lookup(page)?.raw().wrapping_sub(page.raw());
+        let follows = |at: u64| lookup(Gva::new(at)).is_some_and(|off| off.raw().wrapping_sub(at) == ram);
+        let before = (1..=most).take_while(|n| page.raw() >= n << 12 && follows(page.raw() - (n << 12))).count() as u64;
+        let after = (1..=most).take_while(|n| page.raw().checked_add(n << 12).is_some_and(follows)).count() as u64;
+        Some((Gva::new(page.raw() - (before << 12)), before + 1 + after))
+    }
+
     /// As [`lookup_read`](Self::lookup_read) for an implicit supervisor access.
     #[inline(always)]
     pub fn lookup_system_read(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {

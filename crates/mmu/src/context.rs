@@ -31,6 +31,14 @@ impl Entry {
     fn holds(&self, tag: u64) -> bool {
         self.tag_read == tag || self.tag_write == tag || self.tag_fetch == tag
     }
+    /// Whether what `old` says of the same page is still so.
+    fn allows_all_of(&self, old: &Entry) -> bool {
+        let keeps = |new: u64, old: u64| old == Self::INVALID || new == old;
+        self.addend == old.addend
+            && keeps(self.tag_read, old.tag_read)
+            && keeps(self.tag_write, old.tag_write)
+            && keeps(self.tag_fetch, old.tag_fetch)
+    }
     fn in_use(&self, generation: u64) -> bool {
         [self.tag_read, self.tag_write, self.tag_fetch].iter().any(|t| t & 0xfff == generation)
     }
@@ -156,12 +164,14 @@ struct FreeBlock {
 /// The memory of all columns.
 pub(crate) struct Pool {
     pub entries: Vec<Entry>,
+    /// Times that any translation, or the place of them all, was taken away.
+    pub withdrawals: u64,
     free: [Vec<FreeBlock>; SIZES.len()],
 }
 
 impl Pool {
     pub(crate) fn new() -> Self {
-        Self { entries: Vec::new(), free: Default::default() }
+        Self { entries: Vec::new(), withdrawals: 0, free: Default::default() }
     }
 
     /// A block of size class `class`, empty; `None` when the pool's bound is reached.
@@ -177,6 +187,7 @@ impl Pool {
         if base + entries > bound {
             return None;
         }
+        self.withdrawals += 1;
         self.entries.resize((base + entries) as usize, Entry::EMPTY);
         Some(Column { base, entries, ..Column::default() })
     }
@@ -193,11 +204,13 @@ impl Pool {
         if let Some(class) = SIZES.iter().position(|&s| s == column.entries) {
             self.free[class].push(FreeBlock { base: column.base, generation: column.generation });
         }
+        self.withdrawals += 1;
         *column = Column::default();
     }
 
     /// Forgets everything in a column.
     pub(crate) fn clear(&mut self, column: &mut Column) {
+        self.withdrawals += 1;
         column.generation += 1;
         if column.generation > LAST_GENERATION {
             column.generation = 0;
@@ -223,7 +236,9 @@ impl Pool {
             column.conflicts += 1;
         }
         let pick = |bit| if allowed & bit != 0 { tag } else { Entry::INVALID };
-        *slot = Entry { tag_read: pick(READ), tag_write: pick(WRITE), tag_fetch: pick(FETCH), addend };
+        let new = Entry { tag_read: pick(READ), tag_write: pick(WRITE), tag_fetch: pick(FETCH), addend };
+        self.withdrawals += u64::from(slot.holds(tag) && !new.allows_all_of(slot));
+        *slot = new;
         column.fills += 1;
         column.held = column.held.saturating_add(1);
         column.wants_growth()
@@ -259,6 +274,8 @@ impl Pool {
         if slot.holds(tag) {
             *slot = Entry::EMPTY;
         }
+        // Another page may have taken the slot, and somebody still know this one.
+        self.withdrawals += 1;
     }
 
     /// Forgets that one page can be written.
@@ -267,5 +284,6 @@ impl Pool {
         if slot.tag_write == page | column.generation {
             slot.tag_write = Entry::INVALID;
         }
+        self.withdrawals += 1;
     }
 }

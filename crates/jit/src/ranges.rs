@@ -1,0 +1,248 @@
+//! Range registers: runs of linear addresses that lie in neighbouring RAM, one for each register that addresses are
+//! made with. Most accesses are found in one with four instructions, none of them on the way of the address.
+//!
+//! A range holds only what the MMU's fast table has said for the table in force, and is forgotten as soon as that
+//! may say less ([`Mmu::withdrawals`]). What misses is looked up in the table by the range's [stub](crate::stubs).
+
+use crate::emitter::Mem;
+use crate::frame::{Frame, frame_field};
+use crate::memory_path::Access;
+use crate::translate::OP_BITS;
+use std::collections::HashMap;
+use std::mem::offset_of;
+use umbra_arch::Gva;
+use umbra_mmu::{FastTable, Mmu};
+
+/// A run of linear addresses.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Range {
+    /// Its first linear address.
+    pub first: u64,
+    /// Bytes of it that an access may begin in.
+    pub limit: u64,
+    /// What to add to a linear address to get its host address.
+    pub addend: u64,
+    /// Misses until the engine is asked for a longer run.
+    pub patience: u32,
+    /// Not zero: misses leave the range alone.
+    pub fixed: u32,
+}
+
+/// Bytes at a range's end where no access of any size may begin.
+pub const MARGIN: u64 = 32;
+/// Misses between two looks for a longer run.
+pub const PATIENCE: u32 = 64;
+/// Instructions between two such looks, when the range is missed too often.
+const OFTEN: u64 = 12 * PATIENCE as u64;
+/// Pages of a run in each direction.
+const LONGEST: u64 = 1024;
+/// From so many pages on, a run is kept however much is missed.
+const FIXED_PAGES: u64 = 4;
+
+const EMPTY: Range = Range { first: 0, limit: 0, addend: 0, patience: PATIENCE, fixed: 0 };
+
+/// Number of a range's register: a general one, one of those below.
+pub type Name = u8;
+/// Addresses without a register.
+pub const ABSOLUTE: Name = 16;
+/// Addresses in FS or GS without a general register.
+pub const SEGMENT: Name = 17;
+/// Ranges for each kind of access.
+pub const NAMES: usize = 18;
+
+/// The ranges, those of reads first.
+pub type Ranges = [[Range; NAMES]; 2];
+
+/// All of them empty.
+pub const NONE: Ranges = [[EMPTY; NAMES]; 2];
+
+/// Where a field of a range is.
+pub fn field(name: Name, access: Access, offset: usize) -> Mem {
+    let start = frame_field!(ranges);
+    let index = NAMES * usize::from(access == Access::Write) + usize::from(name);
+    Mem { disp: start.disp + (index * size_of::<Range>() + offset) as i32, ..start }
+}
+
+/// First linear address.
+pub fn first(name: Name, access: Access) -> Mem {
+    field(name, access, offset_of!(Range, first))
+}
+
+/// Bytes.
+pub fn limit(name: Name, access: Access) -> Mem {
+    field(name, access, offset_of!(Range, limit))
+}
+
+/// From linear to host.
+pub fn addend(name: Name, access: Access) -> Mem {
+    field(name, access, offset_of!(Range, addend))
+}
+
+/// Ranges of tables that aren't in force, for when they are again.
+pub struct Saved {
+    tables: [Option<(FastTable, Box<Ranges>)>; TABLES],
+    next: usize,
+    withdrawals: u64,
+}
+
+const TABLES: usize = 8;
+
+impl Saved {
+    pub fn new() -> Self {
+        Self { tables: [const { None }; TABLES], next: 0, withdrawals: u64::MAX }
+    }
+
+    /// After anything that may have selected another table or withdrawn translations.
+    #[inline]
+    pub fn follow(&mut self, frame: &mut Frame, mmu: &Mmu) {
+        let table = mmu.fast_table();
+        if self.withdrawals != mmu.withdrawals() {
+            self.withdrawals = mmu.withdrawals();
+            self.forget(frame);
+        } else if table == frame.table {
+            return;
+        } else {
+            self.exchange(frame, table);
+        }
+        frame.take_table(table);
+    }
+
+    /// Nothing that is known holds any more.
+    fn forget(&mut self, frame: &mut Frame) {
+        frame.ranges = NONE;
+        self.tables.iter_mut().flatten().for_each(|(table, _)| table.generation = !0);
+    }
+
+    /// Keeps the ranges of the table that was in force and finds those of `table`.
+    fn exchange(&mut self, frame: &mut Frame, table: Option<FastTable>) {
+        if let Some(old) = frame.table {
+            self.keep(old, &frame.ranges);
+        }
+        let known = self.tables.iter().flatten().find(|(known, _)| Some(*known) == table);
+        frame.ranges = known.map_or(NONE, |(_, ranges)| **ranges);
+    }
+
+    fn keep(&mut self, table: FastTable, ranges: &Ranges) {
+        let same = self.tables.iter().position(|known| known.as_ref().is_some_and(|(known, _)| *known == table));
+        let at = same.unwrap_or_else(|| {
+            self.next = (self.next + 1) % TABLES;
+            self.next
+        });
+        match &mut self.tables[at] {
+            Some((known, kept)) => {
+                *known = table;
+                **kept = *ranges;
+            }
+            empty => *empty = Some((table, Box::new(*ranges))),
+        }
+    }
+}
+
+/// An access.
+struct Site {
+    /// Where the range's stub goes back to.
+    back: usize,
+    site: u32,
+    strikes: u8,
+}
+
+/// Times in a row that a site is found missing its range [`OFTEN`] before it is given up.
+const STRIKES: u8 = 8;
+
+/// What is known of accesses that miss their ranges.
+pub struct Misses {
+    /// In the order of the code.
+    sites: Vec<Site>,
+    /// When each range was last missed [`PATIENCE`] times.
+    last: [[u64; NAMES]; 2],
+    /// By block number: operations, by bits, that are better looked up in the table.
+    operations: HashMap<u32, u64>,
+    /// Blocks to be translated again.
+    again: Vec<u32>,
+}
+
+impl Misses {
+    pub fn new() -> Self {
+        Self { sites: Vec::new(), last: [[0; NAMES]; 2], operations: HashMap::new(), again: Vec::new() }
+    }
+
+    /// A translation with these sites was appended to the code.
+    pub fn know(&mut self, sites: Vec<(usize, u32)>) {
+        self.sites.extend(sites.into_iter().map(|(back, site)| Site { back, site, strikes: 0 }));
+    }
+
+    /// All code was emptied.
+    pub fn forget_code(&mut self) {
+        self.sites.clear();
+        self.again.clear();
+    }
+
+    /// A block was dropped.
+    pub fn forget_block(&mut self, number: u32) {
+        self.operations.remove(&number);
+    }
+
+    /// The operations of a block that ranges are no good for, by bits.
+    pub fn operations(&self, number: u32) -> u64 {
+        self.operations.get(&number).copied().unwrap_or(0)
+    }
+
+    /// Blocks that are to be translated again.
+    pub fn take_again(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.again)
+    }
+
+    /// If a range was missed [`PATIENCE`] times it gets the longest run around the last miss; if it is missed all the
+    /// time, the site is no good for ranges.
+    #[inline]
+    pub fn look(&mut self, frame: &mut Frame, mmu: &Mmu, code: u64) {
+        if let Some(number) = std::mem::take(&mut frame.missed).checked_sub(1) {
+            let back = frame.missed_back.wrapping_sub(code) as usize;
+            self.widen(frame, mmu, (number as usize % NAMES, number as usize / NAMES != 0), back);
+        }
+    }
+
+    fn widen(&mut self, frame: &mut Frame, mmu: &Mmu, (name, write): (usize, bool), back: usize) {
+        let (ram, now) = (frame.ram, frame.now());
+        let gva = Gva::new(frame.missed_gva);
+        let range = &mut frame.ranges[usize::from(write)][name];
+        let since = now.wrapping_sub(std::mem::replace(&mut self.last[usize::from(write)][name], now));
+        let (Some((first, pages)), Some(offset)) = (
+            mmu.run_around(gva, write, LONGEST),
+            if write { mmu.lookup_write(gva, 1) } else { mmu.lookup_read(gva, 1) },
+        ) else {
+            return;
+        };
+        *range = Range {
+            first: first.raw(),
+            limit: (pages << 12) - MARGIN,
+            addend: ram.wrapping_add(offset.raw()).wrapping_sub(gva.raw()),
+            patience: PATIENCE,
+            fixed: (pages >= FIXED_PAGES).into(),
+        };
+        self.judge(back, since < OFTEN);
+    }
+
+    /// The site that goes on at `back` has missed often or not: [`STRIKES`] in a row, and it is given up.
+    fn judge(&mut self, back: usize, often: bool) {
+        let Ok(at) = self.sites.binary_search_by_key(&back, |site| site.back) else { return };
+        let site = &mut self.sites[at];
+        site.strikes = if often { site.strikes + 1 } else { 0 };
+        if site.strikes >= STRIKES {
+            let (number, op) = (site.site >> OP_BITS, site.site & ((1 << OP_BITS) - 1));
+            *self.operations.entry(number).or_default() |= 1 << op;
+            self.again.push(number);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_range_holds_no_address() {
+        assert!(NONE.iter().flatten().all(|range| range.limit == 0));
+    }
+}
