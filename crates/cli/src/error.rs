@@ -31,6 +31,16 @@ pub enum CliError {
         /// The host's reason.
         source: std::io::Error,
     },
+    /// A file can't be made.
+    #[error("{flag}: {}: {source}: check the path", path.display())]
+    Write {
+        /// The flag that asked for it.
+        flag: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The host's reason.
+        source: std::io::Error,
+    },
     /// A directory or the like.
     #[error("{flag} {}: not a file: give the path of an image", path.display())]
     NotAFile {

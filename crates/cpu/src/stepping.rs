@@ -47,6 +47,11 @@ impl Interpreter {
         }
     }
 
+    /// The block at RIP; `None` if its bytes can't be fetched.
+    pub fn find_block(&mut self) -> Option<u32> {
+        self.cache.find(&mut self.core).ok()
+    }
+
     /// Whether instructions have to be looked at one by one, so that only [`run_block`](Self::run_block) will do.
     pub fn must_interpret(&self) -> bool {
         self.single || self.core.check_events || self.core.trace.is_some()

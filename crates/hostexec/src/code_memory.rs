@@ -4,6 +4,20 @@ use crate::HostExecError;
 use memmap2::{Mmap, MmapOptions, MmapRaw};
 use std::fs::File;
 
+/// A file's first page mapped executable, which is how profilers find a file that tells of generated code.
+pub struct ProfilerMark(#[allow(dead_code, reason = "kept for its mapping")] Mmap);
+
+impl ProfilerMark {
+    /// Maps it.
+    ///
+    /// # Errors
+    /// What the host refuses.
+    pub fn of(file: &File) -> std::io::Result<Self> {
+        // SAFETY: nobody reads or runs the mapping, whatever becomes of the file.
+        unsafe { MmapOptions::new().len(4096).map_exec(file) }.map(Self)
+    }
+}
+
 /// Code memory: appended to, patched, and cut back when what it holds is no longer used.
 pub struct CodeMemory {
     writable: MmapRaw,

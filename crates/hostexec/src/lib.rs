@@ -34,7 +34,7 @@ mod simd;
 mod stub;
 mod x87;
 
-pub use code_memory::CodeMemory;
+pub use code_memory::{CodeMemory, ProfilerMark};
 pub use exec::HostExec;
 pub use features::{HostFeatures, host_features};
 pub use host_op::{Class, HostExecError, HostOp, MemBuf, Outcome, Prepared};

@@ -4,6 +4,7 @@ use crate::emitter::{Emitter, displacement};
 use crate::flags::{logic_clears_af, pack, unpack};
 use crate::frame::{Frame, Reason};
 use crate::jumps::{Contexts, Jumps};
+use crate::listing::{self, Listener, Translated};
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::ranges::{Misses, Saved};
 use crate::stats::JitStats;
@@ -111,6 +112,7 @@ pub(crate) struct Engine {
     pending: Option<usize>,
     options: JitOptions,
     stats: JitStats,
+    listener: Option<Listener>,
 }
 
 /// The translating engine.
@@ -166,6 +168,7 @@ impl Jit {
             pending: None,
             options: jit,
             stats: JitStats::default(),
+            listener: None,
         })))
     }
 
@@ -177,6 +180,26 @@ impl Jit {
     /// The interpreter inside, to be set up.
     pub fn interpreter_mut(&mut self) -> &mut Interpreter {
         &mut self.0.interp
+    }
+
+    /// Has `listener` called with each translation from now on.
+    pub fn set_listener(&mut self, listener: Listener) {
+        self.0.listener = Some(listener);
+    }
+
+    /// Host address and length of the code that all translations share.
+    pub fn shared_code(&self) -> (u64, usize) {
+        (self.0.code.address(), self.0.stubs_end)
+    }
+
+    /// Translates the block at RIP, unless it has to be run before by the threshold, and doesn't run it. The RIP behind
+    /// it; `None` if there is no translation.
+    pub fn translate_here(&mut self) -> Option<u64> {
+        let engine = &mut *self.0;
+        let number = engine.interp.find_block()?;
+        engine.forget_dropped();
+        engine.translation(number)?;
+        Some(engine.interp.blocks().block(number).end_rip)
     }
 
     /// Runs at most so many blocks of a slice, one at a time; the slice is as good as spent then.
@@ -323,6 +346,10 @@ impl Engine {
             Source { block, number, bytes: &bytes, missing: self.misses.operations(number), off: self.options.off };
         let code = translate(source, entry, self.exits.len(), &self.stubs);
         self.code.append(&code.bytes).ok()?;
+        if let Some(listener) = &mut self.listener {
+            let names = listing::names(&self.stubs, self.code.address());
+            listener(&Translated::of(block, bytes, &code, self.code.address() + entry as u64, names));
+        }
         self.stats.translated += 1;
         self.stats.translated_ops += block.ops.len() as u64;
         self.stats.translated_helpers += code.helpers as u64;

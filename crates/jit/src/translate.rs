@@ -45,6 +45,8 @@ pub struct Code {
     pub missers: Vec<(usize, u32)>,
     /// Operations that are done by their functions.
     pub helpers: usize,
+    /// Where each operation's code begins in `bytes`, in what way it is done; then where the last one's ends.
+    pub starts: Vec<(usize, Option<Kind>)>,
 }
 
 /// Code that goes to the translation of `rip` in whatever context: always [`LOOKUP_BYTES`].
@@ -117,7 +119,7 @@ pub fn translate(source: Source<'_>, at: usize, first_exit: usize, stubs: &Stubs
         // Every operation by its function: no encoder is asked.
         let helpers = vec![Step { kind: Kind::Helper, live: true }; block.ops.len()];
         let all = Translator::new(source, at, stubs).run(&[], &helpers, first_exit);
-        all.unwrap_or(Code { bytes: Vec::new(), exits: Vec::new(), missers: Vec::new(), helpers: 0 })
+        all.unwrap_or(Code { bytes: Vec::new(), exits: Vec::new(), missers: Vec::new(), helpers: 0, starts: Vec::new() })
     })
 }
 
@@ -162,7 +164,9 @@ impl<'a> Translator<'a> {
     fn run(mut self, instructions: &[Instruction], steps: &[Step], first_exit: usize) -> Result<Code, Unencodable> {
         self.e.alu_imm(Alu::Sub, true, BUDGET, self.block.cost as i32);
         let spent = self.e.jcc(cc::SIGN);
+        let mut starts = Vec::with_capacity(steps.len() + 1);
         for (at, step) in steps.iter().enumerate() {
+            starts.push((self.e.bytes.len(), Some(step.kind)));
             match step.kind {
                 Kind::Helper => self.call_function(at, instructions.get(at)),
                 _ => self.native(at, &instructions[at], *step)?,
@@ -176,6 +180,7 @@ impl<'a> Translator<'a> {
                 self.exit(self.block.end_rip);
             }
         }
+        starts.push((self.e.bytes.len(), None));
         self.e.bind(spent);
         self.e.mov_imm(A, u64::from(self.number << OP_BITS));
         self.e.jmp_to(self.stubs.budget);
@@ -188,7 +193,7 @@ impl<'a> Translator<'a> {
         let helpers = steps.iter().filter(|step| step.kind == Kind::Helper).count();
         let site = |op| self.number << OP_BITS | op as u32;
         let missers = self.missers.into_iter().map(|(back, op)| (back, site(op))).collect();
-        Ok(Code { bytes: self.e.bytes, exits, missers, helpers })
+        Ok(Code { bytes: self.e.bytes, exits, missers, helpers, starts })
     }
 
     fn native(&mut self, at: usize, i: &Instruction, step: Step) -> Result<(), Unencodable> {

@@ -1,6 +1,7 @@
-//! Repository chores: `cargo xtask deps | lengths | unsafe | check | kut DIR | mutants`.
+//! Repository chores: `cargo xtask deps | lengths | unsafe | check | bless | kut DIR | mutants`.
 #![forbid(unsafe_code)]
 
+mod bless;
 mod deps;
 mod kut;
 mod lengths;
@@ -17,6 +18,7 @@ const USAGE: &str = concat!(
     "  lengths  warn of source files over 500 lines, fail over 800 (tables, *.table.rs, are exempt)\n",
     "  unsafe   fail on unsafe code outside the crates that may have it\n",
     "  check    all of these\n",
+    "  bless    take the translator's host code for right as it is now: crates/jit/tests/golden\n",
     "  kut DIR  run a built directory of kvm-unit-tests with the release binary; verdicts as JSON\n",
     "  mutants  break the MMU's rules one at a time (or only NAME...) and say by which tests each is caught",
 );
@@ -75,6 +77,9 @@ fn main() -> ExitCode {
 fn run(command: Option<&str>) -> Result<bool, XtaskError> {
     if command == Some("kut") {
         return kut::run(std::env::args().skip(2));
+    }
+    if command == Some("bless") {
+        return bless::run();
     }
     if command == Some("mutants") {
         return mutants::run(std::env::args().skip(2));

@@ -2,6 +2,7 @@
 
 mod diff;
 mod doctor;
+mod dump;
 mod explain;
 mod isa;
 mod rom;
@@ -20,6 +21,8 @@ pub enum Command {
     Diff(Box<diff::Args>),
     /// Say what this host offers and what Umbra will use
     Doctor(doctor::Args),
+    /// Show the host code that the translator makes of guest code
+    Dump(Box<dump::Args>),
     /// List the instructions and which of them are verified
     Isa(isa::Args),
     /// List or run the test ROMs
@@ -33,6 +36,7 @@ pub fn execute(command: Command) -> u8 {
         Command::Explain(args) => explain::execute(&args),
         Command::Diff(args) => diff::execute(&args),
         Command::Doctor(args) => doctor::execute(&args),
+        Command::Dump(args) => dump::execute(&args),
         Command::Isa(args) => isa::execute(&args),
         Command::Rom(args) => rom::execute(&args),
     }

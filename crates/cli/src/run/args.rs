@@ -104,28 +104,60 @@ pub struct JitArgs {
     /// Translate at most so many blocks, to find by bisection one that is translated wrongly
     #[arg(long, value_name = "N")]
     pub jit_limit: Option<u64>,
-    /// Do without a mechanism of the translator, to see whether it is wrong or what it gains; comma-separated
-    #[arg(long, value_enum, value_name = "FLAG", value_delimiter = ',')]
-    pub jit_off: Vec<JitOff>,
+    #[command(flatten)]
+    pub without: JitOffArgs,
     /// Run the guest on the interpreter, too, and compare registers, flags, counts and time after every N blocks [default
     /// N: 1], and memory now and then; the first difference ends the run with exit code 121
     #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "1",
         value_parser = clap::value_parser!(u64).range(1..), conflicts_with_all = ["serial_stdin", "clock", "trace"])]
     pub lockstep: Option<u64>,
+    /// Write every translation to a file: guest instructions, the way each is done, host instructions
+    #[arg(long, value_name = "FILE")]
+    pub dump_blocks: Option<PathBuf>,
+    /// Tell perf what translations are: /tmp/perf-PID.map, or jit-PID.dump here, for perf record -k mono and perf inject --jit
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub perf: Option<PerfChoice>,
+}
+
+/// Mechanisms of the translator that are left out.
+#[derive(ClapArgs, Debug, Clone, Default)]
+#[group(id = "without")]
+pub struct JitOffArgs {
+    /// Do without a mechanism of the translator, to see whether it is wrong or what it gains; comma-separated
+    #[arg(long, value_enum, value_name = "FLAG", value_delimiter = ',')]
+    jit_off: Vec<JitOff>,
+}
+
+impl JitOffArgs {
+    /// The translator's options.
+    pub fn options(&self) -> JitOptions {
+        let off = self.jit_off.iter().fold(Mechanisms::NONE, |off, flag| off.with(flag.mechanism()));
+        JitOptions { off, ..JitOptions::DEFAULT }
+    }
+}
+
+/// `--perf`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum PerfChoice {
+    /// Addresses and names
+    Map,
+    /// Addresses, names and code, by time
+    Jitdump,
 }
 
 impl JitArgs {
     /// The translator's options.
     pub fn options(&self) -> JitOptions {
-        let off = self.jit_off.iter().fold(Mechanisms::NONE, |off, flag| off.with(flag.mechanism()));
-        JitOptions { limit: self.jit_limit.unwrap_or(u64::MAX), off, ..JitOptions::DEFAULT }
+        JitOptions { limit: self.jit_limit.unwrap_or(u64::MAX), ..self.without.options() }
     }
 
     /// The first of these options that was given.
     pub fn given(&self) -> Option<&'static str> {
         let limit = self.jit_limit.map(|_| "--jit-limit");
-        let off = self.jit_off.first().map(|_| "--jit-off");
-        limit.or(off).or(self.lockstep.map(|_| "--lockstep"))
+        let off = self.without.jit_off.first().map(|_| "--jit-off");
+        let lockstep = self.lockstep.map(|_| "--lockstep");
+        let dump = self.dump_blocks.as_ref().map(|_| "--dump-blocks");
+        limit.or(off).or(lockstep).or(dump).or(self.perf.map(|_| "--perf"))
     }
 }
 

@@ -129,6 +129,14 @@ impl Engine {
         }
     }
 
+    /// The translator, to be told whom to tell of translations.
+    pub fn translator_mut(&mut self) -> Option<&mut Jit> {
+        match &mut self.kind {
+            Kind::Translated(engine) => Some(engine),
+            Kind::Soft(_) | Kind::Accelerated(_) => None,
+        }
+    }
+
     /// The translator's counters.
     pub fn jit_stats(&self) -> Option<JitStats> {
         match &self.kind {

@@ -3,6 +3,7 @@
 use super::args::{Accel, AccelArgs, Args, EngineChoice, MmuChoice, RoleChoice, TraceArgs};
 use super::engine::{self, Choice, Engine};
 use super::image;
+use super::translations::Readers;
 use crate::error::CliError;
 use std::sync::Arc;
 use umbra_arch::PAGE_SIZE;
@@ -73,11 +74,16 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
     if let Some(path) = &args.memory_file {
         memory.set_page_source(Box::new(image::open_source(path)?)).map_err(MachineError::from)?;
     }
+    let readers = Readers::of(&args.jit)?;
     let mut traces = super::trace::of(&args.tracing, args.smp)?.into_iter();
     let engine = |id| {
         let mut soft = interpreter(args, &memory, &profile, id)?;
         soft.set_trace(traces.next());
-        engine::make(choice, &args.accel, translation, &memory, &profile, soft)
+        let mut engine = engine::make(choice, &args.accel, translation, &memory, &profile, soft)?;
+        if let Some(jit) = engine.translator_mut() {
+            readers.attach(jit);
+        }
+        Ok(engine)
     };
     let engines: Result<Vec<_>, CliError> = (0..args.smp).map(engine).collect();
     let engines = engines?;

@@ -15,8 +15,9 @@ pub mod rom;
 mod stdin;
 mod terminal;
 mod trace;
+mod translations;
 
-pub use args::{AccelArgs, Args, TraceArgs};
+pub use args::{AccelArgs, Args, JitOffArgs, TraceArgs};
 pub use guest::Guest;
 
 use crate::error::CliError;

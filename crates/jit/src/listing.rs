@@ -1,0 +1,193 @@
+//! Translations for people and profilers: guest code, in what way each instruction is done, host code.
+
+use crate::engine::Engine;
+use crate::stubs::Stubs;
+use crate::translate::Code;
+use iced_x86::{
+    Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, OpKind, Register, SymbolResolver, SymbolResult,
+};
+use std::fmt::{self, Write};
+use std::mem::offset_of;
+use std::ops::Range;
+use umbra_arch::CpuState;
+use umbra_arch::fpu::FpState;
+use umbra_cpu::block::Block;
+use umbra_cpu::{Core, Interpreter};
+
+/// A translation as it was made.
+#[derive(Clone, Debug)]
+pub struct Translated {
+    /// Of the block, as offset in CS.
+    pub rip: u64,
+    /// Code size: 16, 32 or 64.
+    pub bits: u32,
+    /// The block's bytes.
+    pub guest: Vec<u8>,
+    /// Its host code; exits aren't linked yet.
+    pub host: Vec<u8>,
+    /// Address of the host code.
+    pub address: u64,
+    /// The instructions, in order.
+    pub parts: Vec<Part>,
+    /// Shared code, by address.
+    pub(crate) stubs: Vec<(u64, &'static str)>,
+}
+
+/// An instruction of a translation.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Part {
+    /// Its bytes, as range of the block's.
+    pub guest: Range<usize>,
+    /// Its host code but for rarely executed parts, which come behind all instructions.
+    pub host: Range<usize>,
+    /// In what way it is done: `Helper` is a call of its function.
+    pub way: String,
+}
+
+/// Where the code size is in a code mode.
+const CODE_SIZE_AT: u32 = 40;
+
+/// Called with each translation when it has been made.
+pub type Listener = Box<dyn FnMut(&Translated) + Send>;
+
+/// The stubs by name.
+pub(crate) fn names(stubs: &Stubs, base: u64) -> Vec<(u64, &'static str)> {
+    let named = [
+        (stubs.helper, "helper"),
+        (stubs.budget, "budget"),
+        (stubs.link, "link"),
+        (stubs.lookup, "lookup"),
+        (stubs.dispatch, "dispatch"),
+        (stubs.vectors_load, "vectors_load"),
+        (stubs.x87_load, "x87_load"),
+        (stubs.x87_store, "x87_store"),
+    ];
+    named.into_iter().map(|(at, name)| (base + at as u64, name)).collect()
+}
+
+impl Translated {
+    /// A block with these bytes whose code is at `address`.
+    pub(crate) fn of(
+        block: &Block,
+        guest: Vec<u8>,
+        code: &Code,
+        address: u64,
+        stubs: Vec<(u64, &'static str)>,
+    ) -> Self {
+        let ends = code.starts.iter().skip(1).map(|(end, _)| *end);
+        let parts = block.ops.iter().zip(&code.starts).zip(ends).map(|((op, (start, kind)), end)| Part {
+            guest: usize::from(op.start)..usize::from(op.start) + usize::from(op.len),
+            host: *start..end,
+            way: kind.map_or_else(String::new, |kind| format!("{kind:?}")),
+        });
+        Self {
+            rip: block.rip,
+            bits: (block.mode() >> CODE_SIZE_AT) as u32 & 0x7f,
+            parts: parts.collect(),
+            guest,
+            host: code.bytes.clone(),
+            address,
+            stubs,
+        }
+    }
+
+    fn guest_text(&self, part: &Part) -> String {
+        let bytes = self.guest.get(part.guest.clone()).unwrap_or_default();
+        let rip = self.rip.wrapping_add(part.guest.start as u64);
+        let i = Decoder::with_ip(self.bits, bytes, rip, DecoderOptions::NONE).decode();
+        let mut text = String::new();
+        numbers(IntelFormatter::new()).format(&i, &mut text);
+        text
+    }
+
+    /// Host instructions of a range, a line each.
+    fn host_text(&self, range: Range<usize>, out: &mut String) {
+        let bytes = self.host.get(range.clone()).unwrap_or_default();
+        let start = self.address + range.start as u64;
+        let names = Names { stubs: self.stubs.clone(), inside: self.address..self.address + self.host.len() as u64 };
+        let mut formatter = numbers(IntelFormatter::with_options(Some(Box::new(names)), None));
+        for i in &mut Decoder::with_ip(64, bytes, start, DecoderOptions::NONE) {
+            let _ = write!(out, "  {:4x}    ", i.ip() - self.address);
+            formatter.format(&i, out);
+            out.push('\n');
+        }
+    }
+}
+
+fn numbers(mut formatter: IntelFormatter) -> IntelFormatter {
+    let options = formatter.options_mut();
+    options.set_hex_prefix("0x");
+    options.set_hex_suffix("");
+    options.set_uppercase_hex(false);
+    options.set_show_branch_size(false);
+    options.set_rip_relative_addresses(true);
+    formatter
+}
+
+impl fmt::Display for Translated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut host = String::new();
+        let head = self.parts.first().map_or(self.host.len(), |part| part.host.start);
+        self.host_text(0..head, &mut host);
+        writeln!(f, "block {:#x}, {}-bit, {} bytes of host code", self.rip, self.bits, self.host.len())?;
+        f.write_str(&host)?;
+        for part in &self.parts {
+            host.clear();
+            self.host_text(part.host.clone(), &mut host);
+            let bytes = self.guest.get(part.guest.clone()).unwrap_or_default();
+            let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            writeln!(f, "{hex:<16} {:<40} {}", self.guest_text(part), part.way)?;
+            f.write_str(&host)?;
+        }
+        host.clear();
+        let tail = self.parts.last().map_or(0, |part| part.host.end);
+        self.host_text(tail..self.host.len(), &mut host);
+        writeln!(f, "behind them")?;
+        f.write_str(&host)
+    }
+}
+
+/// Names what host code addresses: fields of the engine, stubs, places in the translation.
+struct Names {
+    stubs: Vec<(u64, &'static str)>,
+    inside: Range<u64>,
+}
+
+impl SymbolResolver for Names {
+    fn symbol(
+        &mut self,
+        i: &Instruction,
+        operand: u32,
+        _: Option<u32>,
+        address: u64,
+        _: u32,
+    ) -> Option<SymbolResult<'_>> {
+        let name = match i.op_kind(operand) {
+            OpKind::Memory if i.memory_base() == Register::R15 => field(i.memory_displacement64() as usize)?,
+            OpKind::NearBranch64 if self.inside.contains(&address) => format!("{:#x}", address - self.inside.start),
+            OpKind::NearBranch64 => self.stubs.iter().find(|(stub, _)| *stub == address)?.1.to_owned(),
+            _ => return None,
+        };
+        Some(SymbolResult::with_string(address, name))
+    }
+}
+
+const CORE: usize = offset_of!(Engine, interp) + Interpreter::CORE_OFFSET;
+const FP: usize = CORE + offset_of!(Core, s) + offset_of!(CpuState, fp);
+
+/// The field at an offset from the engine. What lies elsewhere is named by its distance from where it begins, so that
+/// names stay when other things grow.
+fn field(offset: usize) -> Option<String> {
+    let array = |name: &str, start: usize, size: usize, count: usize| {
+        let at = offset.checked_sub(start).filter(|at| *at < size * count)?;
+        let rest = if at % size == 0 { String::new() } else { format!("+{}", at % size) };
+        Some(format!("{name}[{}]{rest}", at / size))
+    };
+    array("gpr", CORE + offset_of!(Core, gpr), 8, 16)
+        .or_else(|| array("seg_base", CORE + offset_of!(Core, seg_base), 8, 8))
+        .or_else(|| array("next_rip", CORE + offset_of!(Core, next_rip), 8, 1))
+        .or_else(|| array("xmm", FP + offset_of!(FpState, xmm), 16, 16))
+        .or_else(|| array("ymm_high", FP + offset_of!(FpState, ymm_high), 16, 16))
+        .or_else(|| array("fp", FP, 1, size_of::<FpState>()))
+        .or_else(|| array("frame", offset_of!(Engine, frame), 8, size_of::<crate::frame::Frame>() / 8))
+}
