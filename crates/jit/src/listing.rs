@@ -1,6 +1,8 @@
 //! Translations for people and profilers: guest code, in what way each instruction is done, host code.
 
 use crate::engine::Engine;
+use crate::memory_path::Access;
+use crate::ranges::{NAMES, Name};
 use crate::stubs::Stubs;
 use crate::translate::Code;
 use iced_x86::{
@@ -30,7 +32,7 @@ pub struct Translated {
     /// The instructions, in order.
     pub parts: Vec<Part>,
     /// Shared code, by address.
-    pub(crate) stubs: Vec<(u64, &'static str)>,
+    pub(crate) stubs: Vec<(u64, String)>,
 }
 
 /// An instruction of a translation.
@@ -51,7 +53,7 @@ const CODE_SIZE_AT: u32 = 40;
 pub type Listener = Box<dyn FnMut(&Translated) + Send>;
 
 /// The stubs by name.
-pub(crate) fn names(stubs: &Stubs, base: u64) -> Vec<(u64, &'static str)> {
+pub(crate) fn names(stubs: &Stubs, base: u64) -> Vec<(u64, String)> {
     let named = [
         (stubs.helper, "helper"),
         (stubs.budget, "budget"),
@@ -62,18 +64,16 @@ pub(crate) fn names(stubs: &Stubs, base: u64) -> Vec<(u64, &'static str)> {
         (stubs.x87_load, "x87_load"),
         (stubs.x87_store, "x87_store"),
     ];
-    named.into_iter().map(|(at, name)| (base + at as u64, name)).collect()
+    let ranges = [(Access::Read, "read"), (Access::Write, "write")].into_iter().flat_map(|(access, verb)| {
+        (0..NAMES).map(move |name| (stubs.range(name as Name, access), format!("range_{verb}[{name}]")))
+    });
+    let named = named.into_iter().map(|(at, name)| (at, name.to_owned()));
+    named.chain(ranges).map(|(at, name)| (base + at as u64, name)).collect()
 }
 
 impl Translated {
     /// A block with these bytes whose code is at `address`.
-    pub(crate) fn of(
-        block: &Block,
-        guest: Vec<u8>,
-        code: &Code,
-        address: u64,
-        stubs: Vec<(u64, &'static str)>,
-    ) -> Self {
+    pub(crate) fn of(block: &Block, guest: Vec<u8>, code: &Code, address: u64, stubs: Vec<(u64, String)>) -> Self {
         let ends = code.starts.iter().skip(1).map(|(end, _)| *end);
         let parts = block.ops.iter().zip(&code.starts).zip(ends).map(|((op, (start, kind)), end)| Part {
             guest: usize::from(op.start)..usize::from(op.start) + usize::from(op.len),
@@ -149,7 +149,7 @@ impl fmt::Display for Translated {
 
 /// Names what host code addresses: fields of the engine, stubs, places in the translation.
 struct Names {
-    stubs: Vec<(u64, &'static str)>,
+    stubs: Vec<(u64, String)>,
     inside: Range<u64>,
 }
 
@@ -165,7 +165,10 @@ impl SymbolResolver for Names {
         let name = match i.op_kind(operand) {
             OpKind::Memory if i.memory_base() == Register::R15 => field(i.memory_displacement64() as usize)?,
             OpKind::NearBranch64 if self.inside.contains(&address) => format!("{:#x}", address - self.inside.start),
-            OpKind::NearBranch64 => self.stubs.iter().find(|(stub, _)| *stub == address)?.1.to_owned(),
+            OpKind::NearBranch64 => match self.stubs.iter().find(|(stub, _)| *stub == address) {
+                Some((_, name)) => name.clone(),
+                None => "shared_code".to_owned(),
+            },
             _ => return None,
         };
         Some(SymbolResult::with_string(address, name))

@@ -119,7 +119,13 @@ pub fn translate(source: Source<'_>, at: usize, first_exit: usize, stubs: &Stubs
         // Every operation by its function: no encoder is asked.
         let helpers = vec![Step { kind: Kind::Helper, live: true }; block.ops.len()];
         let all = Translator::new(source, at, stubs).run(&[], &helpers, first_exit);
-        all.unwrap_or(Code { bytes: Vec::new(), exits: Vec::new(), missers: Vec::new(), helpers: 0, starts: Vec::new() })
+        all.unwrap_or(Code {
+            bytes: Vec::new(),
+            exits: Vec::new(),
+            missers: Vec::new(),
+            helpers: 0,
+            starts: Vec::new(),
+        })
     })
 }
 
