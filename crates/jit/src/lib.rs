@@ -30,6 +30,7 @@ mod sample;
 mod stats;
 mod stubs;
 mod translate;
+mod turns;
 mod vector;
 mod vector_file;
 mod x87;

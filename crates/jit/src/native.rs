@@ -2,14 +2,14 @@
 //! replaced, or a short sequence where registers are implied or flags need care.
 
 use crate::emitter::{Alu, Mem, cc};
-use crate::frame::gpr;
+use crate::frame::{frame_field, gpr};
 use crate::memory_path::{Access, Address, Place};
 use crate::plan::{Kind, ShiftKind, Step, has_memory, reads_flags, width};
 use crate::registers::{A, B, FLAGS, GUEST_RAX, GUEST_RSP, RDX, Reg, guest, home};
 use crate::translate::Translator;
 use iced_x86::{Code, Instruction, Mnemonic as M, OpKind, Register};
 use umbra_cpu::decode::register_index;
-use umbra_cpu::op::Op;
+use umbra_cpu::op::{HIGH_BYTE, Op};
 
 /// The encoder refused an instruction.
 #[derive(Debug)]
@@ -17,21 +17,26 @@ pub struct Unencodable;
 
 /// A register operand and where it is while its instruction executes.
 #[derive(Clone, Copy)]
-struct Renamed {
+pub struct Renamed {
     operand: u32,
     guest: u8,
-    host: Reg,
+    pub host: Reg,
 }
 
 impl Translator<'_> {
     /// An operation that isn't a branch. Its slow path is open.
     pub fn data(&mut self, i: &Instruction, op: &Op, step: Step) -> Result<(), Unencodable> {
         match step.kind {
-            Kind::Move => self.renamed(i, op, reads_flags(i)).map(drop),
+            Kind::Move => {
+                let renamed = self.renamed(i, op, reads_flags(i))?;
+                self.put_high_byte(i, &renamed);
+                Ok(())
+            }
             Kind::Exchange => self.renamed(i, op, false).map(drop),
             Kind::Arithmetic => self.arithmetic(i, op, step.live),
             Kind::Silent => self.silent(i, op).map(drop),
             Kind::Shift(kind) => self.shift(i, op, kind, step.live),
+            Kind::Turn(turn) => self.turn(i, op, turn),
             Kind::Imul => self.imul(i, op, step.live),
             Kind::Bits(bits) => self.bits(i, op, bits, step.live),
             Kind::BitTest => self.bit_test(i, op, step.live),
@@ -83,7 +88,7 @@ impl Translator<'_> {
             self.host_flags = true;
         }
         self.encode(&host)?;
-        for r in &renamed {
+        for r in renamed.iter().filter(|r| r.guest & HIGH_BYTE == 0) {
             let written = r.operand == 0 && writes_first(i) || matches!(i.mnemonic(), M::Xchg | M::Xadd);
             if written && home(r.guest).is_none() {
                 self.e.store(gpr(r.guest), r.host);
@@ -93,7 +98,7 @@ impl Translator<'_> {
     }
 
     /// As [`renamed`](Self::renamed) for one after which the host's flags say nothing.
-    fn silent(&mut self, i: &Instruction, op: &Op) -> Result<Vec<Renamed>, Unencodable> {
+    pub fn silent(&mut self, i: &Instruction, op: &Op) -> Result<Vec<Renamed>, Unencodable> {
         let renamed = self.renamed(i, op, false);
         self.host_flags = false;
         renamed
@@ -109,6 +114,11 @@ impl Translator<'_> {
             }
             let register = i.op_register(operand);
             let guest = register_index(register);
+            if guest & HIGH_BYTE != 0 && renamed.iter().all(|r| r.guest != guest) {
+                self.take_high_byte(guest, free);
+                renamed.push(Renamed { operand, guest, host: free });
+                free = B;
+            }
             let known = renamed.iter().find(|r| r.guest == guest).map(|r| r.host);
             let place = known.or(home(guest)).unwrap_or_else(|| {
                 if operand > 0 || !only_written(i, guest) {
@@ -120,6 +130,29 @@ impl Translator<'_> {
             host.set_op_register(operand, sized(place, register.size()));
         }
         renamed
+    }
+
+    /// AH, CH, DH or BH to `to`. Clobbers the host's flags.
+    fn take_high_byte(&mut self, guest: u8, to: Reg) {
+        if let Some(r) = home(guest & !HIGH_BYTE) {
+            self.e.mov(to, r);
+            self.e.shr(true, to, 8);
+            self.host_flags = false;
+        }
+    }
+
+    /// AH, CH, DH or BH, if the first operand is one and is written, from where it was renamed to. Clobbers the
+    /// host's flags.
+    fn put_high_byte(&mut self, i: &Instruction, renamed: &[Renamed]) {
+        let Some(r) = renamed.iter().find(|r| r.operand == 0 && r.guest & HIGH_BYTE != 0) else { return };
+        if let (Some(whole), true) = (home(r.guest & !HIGH_BYTE), writes_first(i)) {
+            self.e.rr(true, &[0xc1], 1, whole); // ror
+            self.e.raw(&[8]);
+            self.e.rr(false, &[0x8a], whole, r.host); // mov
+            self.e.rr(true, &[0xc1], 0, whole); // rol
+            self.e.raw(&[8]);
+            self.host_flags = false;
+        }
     }
 
     /// LEA's address on host registers: its base or index is loaded if it lives in memory.
@@ -158,11 +191,12 @@ impl Translator<'_> {
     fn arithmetic(&mut self, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
         // INC and DEC need CF only to keep it.
         let needs = reads_flags(i) && (live || !matches!(i.mnemonic(), M::Inc | M::Dec));
-        self.renamed(i, op, needs)?;
+        let renamed = self.renamed(i, op, needs)?;
         self.host_flags = live;
         if live {
             self.e.save_flags();
         }
+        self.put_high_byte(i, &renamed);
         Ok(())
     }
 
@@ -314,6 +348,12 @@ impl Translator<'_> {
     }
 
     fn push(&mut self, i: &Instruction, op: &Op) {
+        if has_memory(i) {
+            // The stack's place needs both scratch registers.
+            let place = self.lookup(&Address::of(op), 8, Access::Read);
+            self.e.load(A, place.mem);
+            self.e.store(frame_field!(scratch), A);
+        }
         let top = self.lookup(&Address::above(guest::RSP, -8), 8, Access::Write);
         if i.op0_kind() == OpKind::Register {
             let value = home(op.dst).unwrap_or_else(|| {
@@ -321,6 +361,9 @@ impl Translator<'_> {
                 top.free
             });
             self.e.store(top.mem, value);
+        } else if has_memory(i) {
+            self.e.load(top.free, frame_field!(scratch));
+            self.e.store(top.mem, top.free);
         } else {
             self.e.store_imm(top.mem, op.imm as i32);
         }
@@ -356,7 +399,7 @@ fn only_written(i: &Instruction, guest: u8) -> bool {
     let moves = matches!(i.mnemonic(), M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Lea);
     let is_source =
         (1..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && register_index(i.op_register(n)) == guest);
-    width(i) >= 4 && (moves || i.op_count() == 3) && !is_source
+    width(i) >= 4 && (moves || i.mnemonic() == M::Imul && i.op_count() == 3) && !is_source
 }
 
 /// Puts the host's address of the memory operand in.

@@ -2,6 +2,7 @@
 
 use crate::bits::Bits;
 use crate::mechanisms::{Mechanism, Mechanisms};
+use crate::turns::Turn;
 use crate::{vector, x87};
 use iced_x86::{ConditionCode, Instruction, Mnemonic as M, OpKind, Register};
 use umbra_cpu::op::Op;
@@ -21,6 +22,8 @@ pub enum Kind {
     Silent,
     /// A shift by a constant, 1 to less than the width.
     Shift(ShiftKind),
+    /// Another shift or rotate, its flags being looked at.
+    Turn(Turn),
     /// IMUL with two or three operands.
     Imul,
     /// MUL, or IMUL with one operand.
@@ -128,6 +131,12 @@ pub fn reads_flags(i: &Instruction) -> bool {
 }
 
 fn kind(i: &Instruction, op: &Op, live: bool) -> Kind {
+    let kind = any_kind(i, op, live);
+    let renamed = matches!(kind, Kind::Move | Kind::Arithmetic) && i.mnemonic() != M::Xadd;
+    if renamed || !has_high_byte(i) { kind } else { Kind::Helper }
+}
+
+fn any_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
     if op.row == u16::MAX {
         return Kind::Helper;
     }
@@ -153,7 +162,8 @@ fn kind(i: &Instruction, op: &Op, live: bool) -> Kind {
         M::Shl | M::Sal => shift(i, ShiftKind::Left, live),
         M::Shr => shift(i, ShiftKind::Right, live),
         M::Sar => shift(i, ShiftKind::Arithmetic, live),
-        M::Rol | M::Ror if !live => Kind::Silent,
+        M::Rol | M::Ror => turn(i, live),
+        M::Shld | M::Shrd if width(i) >= 4 => turn(i, live),
         M::Imul if i.op_count() > 1 => Kind::Imul,
         M::Mul | M::Imul if width(i) >= 4 => Kind::Multiply,
         M::Div if width(i) >= 4 => Kind::Divide { signed: false },
@@ -205,7 +215,7 @@ pub fn width(i: &Instruction) -> u32 {
 fn pushes_64(i: &Instruction) -> bool {
     let operand = match i.op0_kind() {
         OpKind::Register => i.op0_register().is_gpr(),
-        kind => kind != OpKind::Memory,
+        _ => true,
     };
     operand && i.stack_pointer_increment() == -8
 }
@@ -218,17 +228,26 @@ fn shift(i: &Instruction, kind: ShiftKind, live: bool) -> Kind {
     if constant && count > 0 && count < bits && !(live && kind == ShiftKind::Right && has_memory(i)) {
         return Kind::Shift(kind);
     }
-    if live { Kind::Helper } else { Kind::Silent }
+    turn(i, live)
+}
+
+fn turn(i: &Instruction, live: bool) -> Kind {
+    match Turn::of(i) {
+        _ if !live => Kind::Silent,
+        Some(turn) => Kind::Turn(turn),
+        None => Kind::Helper,
+    }
 }
 
 /// Whether the operands are general registers that can be renamed, immediates, and an ordinary address.
 fn operands_fit(i: &Instruction, op: &Op) -> bool {
     let registers = (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register).map(|n| i.op_register(n));
-    registers.into_iter().all(fits) && (!has_memory(i) || address_fits(i, op))
+    registers.into_iter().all(|r| r.is_gpr()) && (!has_memory(i) || address_fits(i, op))
 }
 
-fn fits(r: Register) -> bool {
-    r.is_gpr() && !matches!(r, Register::AH | Register::CH | Register::DH | Register::BH)
+fn has_high_byte(i: &Instruction) -> bool {
+    let high = |r| matches!(r, Register::AH | Register::CH | Register::DH | Register::BH);
+    (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && high(i.op_register(n)))
 }
 
 fn address_fits(i: &Instruction, op: &Op) -> bool {

@@ -142,7 +142,7 @@ fn instruction(number: u64) -> Vec<u8> {
     let memory = c.take(3) == 0;
     let reg = c.register();
     let group = [0u8, 1, 2, 3, 4, 5, 6, 7][c.take(8) as usize];
-    match c.take(48) {
+    match c.take(53) {
         0..=3 => c.form(prefix, wide, &[0x01 + 8 * group], reg, memory),
         4..=5 => c.form(prefix, wide, &[0x03 + 8 * group], reg, memory),
         6 => c.form(&[], false, &[8 * group], reg, memory),
@@ -201,6 +201,22 @@ fn instruction(number: u64) -> Vec<u8> {
         37 => wide_vector(&mut c),
         38 => c.form(prefix, wide, &[0x0f, [0xc1, 0xb1, 0xb1, 0xc0][(group & 3) as usize]], reg, memory),
         44 | 45 => bits(&mut c, memory),
+        46 | 47 => high_byte(&mut c),
+        48 => {
+            // SHLD and SHRD.
+            let opcode = [0xa4, 0xa5, 0xac, 0xad][c.take(4) as usize];
+            let mut bytes = c.form(prefix, wide, &[0x0f, opcode], reg, memory);
+            if opcode & 1 == 0 {
+                bytes.push(c.take(70) as u8);
+            }
+            bytes
+        }
+        49 => {
+            // PUSH of memory, then POP.
+            let mut bytes = c.form(&[], false, &[0xff], 6, true);
+            bytes.push([0x58, 0x5a, 0x5e, 0x5d][c.take(4) as usize]);
+            bytes
+        }
         39..=43 => x87::instruction(&mut c),
         // CALL of a function behind the next jump.
         _ => {
@@ -210,6 +226,34 @@ fn instruction(number: u64) -> Vec<u8> {
             bytes
         }
     }
+}
+
+/// Byte operations without REX, so that four of eight registers are the second bytes of others.
+fn high_byte(c: &mut Choice) -> Vec<u8> {
+    let group = c.take(8) as u8;
+    let opcode: &[u8] = match c.take(9) {
+        0 => &[8 * group],
+        1 => &[8 * group + 2],
+        2 => &[[0x88, 0x8a, 0x86, 0x84][usize::from(group & 3)]],
+        3 => &[0x80],
+        4 => &[0xf6],
+        5 => &[0xfe],
+        6 => &[0x0f, 0x90 | c.take(16) as u8],
+        7 => &[0x0f, [0xb6, 0xbe, 0xc0, 0xb0][usize::from(group & 3)]],
+        _ => &[[0xc0, 0xd0, 0xd2][usize::from(group % 3)]],
+    };
+    let extension = match opcode {
+        [0xf6] => [0, 2, 3, 0][usize::from(group & 3)],
+        [0xfe] => group & 1,
+        _ => group,
+    };
+    let mut bytes = opcode.to_vec();
+    let memory = c.take(4) == 0;
+    bytes.push(extension << 3 | if memory { 7 } else { 0xc0 | [0, 1, 2, 3, 4, 5, 6, 7][c.take(8) as usize] });
+    if matches!(opcode, [0x80] | [0xc0]) || opcode == [0xf6] && extension == 0 {
+        bytes.push(c.take(256) as u8);
+    }
+    bytes
 }
 
 /// A bit scan, count or field; MOVBE.
@@ -542,7 +586,7 @@ fn no_more_blocks_are_translated_than_the_limit_says() {
 /// What is at home in the host's x87 and vector registers needs functions only where a page is missing.
 #[test]
 fn code_on_host_registers_calls_no_functions() {
-    const BODIES: [&[u8]; 5] = [
+    const BODIES: [&[u8]; 6] = [
         // fld qword [rdi]; fmul st0, st0; fld1; faddp; fstp tbyte [rdi + 0x40]; fwait
         &[0xdd, 0x07, 0xdc, 0xc8, 0xd9, 0xe8, 0xde, 0xc1, 0xdb, 0x7f, 0x40, 0x9b],
         // fnstcw [rdi + 0x30]; fldcw [rdi + 0x1810]; fnstsw ax
@@ -553,6 +597,8 @@ fn code_on_host_registers_calls_no_functions() {
         &[0x0f, 0xae, 0x5f, 0x44, 0x0f, 0xae, 0x97, 0x20, 0x18, 0, 0, 0xf2, 0x0f, 0x2d, 0x07, 0xc5, 0xf8, 0x77],
         // tzcnt r11, rax; bsf rax, rdx; blsr rax, rax; movbe eax, [rdi]
         &[0xf3, 0x4c, 0x0f, 0xbc, 0xd8, 0x48, 0x0f, 0xbc, 0xc2, 0xc4, 0xe2, 0xf8, 0xf3, 0xc8, 0x0f, 0x38, 0xf0, 0x07],
+        // and ah, 0x45; push [rdi]; pop rax; shrd rax, rdx, cl; rol eax, 5
+        &[0x80, 0xe4, 0x45, 0xff, 0x37, 0x58, 0x48, 0x0f, 0xad, 0xd0, 0xc1, 0xc0, 5],
     ];
     for body in BODIES {
         let stats = compare(&looped(body.iter().copied()), 0, SMALL, &[TICKS]).unwrap();
