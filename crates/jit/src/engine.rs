@@ -342,8 +342,9 @@ impl Engine {
         let mut bytes = vec![0; block.bytes() as usize];
         self.interp.core().mem.load_bytes(RamOffset::new(block.offset()), &mut bytes);
         let entry = self.code.next();
-        let source =
-            Source { block, number, bytes: &bytes, missing: self.misses.operations(number), off: self.options.off };
+        let off = self.options.off;
+        let missing = if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) };
+        let source = Source { block, number, bytes: &bytes, missing, off };
         let code = translate(source, entry, self.exits.len(), &self.stubs);
         self.code.append(&code.bytes).ok()?;
         if let Some(listener) = &mut self.listener {

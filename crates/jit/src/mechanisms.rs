@@ -12,6 +12,8 @@ pub enum Mechanism {
     X87,
     /// Looking memory operands up in generated code: without it each operation on memory is a call.
     Memory,
+    /// Range registers: without them each access looks into the MMU's table.
+    Ranges,
     /// Saving status flags only where something looks at them.
     Flags,
     /// Jumps from one block straight to another.
@@ -22,8 +24,8 @@ pub enum Mechanism {
 
 impl Mechanism {
     /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Native, Self::Vectors, Self::X87, Self::Memory, Self::Flags, Self::Links, Self::Jumps];
+    pub const ALL: [Self; 8] =
+        [Self::Native, Self::Vectors, Self::X87, Self::Memory, Self::Ranges, Self::Flags, Self::Links, Self::Jumps];
 }
 
 /// A set of mechanisms.

@@ -644,6 +644,7 @@ fn mechanisms_can_be_left_out() {
             Mechanism::Native => some.ops_by_helper == some.ops_translated && some.translated_helpers > 0,
             Mechanism::Vectors | Mechanism::X87 => some.translated_helpers == all.translated_helpers + 1,
             Mechanism::Memory => some.translated_helpers > all.translated_helpers + 2,
+            Mechanism::Ranges => some.code_bytes != all.code_bytes && some.translated_helpers == all.translated_helpers,
             Mechanism::Flags => some.code_bytes > all.code_bytes,
             Mechanism::Links => some.linked == 0 && some.left_by_link > 10 * all.left_by_link,
             Mechanism::Jumps => some.left_by_miss > 10 * all.left_by_miss,

@@ -4,6 +4,7 @@ use crate::case::Case;
 use crate::compare::{Comparison, compare};
 use crate::engine::{Answer, Engine, Outcome};
 use crate::engines;
+use crate::programs;
 use crate::random::Random;
 use crate::ring0::{control, shapes};
 use crate::rows::Rows;
@@ -20,6 +21,8 @@ const KEPT: usize = 50;
 pub enum Generator {
     /// Random forms and operands of the instruction rows.
     Rows(Box<Rows>),
+    /// Loops of such instructions in 64-bit code.
+    Programs(Box<Rows>),
     /// Control-register sequences.
     Control(control::Features),
     /// Page-table shapes.
@@ -30,8 +33,9 @@ pub enum Generator {
 
 impl Generator {
     /// Names of all generators, with what they make.
-    pub const NAMES: [(&str, &str); 4] = [
+    pub const NAMES: [(&str, &str); 5] = [
         ("rows", "one ring-3 instruction of any row, with edge values, in 16-, 32- and 64-bit code"),
+        ("programs", "loops of random 64-bit ring-3 instructions, for engines that do several at once"),
         ("control", "ring-0 sequences of control-register and EFER writes, page-table edits and accesses"),
         (
             "control-plain",
@@ -57,6 +61,7 @@ impl Generator {
     pub fn named(name: &str) -> Option<Self> {
         Some(match name {
             "rows" => Generator::Rows(Box::new(Rows::new(&engines::profile()))),
+            "programs" => Generator::Programs(Box::new(Rows::new(&engines::profile()))),
             "control" => Generator::Control(control::Features::All),
             "control-plain" => Generator::Control(control::Features::Plain),
             "shapes" => Generator::Shapes,
@@ -70,6 +75,7 @@ impl Generator {
         let mut r = Random::new(r.next() ^ index.wrapping_mul(0xd134_2543_de82_ef95));
         match self {
             Generator::Rows(rows) => rows.case(&mut r),
+            Generator::Programs(rows) => programs::case(rows, &mut r),
             Generator::Control(features) => control::case_of(*features, &mut r),
             Generator::Shapes => shapes::case(&mut r),
             Generator::Trace(cases) => cases[index as usize % cases.len()].clone(),

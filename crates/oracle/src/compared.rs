@@ -4,6 +4,7 @@ use crate::campaign::{Verdict, judge};
 use crate::case::Case;
 use crate::engine::{Answer, Engine};
 use crate::engines::{self, Blank};
+use crate::programs;
 use crate::random::Random;
 use crate::ring0::{control, shapes};
 use crate::rows::Rows;
@@ -52,6 +53,19 @@ pub fn page_walk(data: &[u8]) {
         static ENGINES: RefCell<Vec<Box<dyn Engine>>> = RefCell::new(made(&["interp", "model"]));
     }
     ENGINES.with_borrow_mut(|engines| agree(engines, &shapes::case(&mut Random::of(data))));
+}
+
+/// A program, or a ring-0 sequence, interpreted and translated.
+pub fn jit_vs_interp(data: &[u8]) {
+    thread_local! {
+        static ENGINES: RefCell<(Rows, Vec<Box<dyn Engine>>)> =
+            RefCell::new((Rows::new(&engines::profile()), made(&["interp", "jit"])));
+    }
+    let mut r = Random::of(data);
+    ENGINES.with_borrow_mut(|(rows, engines)| {
+        let case = if r.one_in(4) { control::case(&mut r) } else { programs::case(rows, &mut r) };
+        agree(engines, &case);
+    });
 }
 
 /// One instruction, interpreted and on the host CPU.

@@ -3,6 +3,7 @@
 
 use crate::devices::InputBus;
 use crate::engines::{EAGER, Whole};
+use std::fmt;
 use std::sync::Arc;
 use umbra_arch::control::{Cr0, Cr3, Cr4, Efer};
 use umbra_arch::cpuid::CpuidProfile;
@@ -24,7 +25,7 @@ const TICKS: u64 = 3000;
 
 /// Mode that the code starts in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Mode {
+pub(crate) enum Mode {
     Real,
     Protected16,
     Protected32,
@@ -61,14 +62,37 @@ pub fn decode_execute(data: &[u8]) {
     }
 }
 
+/// Bytes of RAM that are compared: code, tables, stack.
+const SEEN: u64 = 0xa_0000;
+
+/// What is comparable between runs.
+#[derive(PartialEq)]
+pub(crate) struct Seen {
+    state: Option<CpuState>,
+    retired: u64,
+    ram: Vec<u8>,
+}
+
+impl fmt::Debug for Seen {
+    /// Not all of RAM.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let written: Vec<_> =
+            self.ram.chunks(4096).enumerate().filter(|(_, page)| page.iter().any(|b| *b != 0)).collect();
+        let pages = written
+            .iter()
+            .map(|(number, page)| (number, page.iter().fold(0u64, |sum, b| sum.rotate_left(5) ^ u64::from(*b))));
+        write!(f, "retired {}, {:x?}, checksums of pages {:x?}", self.retired, self.state, pages.collect::<Vec<_>>())
+    }
+}
+
 /// Runs until each of the given times; returns what is comparable between runs.
-fn run<V: Whole>(
+pub(crate) fn run<V: Whole>(
     engine: fn(Arc<GuestMemory>, &CpuidProfile) -> V,
     mode: Mode,
     device: &[u8],
     code: &[u8],
     stops: &[u64],
-) -> (Option<CpuState>, u64) {
+) -> Seen {
     let mem = Arc::new(GuestMemory::new(RAM).expect("two MiB of RAM"));
     let profile = CpuidProfile::named("umbra-v3").expect("the default profile");
     let mut engine = engine(mem.clone(), &profile);
@@ -84,20 +108,22 @@ fn run<V: Whole>(
             match stopped.exit {
                 Exit::BudgetSpent | Exit::Attention => {}
                 Exit::Halted => now = VirtualTime(stop),
-                _ => return (None, engine.retired()),
+                _ => return Seen { state: None, retired: engine.retired(), ram: Vec::new() },
             }
         }
         engine.interpreter().core().mmu.audit().expect("the MMU's caches agree with the guest's tables");
     }
     let state = engine.state();
-    ((state.activity == Activity::Running).then_some(state), engine.retired())
+    let mut ram = vec![0; SEEN as usize];
+    mem.read(Gpa::new(0), &mut ram);
+    Seen { state: (state.activity == Activity::Running).then_some(state), retired: engine.retired(), ram }
 }
 
-fn interpreter(mem: Arc<GuestMemory>, profile: &CpuidProfile) -> Interpreter {
+pub(crate) fn interpreter(mem: Arc<GuestMemory>, profile: &CpuidProfile) -> Interpreter {
     Interpreter::new(mem, profile, 0, &EngineOptions::default()).expect("an engine")
 }
 
-fn translator(mem: Arc<GuestMemory>, profile: &CpuidProfile) -> Jit {
+pub(crate) fn translator(mem: Arc<GuestMemory>, profile: &CpuidProfile) -> Jit {
     Jit::new(mem, profile, 0, &EngineOptions::default(), EAGER).expect("a translator")
 }
 

@@ -4,10 +4,11 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use std::path::Path;
 use umbra_oracle::boot_images::boot_images;
-use umbra_oracle::compared::{control_regs, interp_vs_host, page_walk};
+use umbra_oracle::compared::{control_regs, interp_vs_host, jit_vs_interp, page_walk};
 use umbra_oracle::decode_execute::decode_execute;
 use umbra_oracle::device_io::{device_io, snapshot};
 use umbra_oracle::hostile_guest::hostile_guest;
+use umbra_oracle::self_modifying::self_modifying;
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
@@ -45,6 +46,12 @@ proptest! {
         control_regs(&data);
         page_walk(&data);
         interp_vs_host(&data);
+        jit_vs_interp(&data);
+    }
+
+    #[test]
+    fn code_that_rewrites_itself_is_translated_right(data in vec(any::<u8>(), 9..300)) {
+        self_modifying(&data);
     }
 
     #[test]
@@ -72,6 +79,8 @@ fn findings_stay_fixed() {
     replay("control_regs", control_regs);
     replay("page_walk", page_walk);
     replay("interp_vs_host", interp_vs_host);
+    replay("jit_vs_interp", jit_vs_interp);
+    replay("self_modifying", self_modifying);
     replay("device_io", device_io);
     replay("snapshot", snapshot);
 }

@@ -1,8 +1,8 @@
 //! `umbra rom`: the test ROMs.
 
 use crate::exit_code;
-use crate::run::rom::{Outcome, run};
-use crate::run::{AccelArgs, TraceArgs, report};
+use crate::run::rom::{Options, Outcome, run};
+use crate::run::{AccelArgs, EngineChoice, TraceArgs, report};
 use clap::{Args as ClapArgs, Subcommand};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -42,6 +42,9 @@ enum Command {
         /// CPU model, as in `umbra run`
         #[arg(long, value_name = "MODEL", default_value = umbra_arch::cpuid::PROFILE_NAMES[0])]
         cpu: String,
+        /// What executes it, as in `umbra run`
+        #[arg(long, value_enum, value_name = "ENGINE", default_value_t = EngineChoice::Interp)]
+        engine: EngineChoice,
         #[command(flatten)]
         accel: Box<AccelArgs>,
         #[command(flatten)]
@@ -66,7 +69,9 @@ pub fn execute(args: &Args) -> u8 {
                 exit_code::HOST
             }
         },
-        Command::Run { name, cpu, accel, tracing, json } => run_named(name, cpu, accel, tracing, *json),
+        Command::Run { name, cpu, engine, accel, tracing, json } => {
+            run_named(name, &Options { cpu, engine: *engine, accel, tracing }, *json)
+        }
     }
 }
 
@@ -96,7 +101,7 @@ fn unknown(name: &str) -> String {
     format!("no ROM is called {name:?}: see umbra rom list")
 }
 
-fn run_named(name: &str, cpu: &str, accel: &AccelArgs, tracing: &TraceArgs, json: bool) -> u8 {
+fn run_named(name: &str, options: &Options<'_>, json: bool) -> u8 {
     let chosen: Vec<&Rom> = ROMS.iter().filter(|rom| name == "all" || rom.name == name).collect();
     if chosen.is_empty() {
         eprintln!("umbra: {}", unknown(name));
@@ -104,7 +109,7 @@ fn run_named(name: &str, cpu: &str, accel: &AccelArgs, tracing: &TraceArgs, json
     }
     let mut failed = false;
     for rom in chosen {
-        match run(rom, cpu, accel, tracing, !json) {
+        match run(rom, options, !json) {
             Ok(outcome) => {
                 failed |= !outcome.passed;
                 print(rom, &outcome, json);

@@ -172,6 +172,8 @@ pub enum JitOff {
     X87,
     /// Memory operands looked up in generated code
     Memory,
+    /// Range registers: each access looks into the MMU's table
+    Ranges,
     /// Saving status flags only where something looks at them
     Flags,
     /// Jumps from block to block
@@ -187,6 +189,7 @@ impl JitOff {
             Self::Vectors => Mechanism::Vectors,
             Self::X87 => Mechanism::X87,
             Self::Memory => Mechanism::Memory,
+            Self::Ranges => Mechanism::Ranges,
             Self::Flags => Mechanism::Flags,
             Self::Links => Mechanism::Links,
             Self::Jumps => Mechanism::Jumps,

@@ -1,8 +1,9 @@
 //! Builds the machine that the arguments describe, with its image loaded.
 
-use super::args::{Accel, AccelArgs, Args, EngineChoice, MmuChoice, RoleChoice, TraceArgs};
+use super::args::{Accel, Args, EngineChoice, JitArgs, MmuChoice, RoleChoice};
 use super::engine::{self, Choice, Engine};
 use super::image;
+use super::rom::Options;
 use super::translations::Readers;
 use crate::error::CliError;
 use std::sync::Arc;
@@ -68,7 +69,7 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
         return Err(CliError::TooLittleResident(bytes));
     }
     let choice = choice(args)?;
-    let translation = translation(args, choice)?;
+    let translation = translation(args.engine, &args.jit, choice)?;
     let (profile, dropped) = engine::fitted(choice, lazy_profile(args)?, args.smp)?;
     let memory = guest_memory(args.memory)?;
     if let Some(path) = &args.memory_file {
@@ -116,13 +117,13 @@ fn choice(args: &Args) -> Result<Choice, CliError> {
 }
 
 /// What `--engine` and its companions come to.
-fn translation(args: &Args, choice: Choice) -> Result<Option<JitOptions>, CliError> {
-    match (args.engine, choice) {
-        (EngineChoice::Interp, _) => match args.jit.given() {
+fn translation(engine: EngineChoice, args: &JitArgs, choice: Choice) -> Result<Option<JitOptions>, CliError> {
+    match (engine, choice) {
+        (EngineChoice::Interp, _) => match args.given() {
             Some(flag) => Err(CliError::NeedsJit { flag }),
             None => Ok(None),
         },
-        (EngineChoice::Jit, Choice::Soft) => Ok(Some(args.jit.options())),
+        (EngineChoice::Jit, Choice::Soft) => Ok(Some(args.options())),
         (EngineChoice::Jit, Choice::Kvm) => Err(CliError::AccelEngine),
     }
 }
@@ -152,19 +153,15 @@ fn profile(name: &str) -> Result<CpuidProfile, CliError> {
 ///
 /// # Errors
 /// [`CliError`] when the CPU model or memory can't be had.
-pub fn rom_machine(
-    rom: &Rom,
-    cpu: &str,
-    memory: u64,
-    accel: &AccelArgs,
-    tracing: &TraceArgs,
-) -> Result<Machine<Engine>, CliError> {
+pub fn rom_machine(rom: &Rom, memory: u64, options: &Options<'_>) -> Result<Machine<Engine>, CliError> {
+    let &Options { cpu, engine, accel, tracing } = options;
     let choice = Choice::of(accel, 1)?;
+    let translation = translation(engine, &JitArgs::default(), choice)?;
     let (profile, _) = engine::fitted(choice, profile(cpu)?, 1)?;
     let memory = guest_memory(memory)?;
     let mut soft = Interpreter::new(Arc::clone(&memory), &profile, 0, &EngineOptions::default())?;
     soft.set_trace(super::trace::of(tracing, 1)?.pop());
-    let engine = engine::make(choice, accel, None, &memory, &profile, soft)?;
+    let engine = engine::make(choice, accel, translation, &memory, &profile, soft)?;
     let mut machine = Machine::new(memory, &MachineConfig { profile, rtc_start: RTC_START }, vec![engine])?;
     load_rom(rom, &mut machine)?;
     Ok(machine)

@@ -2,7 +2,7 @@
 
 use super::engine::Engine;
 use super::guest;
-use super::{AccelArgs, TraceArgs, report};
+use super::{AccelArgs, EngineChoice, TraceArgs, report};
 use crate::error::CliError;
 use std::io::{Write, stdout};
 use umbra_arch::VirtualTime;
@@ -13,6 +13,15 @@ use umbra_test_roms::Rom;
 const LIMIT: VirtualTime = VirtualTime(120_000_000_000);
 /// Guest RAM.
 const MEMORY: u64 = 16 << 20;
+
+/// What a ROM runs on.
+pub struct Options<'a> {
+    /// CPU model.
+    pub cpu: &'a str,
+    pub engine: EngineChoice,
+    pub accel: &'a AccelArgs,
+    pub tracing: &'a TraceArgs,
+}
 
 /// How a ROM ended.
 pub struct Outcome {
@@ -61,13 +70,13 @@ impl Host for Listener {
     }
 }
 
-/// Runs `rom` on a CPU model; with `echo` its report also goes to stdout as it comes.
+/// Runs `rom`; with `echo` its report also goes to stdout as it comes.
 ///
 /// # Errors
 /// [`CliError`] when it can't be run at all.
-pub fn run(rom: &Rom, cpu: &str, accel: &AccelArgs, tracing: &TraceArgs, echo: bool) -> Result<Outcome, CliError> {
-    let mut machine = guest::rom_machine(rom, cpu, MEMORY, accel, tracing)?;
-    let awaited = accel.serial_text().map(|text| text.as_bytes().to_vec());
+pub fn run(rom: &Rom, options: &Options<'_>, echo: bool) -> Result<Outcome, CliError> {
+    let mut machine = guest::rom_machine(rom, MEMORY, options)?;
+    let awaited = options.accel.serial_text().map(|text| text.as_bytes().to_vec());
     let mut listener = Listener { heard: Vec::new(), echo, awaited };
     let end = loop {
         match machine.run(&mut listener, Some(LIMIT)) {

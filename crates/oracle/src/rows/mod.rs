@@ -41,6 +41,16 @@ impl Rows {
         Self { codes }
     }
 
+    /// A random instruction of one mode.
+    pub fn case_in(&self, mode: Mode, r: &mut Random) -> Case {
+        loop {
+            let case = self.case(r);
+            if case.layout == Layout::Window(mode) {
+                return case;
+            }
+        }
+    }
+
     /// A random instruction.
     pub fn case(&self, r: &mut Random) -> Case {
         loop {

@@ -17,6 +17,7 @@ Engines:
 
 Generators:
   rows              one ring-3 instruction of any row, with edge values, in 16-, 32- and 64-bit code
+  programs          loops of random 64-bit ring-3 instructions, for engines that do several at once
   control           ring-0 sequences of control-register and EFER writes, page-table edits and accesses
   control-plain     the same in 64-bit mode, without SMEP, SMAP and protection keys: what poor backends have too
   shapes            one access through page tables of any shape, under any rights
@@ -32,6 +33,7 @@ Exit codes:
 Examples:
   umbra diff --engines interp,host --cases 10000000
   umbra diff --engines interp,model --generator shapes --seed 7 --shard 3/16 --json shard-3.json
+  umbra diff --engines interp,jit --generator programs --cases 100000
   umbra diff --merge shard-*.json
   umbra diff --engines interp,host --kernel vmlinuz --cases 20000
   umbra diff --engines interp,qemu --rom all
