@@ -113,7 +113,7 @@ impl Block {
     }
 
     /// The bytes it was decoded from: RAM offset and length in each page.
-    fn pieces(&self) -> impl Iterator<Item = (u64, u32)> + use<> {
+    pub fn pieces(&self) -> impl Iterator<Item = (u64, u32)> + use<> {
         let second = self.second.as_ref().map(|second| (second.offset, second.len));
         std::iter::once((self.offset, self.len)).chain(second)
     }

@@ -339,8 +339,12 @@ impl Engine {
         if !self.options.legacy && block.ops.iter().any(|op| op.legacy) {
             return None;
         }
-        let mut bytes = vec![0; block.bytes() as usize];
-        self.interp.core().mem.load_bytes(RamOffset::new(block.offset()), &mut bytes);
+        let mut bytes = Vec::with_capacity(block.bytes() as usize);
+        for (offset, len) in block.pieces() {
+            let at = bytes.len();
+            bytes.resize(at + len as usize, 0);
+            self.interp.core().mem.load_bytes(RamOffset::new(offset), &mut bytes[at..]);
+        }
         let entry = self.code.next();
         let off = self.options.off;
         let missing = if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) };

@@ -131,7 +131,7 @@ pub fn translate(source: Source<'_>, at: usize, first_exit: usize, stubs: &Stubs
 
 /// The block's instructions; none where operations aren't those of 64-bit mode or the bytes don't say the same.
 fn decode(block: &Block, bytes: &[u8]) -> Vec<Instruction> {
-    if block.ops.iter().any(|op| op.legacy) || block.crosses() {
+    if block.ops.iter().any(|op| op.legacy) {
         return Vec::new();
     }
     let mut decoder = Decoder::with_ip(64, bytes, block.rip, DecoderOptions::NONE);

@@ -652,3 +652,13 @@ fn mechanisms_can_be_left_out() {
         assert!(differs, "{mechanism:?}: {some}\nall:\n{all}");
     }
 }
+
+/// An instruction in two pages has host code.
+#[test]
+fn an_instruction_across_pages_calls_no_function() {
+    // ADD RAX, 0x12345678 in a loop: its first two bytes are a page's last.
+    let mut code = vec![0x90; 0x7e - 7 - 7 - 3];
+    code.extend([0x48, 0x05, 0x78, 0x56, 0x34, 0x12]);
+    let stats = compare(&looped(code.into_iter()), 0, SMALL, &[TICKS]).unwrap();
+    assert!(stats.ops_translated > 2000 && stats.ops_by_helper < 10, "{stats}");
+}
