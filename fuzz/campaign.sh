@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 cargo build --release -p umbra-vm
 umbra=$(realpath "${CARGO_TARGET_DIR:-target}/release/umbra")
 mapfile -t targets < <(sed -n 's/^name = "\(.*\)"$/\1/p' fuzz/Cargo.toml | grep -v umbra)
-comparisons=("interp,host rows 2000000" "interp,model shapes 500000"
+comparisons=("interp,host rows 2000000" "interp,jit programs 200000" "interp,model shapes 500000"
 	"interp,interp-unload,interp-drop,interp-kvm-role control 50000")
 fuzzing=true
 if ! cargo +nightly fuzz --version > /dev/null 2>&1; then
