@@ -21,6 +21,8 @@ pub const IA32_SYSENTER_EIP: u32 = 0x176;
 pub const IA32_MCG_CAP: u32 = 0x179;
 pub const IA32_MCG_STATUS: u32 = 0x17a;
 pub const IA32_MISC_ENABLE: u32 = 0x1a0;
+/// IA32_MISC_ENABLE's "ENABLE MONITOR FSM": MONITOR and MWAIT exist.
+pub const MONITOR_ENABLED: u64 = 1 << 18;
 pub const IA32_DEBUGCTL: u32 = 0x1d9;
 pub const IA32_MTRR_PHYSBASE0: u32 = 0x200;
 pub const IA32_MTRR_FIX64K_00000: u32 = 0x250;

@@ -173,7 +173,7 @@ impl Default for Msrs {
             tsc_offset: 0,
             tsc_adjust: 0,
             pat: 0x0007_0406_0007_0406,
-            misc_enable: 1,
+            misc_enable: 1 | crate::msr::MONITOR_ENABLED,
             mtrr_def_type: 0xc06,
             mtrr_var: [0; 16],
             mtrr_fix: [0x0606_0606_0606_0606; 11],

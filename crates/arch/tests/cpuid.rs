@@ -6,10 +6,19 @@ use umbra_arch::cpuid::{
     BadProfile, CpuidDynamic, CpuidProfile, Feature, HYPERVISOR_SIGNATURE, HostOffer, MissingFeature, PROFILE_NAMES,
     xsave,
 };
+use umbra_arch::msr::MONITOR_ENABLED;
 use umbra_arch::time::{CRYSTAL_HZ, TSC_HZ};
 
 fn at_reset() -> CpuidDynamic {
-    CpuidDynamic { cr4: Cr4::new(0), xcr0: 1, xss: 0, apic_id: 0, apic_enabled: true, cpus: 1 }
+    CpuidDynamic {
+        cr4: Cr4::new(0),
+        xcr0: 1,
+        xss: 0,
+        misc_enable: MONITOR_ENABLED,
+        apic_id: 0,
+        apic_enabled: true,
+        cpus: 1,
+    }
 }
 
 fn profile(name: &str) -> CpuidProfile {

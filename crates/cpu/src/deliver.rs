@@ -2,7 +2,7 @@
 
 use crate::core::Core;
 use crate::debug::DR7_GD;
-use crate::far::Frame;
+use crate::frame::Frame;
 use crate::op::{Flow, Stop};
 use crate::segments::selector_code;
 use crate::taskswitch::Cause;

@@ -5,7 +5,7 @@
 //! [`Core::resume_at`].
 
 use crate::core::Core;
-use crate::far::Frame;
+use crate::frame::Frame;
 use crate::op::{Flow, Stop};
 use crate::segments::{ACCESSED, BUSY, selector_code, v86_segment};
 use umbra_arch::control::Cr0;

@@ -72,6 +72,24 @@ fn monitor_and_mwait() {
 }
 
 #[test]
+fn monitor_can_be_switched_off() {
+    const MISC_ENABLE: u32 = 0x1a0;
+    let mut g = Guest::new();
+    g.s.gpr[0] = long_mode::DATA;
+    for on in [true, false, true] {
+        g.s.msr.misc_enable = 1;
+        (g.s.gpr[1], g.s.gpr[0], g.s.gpr[2]) = (MISC_ENABLE.into(), 1 | u64::from(on) << 18, 0);
+        assert_eq!(g.run(|a| a.wrmsr().unwrap()), None);
+        g.s.gpr[0] = 1;
+        assert_eq!(g.run(|a| a.cpuid().unwrap()), None);
+        assert_eq!(g.s.gpr[1] >> 3 & 1, u64::from(on), "CPUID.1:ECX");
+        (g.s.gpr[0], g.s.gpr[1], g.s.gpr[2]) = (long_mode::DATA, 0, 0);
+        assert_eq!(g.run(|a| a.monitor().unwrap()), (!on).then_some(vector::UD));
+        assert_eq!(g.run(|a| a.mwait().unwrap()), (!on).then_some(vector::UD));
+    }
+}
+
+#[test]
 fn base_msrs_take_canonical_values_only() {
     // FS.base, GS.base, kernel GS, LSTAR, CSTAR, SYSENTER_ESP, SYSENTER_EIP.
     for msr in [0xc000_0100u64, 0xc000_0101, 0xc000_0102, 0xc000_0082, 0xc000_0083, 0x175, 0x176] {

@@ -304,9 +304,10 @@ impl GuestMemory {
         self.watchers.written(off, self.flags.get(off), gpa, bytes);
     }
 
-    /// The offsets of the pages in the mapping that have any of `flags`, in order.
+    /// The offsets of the pages that have any of `flags`, in order.
     pub fn pages_with(&self, flags: PageFlags) -> impl Iterator<Item = RamOffset> + '_ {
-        self.pages().filter(move |&off| self.flags.get(off).intersects(flags))
+        let used = (self.ram_bytes + self.extra_used.load(Relaxed)) >> 12;
+        self.pages().take(used as usize).filter(move |&off| self.flags.get(off).intersects(flags))
     }
 
     /// The offsets of all pages in the mapping, RAM first.

@@ -201,9 +201,9 @@ impl Drop for Watcher {
         if !self.registered {
             return;
         }
-        for flag in CLAIMED {
-            let claimed: Vec<RamOffset> = self.mem.pages_with(flag).filter(|&o| self.has_claimed(o, flag)).collect();
-            claimed.into_iter().for_each(|off| self.release(off, flag));
+        let flagged: Vec<RamOffset> = self.mem.pages_with(PageFlags::REPORTED).collect();
+        for off in flagged {
+            CLAIMED.into_iter().filter(|&flag| self.has_claimed(off, flag)).for_each(|flag| self.release(off, flag));
         }
         self.all().registered.fetch_and(!(1 << self.id), Relaxed);
         self.all().journal.take(self.id);

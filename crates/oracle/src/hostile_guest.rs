@@ -11,6 +11,7 @@ use umbra_cpu::{EngineOptions, Interpreter};
 use umbra_jit::Jit;
 use umbra_machine::boot::{BootPlan, Piece};
 use umbra_machine::{End, Host, Machine, MachineConfig, guest_memory};
+use umbra_memory::{GuestMemory, PageFlags};
 use umbra_mmu::{MmuMode, MmuOptions};
 
 const RAM: u64 = 4 << 20;
@@ -24,8 +25,8 @@ const TABLES: u64 = 0x10_0000;
 const TABLE_PAGES: u64 = 5;
 const PAGE: u64 = 0x1000;
 /// Instructions' worth of time that a guest gets, and how often the caches are audited.
-const TICKS: u64 = 40_000;
-const AUDIT_TICKS: u64 = 5_000;
+const TICKS: u64 = 4_000;
+const AUDIT_TICKS: u64 = 1_000;
 /// Bytes of input for an operation, and most of them.
 const OP_BYTES: usize = 8;
 const MAX_OPS: usize = 256;
@@ -62,8 +63,11 @@ pub fn hostile_guest(data: &[u8]) {
     }
 }
 
-/// Runs to the end with audits; everything that the guest can see of it.
-fn finish<V: Whole>(mut machine: Machine<V>) -> (End, u64, CpuState, Vec<u8>) {
+/// How a run ended, and everything that the guest can see of it.
+type Left = (End, u64, CpuState, Vec<(u64, Vec<u8>)>);
+
+/// Runs to the end with audits.
+fn finish<V: Whole>(mut machine: Machine<V>) -> Left {
     let end = loop {
         let until = VirtualTime((machine.now().0 + AUDIT_TICKS).min(TICKS));
         let end = machine.run(&mut Deaf, Some(until));
@@ -79,9 +83,20 @@ fn finish<V: Whole>(mut machine: Machine<V>) -> (End, u64, CpuState, Vec<u8>) {
             break end;
         }
     };
-    let mut ram = vec![0; RAM as usize];
-    machine.memory().read(Gpa::new(0), &mut ram);
-    (end, machine.retired(), machine.vcpu(0).expect("a CPU").state(), ram)
+    (end, machine.retired(), machine.vcpu(0).expect("a CPU").state(), pages(machine.memory()))
+}
+
+/// Pages of memory that hold something, by offset. What was never written isn't read: that would cost more than the run.
+fn pages(memory: &GuestMemory) -> Vec<(u64, Vec<u8>)> {
+    let mut all = Vec::new();
+    for off in memory.pages_with(PageFlags::DIRTY) {
+        let mut page = vec![0; PAGE as usize];
+        memory.load_bytes(off, &mut page);
+        if page.iter().any(|&byte| byte != 0) {
+            all.push((off.raw(), page));
+        }
+    }
+    all
 }
 
 fn fresh(mode: MmuMode) -> Machine<Interpreter> {

@@ -7,6 +7,7 @@ use kvm_ioctls::Kvm;
 use umbra_arch::control::Cr4;
 use umbra_arch::cpuid::{CpuidDynamic, CpuidProfile, Feature, HostOffer, xsave};
 use umbra_arch::fpu::xcr0;
+use umbra_arch::msr::MONITOR_ENABLED;
 
 /// Features that need KVM's own local APIC, or a TSC of our frequency: never offered.
 const NOT_WITHOUT_IRQCHIP: [Feature; 3] = [Feature::X2apic, Feature::TscDeadline, Feature::InvariantTsc];
@@ -82,7 +83,15 @@ fn fit_to(profile: &CpuidProfile, supported: &[Answer]) -> Fitted {
 
 /// The leaves of a profile, for KVM_SET_CPUID2. KVM itself keeps the bits that mirror control registers.
 pub(super) fn entries(profile: &CpuidProfile, apic_id: u32) -> Result<CpuId, KvmError> {
-    let dynamic = CpuidDynamic { cr4: Cr4::new(0), xcr0: xcr0::X87, xss: 0, apic_id, apic_enabled: true, cpus: 1 };
+    let dynamic = CpuidDynamic {
+        cr4: Cr4::new(0),
+        xcr0: xcr0::X87,
+        xss: 0,
+        misc_enable: MONITOR_ENABLED,
+        apic_id,
+        apic_enabled: true,
+        cpus: 1,
+    };
     let mut entries = Vec::new();
     for (first, last) in RANGES {
         for leaf in (first..=last).filter(|leaf| !TSC_LEAVES.contains(leaf)) {

@@ -4,6 +4,7 @@ use super::feature::Feature;
 use super::profile::{CpuidProfile, Vendor};
 use super::xsave;
 use crate::control::Cr4;
+use crate::msr::MONITOR_ENABLED;
 use crate::time::{CRYSTAL_HZ, TSC_HZ};
 
 /// EBX, ECX, EDX of leaf 40000000h.
@@ -27,6 +28,8 @@ pub struct CpuidDynamic {
     pub xcr0: u64,
     /// IA32_XSS.
     pub xss: u64,
+    /// IA32_MISC_ENABLE: MONITOR mirrors a bit of it.
+    pub misc_enable: u64,
     /// Local APIC id of this CPU.
     pub apic_id: u32,
     /// IA32_APIC_BASE's global enable.
@@ -91,6 +94,9 @@ impl CpuidProfile {
         let [_, _, mut ecx, mut edx] = self.plain(1, 0);
         if self.has(Feature::Xsave) && now.cr4.osxsave() {
             ecx |= 1 << 27;
+        }
+        if now.misc_enable & MONITOR_ENABLED == 0 {
+            ecx &= !(1 << Feature::Monitor.place().bit);
         }
         if !now.apic_enabled {
             edx &= !(1 << Feature::Apic.place().bit);

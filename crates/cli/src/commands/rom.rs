@@ -2,7 +2,7 @@
 
 use crate::exit_code;
 use crate::run::rom::{Options, Outcome, run};
-use crate::run::{AccelArgs, EngineChoice, TraceArgs, report};
+use crate::run::{AccelArgs, EngineChoice, MmuArgs, TraceArgs, report};
 use clap::{Args as ClapArgs, Subcommand};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -46,6 +46,8 @@ enum Command {
         #[arg(long, value_enum, value_name = "ENGINE", default_value_t = EngineChoice::Interp)]
         engine: EngineChoice,
         #[command(flatten)]
+        mmu: MmuArgs,
+        #[command(flatten)]
         accel: Box<AccelArgs>,
         #[command(flatten)]
         tracing: Box<TraceArgs>,
@@ -69,8 +71,8 @@ pub fn execute(args: &Args) -> u8 {
                 exit_code::HOST
             }
         },
-        Command::Run { name, cpu, engine, accel, tracing, json } => {
-            run_named(name, &Options { cpu, engine: *engine, accel, tracing }, *json)
+        Command::Run { name, cpu, engine, mmu, accel, tracing, json } => {
+            run_named(name, &Options { cpu, engine: *engine, mmu: *mmu, accel, tracing }, *json)
         }
     }
 }

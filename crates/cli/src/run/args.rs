@@ -5,7 +5,9 @@ use crate::size::{parse_address, parse_duration, parse_latency, parse_range, par
 use clap::{Args as ClapArgs, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
+use umbra_cpu::EngineOptions;
 use umbra_jit::{JitOptions, Mechanism, Mechanisms};
+use umbra_mmu::{MmuMode, MmuOptions};
 
 /// Run a guest. Its first serial port is on stdout; everything else goes to stderr. When stdin is a
 /// terminal it becomes the guest's keyboard on that port: Ctrl-A x leaves, Ctrl-A Ctrl-A sends Ctrl-A.
@@ -64,12 +66,8 @@ pub struct Args {
     pub engine: EngineChoice,
     #[command(flatten)]
     pub jit: JitArgs,
-    /// What the MMU's caches do when control registers change; results are always the same
-    #[arg(long, value_enum, value_name = "MODE", default_value_t = MmuChoice::NoUnload)]
-    pub mmu: MmuChoice,
-    /// What the MMU's tables are keyed by; results are always the same
-    #[arg(long, value_enum, value_name = "KEYS", default_value_t = RoleChoice::Raw)]
-    pub mmu_role: RoleChoice,
+    #[command(flatten)]
+    pub mmu: MmuArgs,
     #[command(flatten)]
     pub accel: AccelArgs,
     #[command(flatten)]
@@ -194,6 +192,30 @@ impl JitOff {
             Self::Links => Mechanism::Links,
             Self::Jumps => Mechanism::Jumps,
         }
+    }
+}
+
+/// How the MMU works; no result changes.
+#[derive(ClapArgs, Debug, Clone, Copy)]
+#[group(id = "caches")]
+pub struct MmuArgs {
+    /// What the MMU's caches do when control registers change; results are always the same
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = MmuChoice::NoUnload)]
+    pub mmu: MmuChoice,
+    /// What the MMU's tables are keyed by; results are always the same
+    #[arg(long, value_enum, value_name = "KEYS", default_value_t = RoleChoice::Raw)]
+    pub mmu_role: RoleChoice,
+}
+
+impl MmuArgs {
+    /// The options of an engine that draws at random from `seed`.
+    pub fn options(self, seed: u64) -> EngineOptions {
+        let mode = match self.mmu {
+            MmuChoice::NoUnload => MmuMode::NoUnload,
+            MmuChoice::UnloadAlways => MmuMode::UnloadAlways,
+            MmuChoice::DropAtRandom => MmuMode::DropAtRandom(seed),
+        };
+        EngineOptions { mmu: MmuOptions { mode, kvm_role: self.mmu_role == RoleChoice::Kvm, ..MmuOptions::default() } }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Builds the machine that the arguments describe, with its image loaded.
 
-use super::args::{Accel, Args, EngineChoice, JitArgs, MmuChoice, RoleChoice};
+use super::args::{Accel, Args, EngineChoice, JitArgs};
 use super::engine::{self, Choice, Engine};
 use super::image;
 use super::rom::Options;
@@ -9,12 +9,12 @@ use crate::error::CliError;
 use std::sync::Arc;
 use umbra_arch::PAGE_SIZE;
 use umbra_arch::cpuid::{CpuidProfile, Feature, HostOffer};
-use umbra_cpu::{EngineOptions, Interpreter};
+use umbra_cpu::Interpreter;
 use umbra_jit::{JitOptions, JitStats};
 use umbra_machine::boot::{self, BootRequest, Concern, ImageKind};
 use umbra_machine::{Machine, MachineConfig, MachineError, guest_memory};
 use umbra_memory::{GuestMemory, PageFlags};
-use umbra_mmu::{MmuMode, MmuOptions, MmuStats};
+use umbra_mmu::MmuStats;
 use umbra_test_roms::Rom;
 
 /// 1 January 2026, 00:00 UTC: what the clock shows at the start of every run.
@@ -154,12 +154,12 @@ fn profile(name: &str) -> Result<CpuidProfile, CliError> {
 /// # Errors
 /// [`CliError`] when the CPU model or memory can't be had.
 pub fn rom_machine(rom: &Rom, memory: u64, options: &Options<'_>) -> Result<Machine<Engine>, CliError> {
-    let &Options { cpu, engine, accel, tracing } = options;
+    let &Options { cpu, engine, mmu, accel, tracing } = options;
     let choice = Choice::of(accel, 1)?;
     let translation = translation(engine, &JitArgs::default(), choice)?;
     let (profile, _) = engine::fitted(choice, profile(cpu)?, 1)?;
     let memory = guest_memory(memory)?;
-    let mut soft = Interpreter::new(Arc::clone(&memory), &profile, 0, &EngineOptions::default())?;
+    let mut soft = Interpreter::new(Arc::clone(&memory), &profile, 0, &mmu.options(0))?;
     soft.set_trace(super::trace::of(tracing, 1)?.pop());
     let engine = engine::make(choice, accel, translation, &memory, &profile, soft)?;
     let mut machine = Machine::new(memory, &MachineConfig { profile, rtc_start: RTC_START }, vec![engine])?;
@@ -174,14 +174,7 @@ fn interpreter(
     profile: &CpuidProfile,
     id: u32,
 ) -> Result<Interpreter, CliError> {
-    let mode = match args.mmu {
-        MmuChoice::NoUnload => MmuMode::NoUnload,
-        MmuChoice::UnloadAlways => MmuMode::UnloadAlways,
-        MmuChoice::DropAtRandom => MmuMode::DropAtRandom(seed_of(args, id)),
-    };
-    let options =
-        EngineOptions { mmu: MmuOptions { mode, kvm_role: args.mmu_role == RoleChoice::Kvm, ..MmuOptions::default() } };
-    let mut engine = Interpreter::new(Arc::clone(memory), profile, id, &options)?;
+    let mut engine = Interpreter::new(Arc::clone(memory), profile, id, &args.mmu.options(seed_of(args, id)))?;
     engine.set_cpus(args.smp);
     engine.set_random_seed(seed_of(args, id));
     Ok(engine)

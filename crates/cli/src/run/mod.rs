@@ -17,7 +17,7 @@ mod terminal;
 mod trace;
 mod translations;
 
-pub use args::{AccelArgs, Args, EngineChoice, JitOffArgs, TraceArgs};
+pub use args::{AccelArgs, Args, EngineChoice, JitOffArgs, MmuArgs, TraceArgs};
 pub use guest::Guest;
 
 use crate::error::CliError;

@@ -2,7 +2,7 @@
 
 use super::engine::Engine;
 use super::guest;
-use super::{AccelArgs, EngineChoice, TraceArgs, report};
+use super::{AccelArgs, EngineChoice, MmuArgs, TraceArgs, report};
 use crate::error::CliError;
 use std::io::{Write, stdout};
 use umbra_arch::VirtualTime;
@@ -19,6 +19,7 @@ pub struct Options<'a> {
     /// CPU model.
     pub cpu: &'a str,
     pub engine: EngineChoice,
+    pub mmu: MmuArgs,
     pub accel: &'a AccelArgs,
     pub tracing: &'a TraceArgs,
 }

@@ -9,6 +9,7 @@ use crate::decode::Form;
 use crate::op::{ExecFn, Flow, Op};
 use iced_x86::{Code, Mnemonic as M};
 use umbra_arch::cpuid::Feature;
+use umbra_arch::msr::MONITOR_ENABLED;
 use umbra_arch::paging::{Access, AccessKind};
 use umbra_arch::state::{Activity, reg};
 use umbra_arch::{Bus, Fault, Gpa, Gva};
@@ -31,7 +32,7 @@ fn monitor_of(f: &mut Form<'_>) -> Option<ExecFn> {
 
 /// The address is rAX, `MASK` its size.
 fn monitor<const MASK: u64>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
-    need_supervisor(c)?;
+    need_monitor(c)?;
     if c.gpr[reg::RCX] as u32 != 0 {
         return c.raise(Fault::GP0);
     }
@@ -43,7 +44,7 @@ fn monitor<const MASK: u64>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
 /// ECX bit 0: an interrupt ends it though IF is 0.
 fn mwait(c: &mut Core, bus: &mut dyn Bus, _: &Op) -> Flow {
     const BREAK_IF_MASKED: u32 = 1;
-    need_supervisor(c)?;
+    need_monitor(c)?;
     let extensions = c.gpr[reg::RCX] as u32;
     if extensions & !BREAK_IF_MASKED != 0 {
         return c.raise(Fault::GP0);
@@ -112,7 +113,8 @@ impl Core {
     }
 }
 
-/// At other levels they are undefined.
-fn need_supervisor(c: &mut Core) -> Flow {
-    if c.s.cpl == 0 { Ok(()) } else { c.raise(Fault::UNDEFINED) }
+/// #UD outside ring 0, and where software switched them off ("IA32_MISC_ENABLE", ENABLE MONITOR FSM).
+fn need_monitor(c: &mut Core) -> Flow {
+    let enabled = c.s.msr.misc_enable & MONITOR_ENABLED != 0;
+    if c.s.cpl == 0 && enabled { Ok(()) } else { c.raise(Fault::UNDEFINED) }
 }

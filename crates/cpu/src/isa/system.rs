@@ -38,8 +38,15 @@ pub const ROWS: &[Row] = &[
 fn cpuid(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     let apic_base = bus.apic_msr_read(c.now(op.prefix), umbra_arch::msr::IA32_APIC_BASE);
     let apic_enabled = apic_base.is_ok_and(|reply| reply.value & 1 << 11 != 0);
-    let now =
-        CpuidDynamic { cr4: c.s.cr4, xcr0: c.s.xcr0, xss: c.s.msr.xss, apic_id: c.apic_id, apic_enabled, cpus: c.cpus };
+    let now = CpuidDynamic {
+        cr4: c.s.cr4,
+        xcr0: c.s.xcr0,
+        xss: c.s.msr.xss,
+        misc_enable: c.s.msr.misc_enable,
+        apic_id: c.apic_id,
+        apic_enabled,
+        cpus: c.cpus,
+    };
     let [eax, ebx, ecx, edx] = c.profile.cpuid(c.gpr[reg::RAX] as u32, c.gpr[reg::RCX] as u32, now);
     c.gpr[reg::RAX] = eax.into();
     c.gpr[reg::RBX] = ebx.into();

@@ -1,0 +1,86 @@
+//! Frames that far transfers and events push.
+
+use crate::core::Core;
+use crate::op::Flow;
+use umbra_arch::paging::{Access, AccessKind};
+use umbra_arch::segment::{Seg, Segment};
+use umbra_arch::state::reg;
+use umbra_arch::{Bus, Fault, Gva};
+
+/// A stack under construction: pushed to before anything is committed.
+#[derive(Clone, Copy, Debug)]
+pub struct Frame {
+    /// Stack pointer, full width.
+    pub pointer: u64,
+    /// Base of the stack segment.
+    pub base: u64,
+    /// Width of the stack pointer as a mask.
+    pub mask: u64,
+    /// Privilege level the pushes belong to.
+    pub cpl: u8,
+    /// The new stack segment, if its limit must be checked.
+    pub limit: Option<Segment>,
+}
+
+impl Frame {
+    /// The present stack.
+    pub fn on_current_stack(c: &Core) -> Self {
+        let ss = *c.s.segment(Seg::Ss);
+        let long = c.s.is_64bit_code();
+        Self {
+            pointer: c.gpr[reg::RSP],
+            base: if long { 0 } else { ss.base },
+            mask: c.stack_mask,
+            cpl: c.s.cpl,
+            limit: (!long).then_some(ss),
+        }
+    }
+
+    /// Pushes the low `bytes` (2, 4, 8) of `value`.
+    pub fn push(&mut self, c: &mut Core, bus: &mut dyn Bus, bytes: u64, value: u64) -> Flow {
+        let at = self.pointer.wrapping_sub(bytes) & self.mask;
+        if let Some(ss) = self.limit {
+            let outside =
+                if ss.attr.is_expand_down() { at <= u64::from(ss.limit) } else { at + bytes - 1 > u64::from(ss.limit) };
+            if outside {
+                return c.raise(Fault::SS0);
+            }
+        }
+        let mut lin = self.base.wrapping_add(at);
+        if self.limit.is_some() {
+            lin &= 0xffff_ffff;
+        }
+        c.write_as(bus, lin, bytes, value, self.cpl)?;
+        self.pointer = self.pointer & !self.mask | at;
+        Ok(())
+    }
+
+    /// Makes the pushes real: RSP (SP, ESP) gets the frame's pointer.
+    pub fn commit_pointer(&self, c: &mut Core) {
+        c.set_stack_pointer(self.pointer & self.mask);
+    }
+}
+
+impl Core {
+    /// A push by privilege level `cpl`: below 3 it is an implicit supervisor access.
+    fn write_as(&mut self, bus: &mut dyn Bus, lin: u64, bytes: u64, value: u64, cpl: u8) -> Flow {
+        if cpl == 3 {
+            let access = Access::explicit(AccessKind::Write, 3);
+            for at in [lin, lin.wrapping_add(bytes - 1)] {
+                if self.s.efer.lma() && !Gva::new(at).is_canonical(self.s.linear_bits()) {
+                    return self.raise(Fault::SS0);
+                }
+                // An absent page is loaded by the write itself.
+                let probe = self.mmu.translate(Gva::new(at), access);
+                self.check(probe)?;
+            }
+        } else if self.s.efer.lma() && !Gva::new(lin).is_canonical(self.s.linear_bits()) {
+            return self.raise(Fault::SS0);
+        }
+        match bytes {
+            2 => self.write_system::<u16>(bus, lin, value),
+            4 => self.write_system::<u32>(bus, lin, value),
+            _ => self.write_system::<u64>(bus, lin, value),
+        }
+    }
+}
