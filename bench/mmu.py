@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What privileged operations cost under Umbra, beside QEMU TCG on the same machine.
 
-    bench/mmu.py [--umbra PATH] [--qemu PATH] [--rounds N] [--json]
+    bench/mmu.py [--umbra PATH] [--engine jit|interp] [--qemu PATH] [--rounds N] [--json]
 
 Runs the test ROM `costs` (`umbra rom run costs`) N times under each emulator, interleaved, and takes the
 emulator's own CPU time at each line it prints. Prints operations per CPU second (medians) and the ratio to
@@ -20,6 +20,7 @@ from emulators import UMBRA, qemus
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--umbra", default=UMBRA)
+    arguments.add_argument("--engine", default="jit", help="of Umbra (default jit)")
     arguments.add_argument("--qemu", default="qemu-system-x86_64")
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--timeout", type=int, default=120, help="seconds for one run")
@@ -27,7 +28,7 @@ def main():
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([options.umbra, "rom", "write", "costs", folder], check=True)
-        engines = {"umbra": [options.umbra, "rom", "run", "costs"]}
+        engines = {"umbra": [options.umbra, "rom", "run", "costs", "--engine", options.engine]}
         for qemu in qemus([options.qemu]):
             engines[qemu.name] = [
                 *qemu.base(16), "-bios", f"{folder}/reset.bin",

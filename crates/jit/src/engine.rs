@@ -9,7 +9,7 @@ use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::ranges::{Misses, Saved};
 use crate::stats::JitStats;
 use crate::stubs::{self, Stubs};
-use crate::translate::{Exit as DirectExit, OP_BITS, Source, lookup_code, translate};
+use crate::translate::{Code, Exit as DirectExit, OP_BITS, Source, lookup_code, translate};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
@@ -187,6 +187,22 @@ impl Jit {
         self.0.listener = Some(listener);
     }
 
+    /// The translations of blocks at `rip`, in whatever context, as they would be made now.
+    pub fn translations_at(&self, rip: u64) -> Vec<Translated> {
+        let engine = &*self.0;
+        let found = engine.states.iter().enumerate().filter_map(|(number, state)| match state {
+            State::Translated(translation) if translation.rip == rip => Some((number as u32, translation.entry)),
+            _ => None,
+        });
+        let listed = found.map(|(number, entry)| {
+            let (bytes, code) = engine.translated(number, entry);
+            let base = engine.code.address();
+            let names = listing::names(&engine.stubs, base);
+            Translated::of(engine.interp.blocks().block(number), bytes, &code, base + entry as u64, names)
+        });
+        listed.collect()
+    }
+
     /// Host address and length of the code that all translations share.
     pub fn shared_code(&self) -> (u64, usize) {
         (self.0.code.address(), self.0.stubs_end)
@@ -339,17 +355,8 @@ impl Engine {
         if !self.options.legacy && block.ops.iter().any(|op| op.legacy) {
             return None;
         }
-        let mut bytes = Vec::with_capacity(block.bytes() as usize);
-        for (offset, len) in block.pieces() {
-            let at = bytes.len();
-            bytes.resize(at + len as usize, 0);
-            self.interp.core().mem.load_bytes(RamOffset::new(offset), &mut bytes[at..]);
-        }
         let entry = self.code.next();
-        let off = self.options.off;
-        let missing = if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) };
-        let source = Source { block, number, bytes: &bytes, missing, off };
-        let code = translate(source, entry, self.exits.len(), &self.stubs);
+        let (bytes, code) = self.translated(number, entry);
         self.code.append(&code.bytes).ok()?;
         if let Some(listener) = &mut self.listener {
             let names = listing::names(&self.stubs, self.code.address());
@@ -365,6 +372,22 @@ impl Engine {
         self.states[number as usize] = State::Translated(translation);
         self.interp.keep_block(number);
         Some(translation)
+    }
+
+    /// A block's bytes, and host code for offset `entry` of the code memory.
+    fn translated(&self, number: u32, entry: usize) -> (Vec<u8>, Code) {
+        let block = self.interp.blocks().block(number);
+        let mut bytes = Vec::with_capacity(block.bytes() as usize);
+        for (offset, len) in block.pieces() {
+            let at = bytes.len();
+            bytes.resize(at + len as usize, 0);
+            self.interp.core().mem.load_bytes(RamOffset::new(offset), &mut bytes[at..]);
+        }
+        let off = self.options.off;
+        let missing = if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) };
+        let source = Source { block, number, bytes: &bytes, missing, off };
+        let code = translate(source, entry, self.exits.len(), &self.stubs);
+        (bytes, code)
     }
 
     /// Empties the code memory.

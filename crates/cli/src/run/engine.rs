@@ -129,6 +129,14 @@ impl Engine {
         }
     }
 
+    /// The translator.
+    pub fn translator(&self) -> Option<&Jit> {
+        match &self.kind {
+            Kind::Translated(engine) => Some(engine),
+            Kind::Soft(_) | Kind::Accelerated(_) => None,
+        }
+    }
+
     /// The translator, to be told whom to tell of translations.
     pub fn translator_mut(&mut self) -> Option<&mut Jit> {
         match &mut self.kind {
@@ -139,10 +147,7 @@ impl Engine {
 
     /// The translator's counters.
     pub fn jit_stats(&self) -> Option<JitStats> {
-        match &self.kind {
-            Kind::Translated(engine) => Some(engine.stats()),
-            Kind::Soft(_) | Kind::Accelerated(_) => None,
-        }
+        self.translator().map(Jit::stats)
     }
 
     /// Whether an accelerator holds the state.

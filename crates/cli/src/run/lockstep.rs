@@ -229,6 +229,8 @@ impl Lockstep {
                     break;
                 }
             }
+            let translations = engine.translator().map(|jit| jit.translations_at(state.rip)).unwrap_or_default();
+            translations.iter().for_each(|translated| out.push_str(&translated.to_string()));
         }
         out
     }
@@ -322,6 +324,23 @@ mod tests {
             engine.set_state(&state);
             differs(both, &["gpr[5]", "0x77", "CPU 0 before it", "rip 000000000000fff0", "0xfff0: "]);
         }
+    }
+
+    #[test]
+    fn the_report_has_the_host_code() {
+        let mut both = both("1");
+        for _ in 0..200_000 {
+            let mut first = Turn::new(None);
+            let mut second = Turn::new(None);
+            turn(&mut both.reference, &mut first, Pace::Blocks(1));
+            turn(&mut both.translated, &mut second, Pace::Blocks(1));
+        }
+        assert_eq!(both.difference(), None);
+        let engine = both.translated.machine.vcpus_mut().next().unwrap();
+        let mut state = engine.state();
+        state.gpr[5] ^= 0x77;
+        engine.set_state(&state);
+        differs(both, &["gpr[5]", "-bit", "of host code", "sub r14,"]);
     }
 
     #[test]
