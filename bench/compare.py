@@ -139,12 +139,17 @@ class Measurement:
         return self.net(group, costs, lambda: self.native_at(group, programs.LEAST))
 
     def native_at(self, group, scale):
+        def on_host(*names):
+            command = programs.native_command(self.options.guests, self.scratch, scale, names)
+            return marked_run.run(command, self.options.timeout)
+
+        # What starts the programs is no part of them.
+        start = on_host().cpu
         costs = {}
         for program in group.programs:
-            command = programs.native_command(self.options.guests, self.scratch, program, scale)
-            result = marked_run.run(command, self.options.timeout)
+            result = on_host(program)
             if result.status == 0 and result.until("@@E") is not None:
-                costs[program] = result.cpu
+                costs[program] = result.cpu - start
             else:
                 print(f"{program} doesn't run on the host: {result.stderr.strip()}", file=sys.stderr)
         return costs

@@ -78,7 +78,7 @@ exec chroot "$@"
 """
 
 
-def native_command(folder, scratch, program, scale):
-    """Runs a program of the guest on the host: the same files, by chroot; needs root."""
+def native_command(folder, scratch, scale, names):
+    """Runs programs of the guest on the host: the same files, by chroot; needs root."""
     root = os.path.join(folder, ROOT)
-    return ["unshare", "--mount", "sh", "-c", NATIVE, "sh", root, scratch, root, "/bench", str(scale), program]
+    return ["unshare", "--mount", "sh", "-c", NATIVE, "sh", root, scratch, root, "/bench", str(scale), *names]

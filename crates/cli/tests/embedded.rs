@@ -68,6 +68,9 @@ fn lockstep_finds_no_difference_and_makes_none() {
         for same in ["retired", "written_bytes"] {
             assert_eq!(report[same], lockstep[same], "{blocks}: {same}");
         }
+        let instructions = lockstep["retired"].as_u64().unwrap();
+        let compared = lockstep["compared"].as_u64().unwrap();
+        assert!((instructions / 500..instructions).contains(&compared), "{compared}");
         let count = |name: &str| lockstep["jit"][name].as_u64().unwrap();
         assert!(count("ops_translated") > 10 * count("ops_interpreted"), "{lockstep}");
     }

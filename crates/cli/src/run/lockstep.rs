@@ -168,6 +168,11 @@ impl Lockstep {
         if self.turns.is_multiple_of(MEMORY_EVERY) || !goes_on(ends.0) { self.memory() } else { None }
     }
 
+    /// Comparisons made.
+    pub fn turns(&self) -> u64 {
+        self.turns
+    }
+
     /// The guest as the translator left it.
     pub fn into_guest(self) -> Guest {
         self.translated

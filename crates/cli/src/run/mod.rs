@@ -45,6 +45,7 @@ pub fn run(args: &Args) -> Result<Report, CliError> {
 pub fn finish(args: &Args) -> Result<(Report, Guest), CliError> {
     let start = Instant::now();
     let mut measurements = Measurements::default();
+    let mut turns = None;
     let (guest, mut host, course) = match args.jit.lockstep {
         None => {
             let mut guest = guest::build(args)?;
@@ -56,6 +57,7 @@ pub fn finish(args: &Args) -> Result<(Report, Guest), CliError> {
             let mut both = Lockstep::new(args, blocks)?;
             let mut host = ConsoleHost::new(args)?;
             let course = both.run(&mut host);
+            turns = Some(both.turns());
             (both.into_guest(), host, course)
         }
     };
@@ -72,6 +74,7 @@ pub fn finish(args: &Args) -> Result<(Report, Guest), CliError> {
     let explanation = explain::end(&guest, &end);
     let report = Report {
         end,
+        turns,
         difference,
         explanation,
         exit_code,

@@ -24,6 +24,8 @@ pub struct Report {
     pub verdict_missing: bool,
     pub kind: Option<ImageKind>,
     pub state: Option<CpuState>,
+    /// Comparisons made in lockstep.
+    pub turns: Option<u64>,
     /// What differs in lockstep.
     pub difference: Option<String>,
     /// Why, where that can be said.
@@ -114,6 +116,9 @@ impl Report {
         if self.exit_code == exit_code::NOT_SEEN && !self.verdict_missing {
             let _ = writeln!(out, "umbra: the string of --expect did not appear");
         }
+        if let (Some(turns), None) = (self.turns, &self.difference) {
+            let _ = writeln!(out, "umbra: compared {turns} times, and no difference");
+        }
         if let Some(difference) = &self.difference {
             out.push_str(difference);
         } else if let Some(explanation) = &self.explanation {
@@ -178,6 +183,9 @@ impl Report {
         object.insert("retired".into(), self.retired.into());
         object.insert("written_bytes".into(), self.written_bytes.into());
         object.insert("host_seconds".into(), self.host.as_secs_f64().into());
+        if let Some(turns) = self.turns {
+            object.insert("compared".into(), turns.into());
+        }
         if let Some(difference) = &self.difference {
             object.insert("difference".into(), difference.clone().into());
         }
