@@ -32,7 +32,7 @@ pub struct Range {
 /// Bytes at a range's end where no access of any size may begin.
 pub const MARGIN: u64 = 32;
 /// Misses between two looks for a longer run.
-pub const PATIENCE: u32 = 64;
+pub const PATIENCE: u32 = 512;
 /// Instructions between two such looks, when the range is missed too often.
 const OFTEN: u64 = 12 * PATIENCE as u64;
 /// Pages of a run in each direction.
