@@ -198,12 +198,13 @@ impl Core {
             return self.raise(Fault::gp(code));
         }
         let base = self.s.idtr.base.wrapping_add(at);
-        let low = self.read_system::<u64>(bus, base)?;
-        let gate = if long {
-            let high = self.read_system::<u64>(bus, base.wrapping_add(8))?;
-            Gate::long(low, high)
+        let gate = if !long {
+            Gate::legacy(self.read_system::<u64>(bus, base)?)
+        } else if let Some(off) = self.mmu.lookup_system_read(umbra_arch::Gva::new(base), 16) {
+            Gate::long(self.mem.load::<u64>(off), self.mem.load::<u64>(off.add(8)))
         } else {
-            Gate::legacy(low)
+            let low = self.read_system::<u64>(bus, base)?;
+            Gate::long(low, self.read_system::<u64>(bus, base.wrapping_add(8))?)
         };
         let fits = match gate.attr.kind() {
             system::INTERRUPT_GATE | system::TRAP_GATE => true,
@@ -258,17 +259,13 @@ impl Core {
                 frame.push(self, bus, size, u64::from(selector))?;
             }
         }
-        if long || inner {
-            frame.push(self, bus, size, u64::from(old.0.selector))?;
-            frame.push(self, bus, size, old.1)?;
-        }
         let resume = if matches!(event, Event::Fault(_)) { rflags::RF } else { 0 };
-        frame.push(self, bus, size, old.2 | resume)?;
-        frame.push(self, bus, size, u64::from(self.s.segment(Seg::Cs).selector))?;
-        frame.push(self, bus, size, rip)?;
-        if let Some(code) = event.code() {
-            frame.push(self, bus, size, u64::from(code))?;
-        }
+        let cs_selector = self.s.segment(Seg::Cs).selector.into();
+        let code = event.code();
+        let values = [old.0.selector.into(), old.1, old.2 | resume, cs_selector, rip, code.unwrap_or(0).into()];
+        let first = if long || inner { 0 } else { 2 };
+        let last = if code.is_some() { 6 } else { 5 };
+        frame.push_all(self, bus, size, &values[first..last])?;
         let reachable = if long {
             umbra_arch::Gva::new(gate.offset).is_canonical(self.s.linear_bits())
         } else {

@@ -7,7 +7,7 @@ use crate::segments::{ACCESSED, selector_code};
 use umbra_arch::descriptor::Descriptor;
 use umbra_arch::segment::{Seg, Segment};
 use umbra_arch::state::reg;
-use umbra_arch::{Bus, Fault, rflags};
+use umbra_arch::{Bus, Fault, Gva, rflags};
 
 impl Core {
     fn pop_value(&mut self, bus: &mut dyn Bus, op: &Op, bytes: u64, skip: u64) -> Result<u64, Stop> {
@@ -124,6 +124,18 @@ impl Core {
             }
             return self.task_return(bus, op.next_rip(self.block_rip));
         }
+        let from64 = self.s.is_64bit_code();
+        if from64
+            && bytes == 8
+            && let Some([rip, selector, flags, rsp, ss]) = self.interrupt_frame()
+        {
+            let cs = self.return_segment(bus, selector as u16)?;
+            let mask = self.return_flags_mask(bytes);
+            self.check_entry(&cs, rip)?;
+            self.return_outer(bus, cs, rip, ss as u16, rsp, bytes)?;
+            self.after_return(flags, mask);
+            return Ok(());
+        }
         let rip = self.pop_value(bus, op, bytes, 0)?;
         let selector = self.pop_value(bus, op, bytes, bytes)? as u16;
         let flags = self.pop_value(bus, op, bytes, 2 * bytes)?;
@@ -132,7 +144,6 @@ impl Core {
         }
         let cs = self.return_segment(bus, selector)?;
         let mask = self.return_flags_mask(bytes);
-        let from64 = self.s.is_64bit_code();
         if cs.rpl() == self.s.cpl && !from64 {
             self.check_entry(&cs, rip)?;
             self.drop_stack(3 * bytes);
@@ -147,6 +158,12 @@ impl Core {
         }
         self.after_return(flags, mask);
         Ok(())
+    }
+
+    /// What IRETQ takes off the stack in 64-bit mode, if one lookup finds all of it.
+    fn interrupt_frame(&self) -> Option<[u64; 5]> {
+        let off = self.mmu.lookup_read(Gva::new(self.gpr[reg::RSP]), 40)?;
+        Some(std::array::from_fn(|n| self.mem.load::<u64>(off.add(8 * n as u64))))
     }
 
     /// RFLAGS bits that IRET changes at the present CPL.
