@@ -1,4 +1,4 @@
-//! What `umbra dump`, `--dump-blocks` and `--perf` say of translations.
+//! What `umbra dump`, `--dump-blocks` and `--jitdump` say of translations.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -61,7 +61,7 @@ fn run(args: &[&str], directory: &Path) -> (u32, Output) {
 #[test]
 fn a_run_tells_files_of_every_translation() {
     let directory = scratch("translations");
-    let (id, output) = run(&["--json", "--dump-blocks", "blocks", "--perf", "jitdump"], &directory);
+    let (id, output) = run(&["--json", "--dump-blocks", "blocks", "--jitdump"], &directory);
     let report: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();
     let translated = report["jit"]["translated"].as_u64().unwrap() as usize;
     let blocks = fs::read_to_string(directory.join("blocks")).unwrap();
@@ -82,23 +82,4 @@ fn a_run_tells_files_of_every_translation() {
     }
     assert_eq!(records as usize, translated);
     fs::remove_dir_all(&directory).unwrap();
-}
-
-#[test]
-fn perf_gets_a_map_of_symbols() {
-    let (id, _) = run(&["--perf", "map"], Path::new("."));
-    let path = PathBuf::from(format!("/tmp/perf-{id}.map"));
-    let map = fs::read_to_string(&path).unwrap();
-    fs::remove_file(&path).unwrap();
-    let mut ends = 0;
-    for line in map.lines() {
-        let fields: Vec<&str> = line.splitn(3, ' ').collect();
-        let [start, size] = [0, 1].map(|n| u64::from_str_radix(fields[n], 16).unwrap());
-        assert!(
-            start >= ends && size > 0 && (fields[2].starts_with("guest_") || fields[2].starts_with("umbra_")),
-            "{line}"
-        );
-        ends = start + size;
-    }
-    assert!(map.lines().count() > 20, "{map}");
 }

@@ -203,11 +203,6 @@ impl Jit {
         listed.collect()
     }
 
-    /// Host address and length of the code that all translations share.
-    pub fn shared_code(&self) -> (u64, usize) {
-        (self.0.code.address(), self.0.stubs_end)
-    }
-
     /// Translates the block at RIP, unless it has to be run before by the threshold, and doesn't run it. The RIP behind
     /// it; `None` if there is no translation.
     pub fn translate_here(&mut self) -> Option<u64> {

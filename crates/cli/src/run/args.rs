@@ -112,9 +112,9 @@ pub struct JitArgs {
     /// Write every translation to a file: guest instructions, the way each is done, host instructions
     #[arg(long, value_name = "FILE")]
     pub dump_blocks: Option<PathBuf>,
-    /// Tell perf what translations are: /tmp/perf-PID.map, or jit-PID.dump here, for perf record -k mono and perf inject --jit
-    #[arg(long, value_enum, value_name = "FORMAT")]
-    pub perf: Option<PerfChoice>,
+    /// Tell perf what translations are, in jit-PID.dump: perf record -k mono, then perf inject --jit
+    #[arg(long)]
+    pub jitdump: bool,
 }
 
 /// Mechanisms of the translator that are left out.
@@ -134,15 +134,6 @@ impl JitOffArgs {
     }
 }
 
-/// `--perf`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum PerfChoice {
-    /// Addresses and names
-    Map,
-    /// Addresses, names and code, by time
-    Jitdump,
-}
-
 impl JitArgs {
     /// The translator's options.
     pub fn options(&self) -> JitOptions {
@@ -155,7 +146,7 @@ impl JitArgs {
         let off = self.without.jit_off.first().map(|_| "--jit-off");
         let lockstep = self.lockstep.map(|_| "--lockstep");
         let dump = self.dump_blocks.as_ref().map(|_| "--dump-blocks");
-        limit.or(off).or(lockstep).or(dump).or(self.perf.map(|_| "--perf"))
+        limit.or(off).or(lockstep).or(dump).or(self.jitdump.then_some("--jitdump"))
     }
 }
 

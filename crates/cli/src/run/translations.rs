@@ -1,6 +1,6 @@
-//! What becomes of each translation besides being run: `--dump-blocks`, `--perf`.
+//! What becomes of each translation besides being run: `--dump-blocks`, `--jitdump`.
 
-use super::args::{JitArgs, PerfChoice};
+use super::args::JitArgs;
 use crate::error::CliError;
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -12,7 +12,6 @@ use umbra_jit::{Jit, Translated};
 
 /// Somebody who is told of translations.
 trait Reader: Send {
-    fn shared(&mut self, _address: u64, _code: usize) {}
     fn read(&mut self, translated: &Translated) -> std::io::Result<()>;
 }
 
@@ -30,26 +29,17 @@ impl Readers {
         if let Some(path) = &args.dump_blocks {
             all.push(Box::new(Listing(create("--dump-blocks", path)?)));
         }
-        match args.perf {
-            None => {}
-            Some(PerfChoice::Map) => {
-                let path = PathBuf::from(format!("/tmp/perf-{}.map", process::id()));
-                all.push(Box::new(PerfMap(create("--perf", &path)?)));
-            }
-            Some(PerfChoice::Jitdump) => all.push(Box::new(JitDump::new()?)),
+        if args.jitdump {
+            all.push(Box::new(JitDump::new()?));
         }
         Ok(Self(Arc::new(Mutex::new(all))))
     }
 
     /// Has a translator tell them.
     pub fn attach(&self, jit: &mut Jit) {
-        let mut readers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if readers.is_empty() {
+        if self.0.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
             return;
         }
-        let (address, bytes) = jit.shared_code();
-        readers.iter_mut().for_each(|reader| reader.shared(address, bytes));
-        drop(readers);
         let readers = Arc::clone(&self.0);
         jit.set_listener(Box::new(move |translated| {
             // A reader whose file can't be written is told of nothing more.
@@ -69,22 +59,6 @@ struct Listing(BufWriter<File>);
 impl Reader for Listing {
     fn read(&mut self, translated: &Translated) -> std::io::Result<()> {
         writeln!(self.0, "{translated}")
-    }
-}
-
-/// perf's file of symbols.
-struct PerfMap(BufWriter<File>);
-
-impl Reader for PerfMap {
-    fn shared(&mut self, address: u64, bytes: usize) {
-        let _ = writeln!(self.0, "{address:x} {bytes:x} umbra_shared_code");
-    }
-
-    fn read(&mut self, translated: &Translated) -> std::io::Result<()> {
-        let Translated { address, host, rip, .. } = translated;
-        writeln!(self.0, "{address:x} {:x} guest_{rip:x}", host.len())?;
-        // Whoever profiles may end us.
-        self.0.flush()
     }
 }
 
@@ -110,7 +84,7 @@ impl JitDump {
 
     fn new() -> Result<Self, CliError> {
         let path = PathBuf::from(format!("jit-{}.dump", process::id()));
-        let failed = |source| CliError::Write { flag: "--perf", path: path.clone(), source };
+        let failed = |source| CliError::Write { flag: "--jitdump", path: path.clone(), source };
         let open = File::options().read(true).write(true).create(true).truncate(true).open(&path);
         let file = open.map_err(failed)?;
         let mark = ProfilerMark::of(&file).map_err(failed)?;
