@@ -202,7 +202,7 @@ def number(value, width, digits=2):
 
 
 def ratio(of, to):
-    return of / to if of and to else None
+    return of / to if of and to and min(of, to) > 0 else None
 
 
 def print_linux(figures, engines, rivals, groups, names):
