@@ -171,6 +171,12 @@ impl Core {
         std::mem::take(&mut self.s.pending_debug) | if step { DR6_BS } else { 0 }
     }
 
+    /// Whether a #DB is due, or instructions have to be looked at for one.
+    pub fn must_look_for_debug(&self) -> bool {
+        let flagged = self.s.rflags & (rflags::TF | rflags::RF) != 0;
+        flagged || self.watch.hits != 0 || self.s.pending_debug != 0 || self.watch.fetches
+    }
+
     /// At the end of an instruction that faulted.
     pub fn forget_hits(&mut self) {
         self.watch = Watch { hits: 0, keep_rf: false, no_step: false, ..self.watch };

@@ -93,6 +93,13 @@ impl Interpreter {
     /// Does what is due between two blocks and finds the next one; `Err` ends the slice.
     #[inline(always)]
     pub(crate) fn head(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Result<Result<u32, Stop>, Exit> {
+        self.due(bus, until)?;
+        Ok(self.cache.find(&mut self.core))
+    }
+
+    /// Does what is due between two blocks; `Err` ends the slice.
+    #[inline(always)]
+    pub(crate) fn due(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Result<(), Exit> {
         if self.core.mmu.watcher().is_pending() {
             self.memory_changed();
         }
@@ -112,7 +119,7 @@ impl Interpreter {
             self.core.trace_mmu();
         }
         self.core.recent.enter(self.core.next_rip);
-        Ok(self.cache.find(&mut self.core))
+        Ok(())
     }
 
     /// Runs blocks one after the other until something has to be looked at. HOT.

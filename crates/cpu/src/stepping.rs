@@ -1,6 +1,6 @@
 //! The interpreter block by block, for an engine that executes some blocks in its own way.
 //!
-//! Such an engine asks for the [next block](Interpreter::next_block), runs it itself or has it
+//! Such an engine asks for the [next block](Interpreter::find_block), runs it itself or has it
 //! [interpreted](Interpreter::run_block), calls single operations by [`run_op`](Interpreter::run_op), and
 //! reports what it did. All that happens between blocks stays here.
 
@@ -8,13 +8,15 @@ use crate::block::BlockCache;
 use crate::core::Core;
 use crate::interp::Interpreter;
 use crate::op::Stop;
+use umbra_arch::rflags;
+use umbra_arch::state::{Activity, Shadow};
 use umbra_arch::{Bus, Exit, Slice, Stopped, VirtualTime};
 
 impl Interpreter {
     /// Where the [`Core`] lies in an interpreter, in bytes, for generated code.
     pub const CORE_OFFSET: usize = std::mem::offset_of!(Interpreter, core);
 
-    /// Starts a slice: before the first [`next_block`](Self::next_block).
+    /// Starts a slice: before the first [`before_block`](Self::before_block).
     pub fn begin_slice(&mut self, slice: Slice) {
         self.begin(slice);
     }
@@ -22,33 +24,41 @@ impl Interpreter {
     /// Runs at most so many blocks of a slice, which is as good as spent then.
     pub fn run_blocks(&mut self, bus: &mut dyn Bus, slice: Slice, blocks: u64) -> Stopped {
         self.begin(slice);
-        let one = |_| match self.next_block(bus, slice.until) {
-            Ok(number) => self.run_block(bus, number, slice.until),
-            Err(exit) => Some(exit),
-        };
-        let exit = (0..blocks).find_map(one).unwrap_or(Exit::BudgetSpent);
+        let exit = (0..blocks).find_map(|_| self.one_block(bus, slice.until)).unwrap_or(Exit::BudgetSpent);
         Stopped { exit, now: self.core.clock }
     }
 
-    /// Takes interrupts, delivers faults of fetches, drops stale code, and finds the block to run next.
-    ///
-    /// # Errors
-    /// What ends the slice.
-    pub fn next_block(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Result<u32, Exit> {
-        loop {
-            match self.head(bus, until)? {
-                Ok(number) => return Ok(number),
-                Err(stop) => {
-                    if let Some(exit) = self.not_found(bus, stop) {
-                        return Err(exit);
-                    }
-                }
-            }
+    fn one_block(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Option<Exit> {
+        if let Err(exit) = self.before_block(bus, until) {
+            return Some(exit);
+        }
+        match self.find_block(bus) {
+            Ok(number) => self.run_block(bus, number, until),
+            Err(exit) => exit,
         }
     }
 
+    /// Takes interrupts and drops stale code: what is due before any block.
+    ///
+    /// # Errors
+    /// What ends the slice.
+    #[inline]
+    pub fn before_block(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Result<(), Exit> {
+        self.due(bus, until)
+    }
+
+    /// Finds the block to run next.
+    ///
+    /// # Errors
+    /// Its bytes can't be fetched: what the slice ends with, or nothing if a fault was delivered, after which
+    /// [`before_block`](Self::before_block) comes again.
+    pub fn find_block(&mut self, bus: &mut dyn Bus) -> Result<u32, Option<Exit>> {
+        let found = self.cache.find(&mut self.core);
+        found.map_err(|stop| self.not_found(bus, stop))
+    }
+
     /// The block at RIP; `None` if its bytes can't be fetched.
-    pub fn find_block(&mut self) -> Option<u32> {
+    pub fn look_at_block(&mut self) -> Option<u32> {
         self.cache.find(&mut self.core).ok()
     }
 
@@ -77,6 +87,33 @@ impl Interpreter {
         let op = &block.ops[index];
         (op.exec)(c, bus, op)?;
         Ok(c.break_block)
+    }
+
+    /// Ends a block whose last operation, by [`run_op`](Self::run_op), said that it ends, if nothing is due before the
+    /// next one: no event, no trap, no stale code, no time to be added. With `room` there is time for an instruction
+    /// more, so that the shadow of STI passes unseen.
+    #[inline]
+    pub fn end_quietly(&mut self, bus: &mut dyn Bus, room: bool) -> bool {
+        let c = &mut self.core;
+        let due = c.attention || c.mmu.watcher().is_pending() || c.trap_pending || c.extra_cost != 0;
+        let shadowed = match c.shadow_next {
+            Shadow::None => false,
+            Shadow::Sti => !room,
+            Shadow::MovSs => true,
+        };
+        if due || shadowed || !c.code_writes.is_empty() || c.must_look_for_debug() {
+            return false;
+        }
+        if c.check_events {
+            let interrupt = c.s.rflags & rflags::IF != 0 && bus.interrupt_pending();
+            if interrupt || c.s.activity != Activity::Running || c.trace.is_some() {
+                return false;
+            }
+        }
+        c.check_events = false;
+        c.shadow_next = Shadow::None;
+        c.break_block = false;
+        c.after_instruction() == 0
     }
 
     /// The block ended with operation `last`, or because that stopped.

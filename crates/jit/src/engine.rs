@@ -8,8 +8,8 @@ use crate::listing::{self, Listener, Translated};
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::ranges::{Misses, Saved};
 use crate::stats::JitStats;
-use crate::stubs::{self, Stubs};
-use crate::translate::{Code, Exit as DirectExit, OP_BITS, Source, lookup_code, translate};
+use crate::stubs::{self, Flow, Stubs};
+use crate::translate::{Code, Exit as DirectExit, OP_BITS, Source, dropped_code, lookup_code, translate};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
@@ -62,6 +62,8 @@ impl Default for JitOptions {
 
 /// Room that one translation may need at most.
 const LARGEST: usize = 64 << 10;
+/// More than any block costs that is translated.
+const ROOM: i64 = umbra_cpu::block::MAX_OPS as i64;
 /// Longest stretch without a look at the clock.
 const LONGEST: u64 = 1 << 60;
 
@@ -110,6 +112,9 @@ pub(crate) struct Engine {
     contexts: Contexts,
     /// The exit that was left by, to be linked when its target is translated.
     pending: Option<usize>,
+    /// The jump table may know the next block: it isn't the one that it has just led to in vain, for it was dropped
+    /// or doesn't fit into the budget.
+    look_up: bool,
     options: JitOptions,
     stats: JitStats,
     listener: Option<Listener>,
@@ -166,6 +171,7 @@ impl Jit {
             misses: Misses::new(),
             contexts: Contexts::new(),
             pending: None,
+            look_up: false,
             options: jit,
             stats: JitStats::default(),
             listener: None,
@@ -207,7 +213,7 @@ impl Jit {
     /// it; `None` if there is no translation.
     pub fn translate_here(&mut self) -> Option<u64> {
         let engine = &mut *self.0;
-        let number = engine.interp.find_block()?;
+        let number = engine.interp.look_at_block()?;
         engine.forget_dropped();
         engine.translation(number)?;
         Some(engine.interp.blocks().block(number).end_rip)
@@ -275,20 +281,38 @@ impl Engine {
 
     /// Runs a block, and those that follow it in generated code unless it is to be `alone`.
     fn run_some(&mut self, bus: &mut dyn Bus, until: VirtualTime, alone: bool) -> Option<Exit> {
-        let number = match self.interp.next_block(bus, until) {
-            Ok(number) => number,
-            Err(exit) => return Some(exit),
-        };
+        if let Err(exit) = self.interp.before_block(bus, until) {
+            return Some(exit);
+        }
         self.forget_dropped();
+        if !alone && let Some(code) = self.known() {
+            return self.enter(bus, code, until);
+        }
+        let number = match self.interp.find_block(bus) {
+            Ok(number) => number,
+            Err(exit) => return exit,
+        };
         let end = self.interp.core().clock.plus(u64::from(self.interp.blocks().block(number).cost));
         let can = end <= until && !self.interp.must_interpret();
         match if can { self.translation(number) } else { None } {
             Some(translation) => self.execute(bus, number, translation, if alone { end } else { until }),
             None => {
                 self.pending = None;
+                self.look_up = true;
                 self.interp.run_block(bus, number, until)
             }
         }
+    }
+
+    /// Host address of the next block's code by the jump table, if there is no more to do than to go there.
+    fn known(&mut self) -> Option<u64> {
+        if !self.look_up || self.pending.is_some() || self.interp.must_interpret() {
+            return None;
+        }
+        let core = self.interp.core();
+        let (rip, stamp, mode) = (core.next_rip, core.mmu.fetch_stamp(), core.code_mode);
+        let context = self.contexts.number(stamp, mode);
+        self.jumps.find(rip, context)
     }
 
     /// Translations of dropped blocks become lookups of their RIP; so do those to be made anew.
@@ -308,9 +332,8 @@ impl Engine {
     fn forget(&mut self, number: u32) -> bool {
         let Some(state) = self.states.get_mut(number as usize) else { return false };
         let State::Translated(old) = std::mem::replace(state, State::Cold(0)) else { return false };
-        let code = lookup_code(old.entry, old.rip, &self.stubs);
+        let code = dropped_code(old.entry, old.rip, &self.stubs);
         self.patch(old.entry, &code);
-        self.jumps.forget(old.rip, self.code.address() + old.entry as u64);
         true
     }
 
@@ -409,14 +432,21 @@ impl Engine {
             self.contexts = Contexts::new();
             return self.interp.run_block(bus, number, until);
         }
-        let budget = self.enter_frame(bus, until);
+        let core = self.interp.core();
+        let context = self.contexts.number(core.mmu.fetch_stamp(), core.code_mode);
         let code = self.code.address() + translation.entry as u64;
         if !self.options.off.has(Mechanism::Jumps) {
-            self.jumps.enter(translation.rip, self.frame.context, code);
+            self.jumps.enter(translation.rip, context, code);
         }
         if let Some(pending) = self.pending.take().filter(|_| !self.options.off.has(Mechanism::Links)) {
-            self.link(pending, &translation);
+            self.link(pending, &translation, context);
         }
+        self.enter(bus, code, until)
+    }
+
+    /// Runs generated code from host address `code` on until it is left.
+    fn enter(&mut self, bus: &mut dyn Bus, code: u64, until: VirtualTime) -> Option<Exit> {
+        let budget = self.enter_frame(bus, until);
         let enter = self.code.address() + self.stubs.enter as u64;
         let engine: *mut Engine = self;
         // SAFETY: `enter` is the stub of that signature; it and what it jumps to keep to the ABI, touch of Rust's
@@ -448,8 +478,7 @@ impl Engine {
         frame.budget = budget as i64;
         frame.bank = 0;
         frame.bus = Some(bus);
-        frame.stamp = core.mmu.fetch_stamp();
-        frame.context = self.contexts.number(frame.stamp, core.code_mode);
+        frame.take_context(&core.mmu, core.code_mode, &mut self.contexts);
         frame.flags = pack(core.flags);
         self.saved.follow(frame, &core.mmu);
         frame.take_vectors(&core.s);
@@ -461,6 +490,7 @@ impl Engine {
     fn left(&mut self, bus: &mut dyn Bus, budget: i64) -> Option<Exit> {
         self.misses.look(&mut self.frame, &self.interp.core().mmu, self.code.address());
         let (reason, site) = (self.frame.reason, self.frame.site);
+        self.look_up = reason == Reason::Op;
         let number = site >> OP_BITS;
         let mut left = self.frame.left();
         if matches!(reason, Reason::Op | Reason::Budget) {
@@ -498,8 +528,8 @@ impl Engine {
         self.interp.ran_blocks(bus, ops, clock, rip)
     }
 
-    /// Lets exit `number` go to `to` directly, if that is what it goes to.
-    fn link(&mut self, number: usize, to: &Translation) {
+    /// Lets exit `number` go to `to` directly, if that is what it goes to; in `context` if it leaves the page.
+    fn link(&mut self, number: usize, to: &Translation, context: u32) {
         let Some(known) = self.exits.get(number) else { return };
         let (exit, from) = (known.exit, known.entry);
         let state = self.states.get(known.number as usize);
@@ -511,8 +541,7 @@ impl Engine {
         let lookup = lookup_code(exit.unlinked, exit.target, &self.stubs);
         match exit.guard {
             Some(guard) => {
-                let context = self.frame.context.to_le_bytes();
-                self.patch(guard, &context);
+                self.patch(guard, &context.to_le_bytes());
                 self.patch(exit.jump, &displacement(exit.jump, to.entry));
             }
             // What was fetched from this page comes from it as long as the block itself does.
@@ -523,16 +552,17 @@ impl Engine {
         self.stats.linked += 1;
     }
 
-    /// Does the operation at `site`. True if nothing of its block may follow.
-    fn helper(&mut self, site: u32) -> bool {
+    /// Does the operation at `site`.
+    fn helper(&mut self, site: u32) -> Flow {
         let (number, index) = (site >> OP_BITS, (site & ((1 << OP_BITS) - 1)) as usize);
         let frame = &mut self.frame;
-        let Some(bus) = frame.bus else { return true };
+        let Some(bus) = frame.bus else { return Flow::Leave };
         let cost = i64::from(self.interp.blocks().block(number).cost);
         let clock = VirtualTime(frame.end - (frame.left() + cost) as u64);
         let core = self.interp.core_mut();
         core.flags = unpack(frame.flags);
         frame.give_vectors(&mut core.s);
+        let nmi_blocked = core.s.nmi_blocked;
         self.stats.ops_by_helper += 1;
         // SAFETY: `run` has the bus borrowed for as long as the frame holds it, and nobody else uses it.
         let flow = self.interp.run_op(unsafe { &mut *bus }, number, index, clock);
@@ -540,17 +570,30 @@ impl Engine {
         frame.flags = pack(core.flags);
         frame.take_vectors(&core.s);
         frame.take_x87(&core.s);
+        let last = index + 1 == self.interp.blocks().block(number).ops.len();
+        // IRET ends the blocking of NMIs, one of which may wait.
+        if flow == Ok(true) && last && !nmi_blocked {
+            let room = frame.bank == 0 && frame.budget >= ROOM;
+            // SAFETY: as above.
+            if self.interp.end_quietly(unsafe { &mut *bus }, room) {
+                let core = self.interp.core();
+                frame.take_context(&core.mmu, core.code_mode, &mut self.contexts);
+                self.saved.follow(frame, &core.mmu);
+                return Flow::Block;
+            }
+        }
         if flow != Ok(false) {
             frame.reason = Reason::Op;
             frame.site = site;
             frame.stop = flow.err();
-            return true;
+            return Flow::Leave;
         }
+        let core = self.interp.core();
         self.saved.follow(frame, &core.mmu);
         if core.check_events || core.mmu.fetch_stamp() != frame.stamp {
             frame.leave_soon();
         }
-        false
+        Flow::On
     }
 }
 
@@ -560,10 +603,10 @@ extern "sysv64" fn run_helper(engine: *mut Engine, site: u32) -> u32 {
     // meanwhile.
     let engine = unsafe { &mut *engine };
     match catch_unwind(AssertUnwindSafe(|| engine.helper(site))) {
-        Ok(stop) => stop.into(),
+        Ok(flow) => flow as u32,
         Err(panic) => {
             engine.frame.panic = Some(panic);
-            1
+            Flow::Leave as u32
         }
     }
 }

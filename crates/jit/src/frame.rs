@@ -2,15 +2,17 @@
 
 use crate::emitter::Mem;
 use crate::engine::Engine;
+use crate::jumps::{self, Contexts};
 use crate::ranges::{self, Ranges};
 use crate::registers::ENGINE;
 use std::mem::offset_of;
 use umbra_arch::control::{Cr0, Cr4};
 use umbra_arch::fpu::{FpState, xcr0};
+use umbra_arch::segment::Segment;
 use umbra_arch::{Bus, CpuState};
 use umbra_cpu::op::Stop;
 use umbra_cpu::{Core, Interpreter};
-use umbra_mmu::{Entry, FastTable};
+use umbra_mmu::{Entry, FastTable, Mmu};
 
 /// Why generated code was left.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -49,6 +51,8 @@ pub struct Frame {
     pub missed_back: u64,
     /// Number of the fetch stamp and code mode in force.
     pub context: u32,
+    /// What it changes in the jump table's hash.
+    pub salt: u32,
     /// Packed status flags, in RAX while code runs.
     pub flags: u32,
     pub reason: Reason,
@@ -132,6 +136,7 @@ impl Frame {
             missed_gva: 0,
             missed_back: 0,
             context: 0,
+            salt: 0,
             flags: 0,
             reason: Reason::Op,
             site: 0,
@@ -204,6 +209,14 @@ impl Frame {
         self.budget + self.bank
     }
 
+    /// After anything that may have changed what code is fetched and how.
+    #[inline]
+    pub fn take_context(&mut self, mmu: &Mmu, mode: u64, contexts: &mut Contexts) {
+        self.stamp = mmu.fetch_stamp();
+        self.context = contexts.number(self.stamp, mode);
+        self.salt = jumps::salt(self.context);
+    }
+
     /// Has the next block's head leave.
     pub fn leave_soon(&mut self) {
         if self.bank == 0 {
@@ -234,6 +247,26 @@ pub fn gpr(n: u8) -> Mem {
 /// A segment's base.
 pub fn seg_base(seg: u8) -> Mem {
     Mem::at(ENGINE, CORE + offset_of!(Core, seg_base) + 8 * usize::from(seg))
+}
+
+/// A field of the guest's state.
+fn state(offset: usize) -> Mem {
+    Mem::at(ENGINE, CORE + offset_of!(Core, s) + offset)
+}
+
+/// CPL, a byte.
+pub fn cpl() -> Mem {
+    state(offset_of!(CpuState, cpl))
+}
+
+/// RFLAGS but for status flags.
+pub fn rflags() -> Mem {
+    state(offset_of!(CpuState, rflags))
+}
+
+/// The selector in segment register `n`, as instructions number them.
+pub fn selector(n: usize) -> Mem {
+    state(offset_of!(CpuState, seg) + n * size_of::<Segment>() + offset_of!(Segment, selector))
 }
 
 /// Where execution goes on.

@@ -1,7 +1,7 @@
 //! The table by which generated code finds the translation of a RIP.
 
 /// Slots; a power of two.
-pub const SLOTS: usize = 1 << 13;
+pub const SLOTS: usize = 1 << 15;
 /// Shift of the RIP's upper part in the hash.
 pub const FOLD: u8 = 13;
 /// log2 of a slot's size.
@@ -32,25 +32,29 @@ impl Jumps {
         self.0.as_ptr() as u64
     }
 
-    fn slot(&mut self, rip: u64) -> &mut Slot {
-        &mut self.0[(rip ^ rip >> FOLD) as usize & (SLOTS - 1)]
+    fn slot(&mut self, rip: u64, context: u32) -> &mut Slot {
+        let hash = (rip ^ rip >> FOLD) as u32 ^ salt(context);
+        &mut self.0[hash as usize & (SLOTS - 1)]
     }
 
     pub fn enter(&mut self, rip: u64, context: u32, code: u64) {
-        *self.slot(rip) = Slot { rip, context: context.into(), code };
+        *self.slot(rip, context) = Slot { rip, context: context.into(), code };
     }
 
-    /// Forgets the translation at `code` of the block at `rip`.
-    pub fn forget(&mut self, rip: u64, code: u64) {
-        let slot = self.slot(rip);
-        if slot.code == code {
-            *slot = EMPTY;
-        }
+    /// Host address of the translation.
+    pub fn find(&mut self, rip: u64, context: u32) -> Option<u64> {
+        let slot = self.slot(rip, context);
+        (slot.rip == rip && slot.context == u64::from(context)).then_some(slot.code)
     }
 
     pub fn clear(&mut self) {
         self.0.fill(EMPTY);
     }
+}
+
+/// What a context changes in the hash, so that several have the same RIP in slots of their own.
+pub fn salt(context: u32) -> u32 {
+    context.wrapping_mul(0x9e37_79b1) >> 12
 }
 
 /// Numbers for pairs of fetch stamp and code mode, so that generated code compares 32 bits.

@@ -29,6 +29,7 @@ mod registers;
 mod sample;
 mod stats;
 mod stubs;
+mod system;
 mod translate;
 mod turns;
 mod vector;

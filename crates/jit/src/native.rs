@@ -62,12 +62,16 @@ impl Translator<'_> {
                 self.leave();
                 Ok(())
             }
+            Kind::System(system) => {
+                self.system(i, system);
+                Ok(())
+            }
             _ => Ok(()),
         }
     }
 
     /// Emits `i` on host registers, its memory operand looked up; where its register operands were.
-    fn renamed(&mut self, i: &Instruction, op: &Op, needs_flags: bool) -> Result<Vec<Renamed>, Unencodable> {
+    pub fn renamed(&mut self, i: &Instruction, op: &Op, needs_flags: bool) -> Result<Vec<Renamed>, Unencodable> {
         let mut host = *i;
         host.set_has_lock_prefix(false);
         host.set_code(general_form(i.code()));
@@ -188,7 +192,7 @@ impl Translator<'_> {
         Ok(())
     }
 
-    fn arithmetic(&mut self, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
+    pub fn arithmetic(&mut self, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
         // INC and DEC need CF only to keep it.
         let needs = reads_flags(i) && (live || !matches!(i.mnemonic(), M::Inc | M::Dec));
         let renamed = self.renamed(i, op, needs)?;

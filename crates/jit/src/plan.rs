@@ -2,6 +2,7 @@
 
 use crate::bits::Bits;
 use crate::mechanisms::{Mechanism, Mechanisms};
+use crate::system::System;
 use crate::turns::Turn;
 use crate::{vector, x87};
 use iced_x86::{ConditionCode, Instruction, Mnemonic as M, OpKind, Register};
@@ -46,6 +47,7 @@ pub enum Kind {
     Vector,
     /// x87.
     X87,
+    System(System),
     Push,
     Pop,
     Leave,
@@ -83,6 +85,7 @@ impl Kind {
         match self {
             Kind::Push | Kind::Pop | Kind::Leave | Kind::Call | Kind::CallIndirect | Kind::Ret => true,
             Kind::Nop => false,
+            Kind::System(_) => true,
             _ => has_memory(i) && i.mnemonic() != M::Lea,
         }
     }
@@ -146,6 +149,9 @@ fn any_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
     if x87::fits(i) && (!has_memory(i) || address_fits(i, op)) {
         return Kind::X87;
     }
+    if let Some(system) = System::of(i).filter(|_| !has_memory(i) || address_fits(i, op)) {
+        return Kind::System(system);
+    }
     if !operands_fit(i, op) {
         return Kind::Helper;
     }
@@ -153,6 +159,7 @@ fn any_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
         return Kind::Bits(bits);
     }
     match i.mnemonic() {
+        M::Lfence | M::Mfence | M::Sfence => Kind::Nop,
         M::Nop | M::Endbr64 | M::Endbr32 | M::Reservednop | M::Prefetchw => Kind::Nop,
         M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta => Kind::Nop,
         M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Not => Kind::Move,

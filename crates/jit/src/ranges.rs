@@ -32,9 +32,11 @@ pub struct Range {
 /// Bytes at a range's end where no access of any size may begin.
 pub const MARGIN: u64 = 32;
 /// Misses between two looks for a longer run.
-pub const PATIENCE: u32 = 512;
-/// Instructions between two such looks, when the range is missed too often.
-const OFTEN: u64 = 12 * PATIENCE as u64;
+pub const PATIENCE: u32 = 64;
+/// Likewise at most.
+const MOST_PATIENCE: u32 = 8192;
+/// Instructions from one miss to the next, when a range is missed too often.
+const OFTEN: u64 = 12;
 /// Pages of a run in each direction.
 const LONGEST: u64 = 1024;
 /// From so many pages on, a run is kept however much is missed.
@@ -156,6 +158,8 @@ pub struct Misses {
     sites: Vec<Site>,
     /// When each range was last missed [`PATIENCE`] times.
     last: [[u64; NAMES]; 2],
+    /// Misses of each range until the next look: more each time that there was no long run.
+    patience: [[u32; NAMES]; 2],
     /// By block number: operations, by bits, that are better looked up in the table.
     operations: HashMap<u32, u64>,
     /// Blocks to be translated again.
@@ -164,7 +168,13 @@ pub struct Misses {
 
 impl Misses {
     pub fn new() -> Self {
-        Self { sites: Vec::new(), last: [[0; NAMES]; 2], operations: HashMap::new(), again: Vec::new() }
+        Self {
+            sites: Vec::new(),
+            last: [[0; NAMES]; 2],
+            patience: [[PATIENCE; NAMES]; 2],
+            operations: HashMap::new(),
+            again: Vec::new(),
+        }
     }
 
     /// A translation with these sites was appended to the code.
@@ -214,14 +224,17 @@ impl Misses {
         ) else {
             return;
         };
+        let long = pages >= FIXED_PAGES;
+        let patience = &mut self.patience[usize::from(write)][name];
+        let missed = std::mem::replace(patience, if long { PATIENCE } else { (*patience * 4).min(MOST_PATIENCE) });
         *range = Range {
             first: first.raw(),
             limit: (pages << 12) - MARGIN,
             addend: ram.wrapping_add(offset.raw()).wrapping_sub(gva.raw()),
-            patience: PATIENCE,
-            fixed: (pages >= FIXED_PAGES).into(),
+            patience: *patience,
+            fixed: long.into(),
         };
-        self.judge(back, since < OFTEN);
+        self.judge(back, since < OFTEN * u64::from(missed));
     }
 
     /// The site that goes on at `back` has missed often or not: [`STRIKES`] in a row, and it is given up.

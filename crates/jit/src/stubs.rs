@@ -6,6 +6,7 @@ use crate::jumps::{FOLD, SLOT_SHIFT, SLOTS};
 use crate::memory_path::Access;
 use crate::ranges::{self, MARGIN, NAMES, Name, PATIENCE, Range};
 use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, home};
+use crate::translate::LOOKUP_BYTES;
 use crate::{vector_file, x87};
 use std::mem::offset_of;
 use umbra_mmu::Entry;
@@ -23,6 +24,8 @@ pub struct Stubs {
     pub link: usize,
     /// Goes to the translation of the RIP in [`A`].
     pub lookup: usize,
+    /// Called by what remains of a dropped translation, [`LOOKUP_BYTES`] of it: as `lookup`, but never goes there.
+    pub elsewhere: usize,
     /// As `lookup` for the RIP in the core.
     pub dispatch: usize,
     /// Called: the guest's vector registers go to the host's; not equal (ZF) if the units in [`A`] can't be used.
@@ -43,6 +46,18 @@ impl Stubs {
     pub fn range(&self, name: Name, access: Access) -> usize {
         self.ranges[usize::from(access == Access::Write)][usize::from(name)]
     }
+}
+
+/// How generated code goes on after an operation's function.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Flow {
+    /// With the next operation.
+    On,
+    /// Not at all.
+    Leave,
+    /// With another block, by the RIP in the core.
+    Block,
 }
 
 /// Registers that the ABI wants back: RBX, RBP, R12 to R15.
@@ -71,12 +86,25 @@ pub fn emit(e: &mut Emitter, helper: u64) -> Stubs {
     let dispatch = e.here();
     e.load(A, next_rip());
     let lookup = lookup(e, miss);
-    let helper = call_helper(e, helper, leave_spilled);
+    let elsewhere = elsewhere(e, miss);
+    let helper = call_helper(e, helper, leave_spilled, dispatch);
     let mut ranges = [[0; NAMES]; 2];
     for (n, stub) in ranges.iter_mut().flatten().enumerate() {
         *stub = range(e, n);
     }
-    Stubs { enter: enter(e), helper, budget, link, lookup, dispatch, vectors_load, x87_load, x87_store, ranges }
+    Stubs {
+        enter: enter(e),
+        helper,
+        budget,
+        link,
+        lookup,
+        elsewhere,
+        dispatch,
+        vectors_load,
+        x87_load,
+        x87_store,
+        ranges,
+    }
 }
 
 fn enter(e: &mut Emitter) -> usize {
@@ -100,7 +128,7 @@ fn leave_spilled(e: &mut Emitter, x87_store: usize) -> usize {
     here
 }
 
-fn call_helper(e: &mut Emitter, function: u64, leave_spilled: usize) -> usize {
+fn call_helper(e: &mut Emitter, function: u64, leave_spilled: usize, dispatch: usize) -> usize {
     let here = e.here();
     spill(e);
     e.mov(RDI, ENGINE);
@@ -110,12 +138,16 @@ fn call_helper(e: &mut Emitter, function: u64, leave_spilled: usize) -> usize {
     e.raw(&[0xff, 0xd2]); // call rdx
     e.alu_imm(Alu::Add, true, RSP, 8);
     e.raw(&[0x85, 0xc0]); // test eax, eax
-    let left = e.jcc(cc::NOT_EQUAL);
+    let ended = e.jcc(cc::NOT_EQUAL);
     reload(e);
     e.raw(&[0xc3]);
-    e.bind(left);
+    e.bind(ended);
     e.alu_imm(Alu::Add, true, RSP, 8);
-    e.jmp_to(leave_spilled);
+    e.raw(&[0x83, 0xf8, Flow::Leave as u8]); // cmp eax, imm8
+    let left = e.jcc(cc::EQUAL);
+    e.point(left, leave_spilled);
+    reload(e);
+    e.jmp_to(dispatch);
     here
 }
 
@@ -200,13 +232,14 @@ pub fn hash(e: &mut Emitter) {
     e.mov(B, A);
     e.shr(true, B, FOLD);
     e.alu(Alu::Xor, false, B, A);
+    e.alu_mem(Alu::Xor, false, B, frame_field!(salt));
     e.alu_imm(Alu::And, false, B, SLOTS as i32 - 1);
     e.shl(false, B, SLOT_SHIFT);
     e.alu_mem(Alu::Add, true, B, frame_field!(jumps));
 }
 
-fn lookup(e: &mut Emitter, miss: usize) -> usize {
-    let here = e.here();
+/// A lookup of the RIP in [`A`]; the code is about to be jumped to, its slot is at [`B`].
+fn begin_lookup(e: &mut Emitter, miss: usize) {
     hash(e);
     e.store(next_rip(), A);
     e.alu_mem(Alu::Cmp, true, A, Mem::at(B, 0));
@@ -214,9 +247,29 @@ fn lookup(e: &mut Emitter, miss: usize) -> usize {
     e.load32(A, frame_field!(context));
     e.alu_mem(Alu::Cmp, true, A, Mem::at(B, 8));
     let stale = e.jcc(cc::NOT_EQUAL);
-    e.jmp_mem(Mem::at(B, 16));
     e.point(other, miss);
     e.point(stale, miss);
+}
+
+fn lookup(e: &mut Emitter, miss: usize) -> usize {
+    let here = e.here();
+    begin_lookup(e, miss);
+    e.jmp_mem(Mem::at(B, 16));
+    here
+}
+
+/// Another context's slot may still lead to the dropped translation.
+fn elsewhere(e: &mut Emitter, miss: usize) -> usize {
+    let here = e.here();
+    pop(e, B);
+    e.store(frame_field!(scratch), B);
+    begin_lookup(e, miss);
+    e.load(A, frame_field!(scratch));
+    e.alu_imm(Alu::Sub, true, A, LOOKUP_BYTES as i32);
+    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, 16));
+    let same = e.jcc(cc::EQUAL);
+    e.point(same, miss);
+    e.jmp_mem(Mem::at(B, 16));
     here
 }
 

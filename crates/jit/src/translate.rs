@@ -57,6 +57,14 @@ pub fn lookup_code(at: usize, rip: u64, stubs: &Stubs) -> Vec<u8> {
     e.bytes
 }
 
+/// What a dropped translation of `rip` becomes: always [`LOOKUP_BYTES`].
+pub fn dropped_code(at: usize, rip: u64, stubs: &Stubs) -> Vec<u8> {
+    let mut e = Emitter::new(at);
+    e.mov_imm64(A, rip);
+    e.call(stubs.elsewhere);
+    e.bytes
+}
+
 /// Operations of a block done by their functions after all, once or in part.
 #[derive(Default)]
 struct Slow {
