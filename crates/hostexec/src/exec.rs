@@ -188,7 +188,7 @@ impl Stub {
         // SAFETY: `entry` is a stub of this crate: it keeps the System V convention and touches only what the
         // pointers cover, an FpState (x87: its first 512 bytes, the image), 16 registers and 64 aligned bytes;
         // register numbers are below 16 (`HostOp`). It can't fault: MXCSR's and FCW's exceptions are masked by
-        // the callers, MXCSR's reserved bits are 0 (`simd::all_masked`), division was checked.
+        // the callers, or wait for an instruction that doesn't come (`x87`), MXCSR's reserved bits are 0 (`simd::all_masked`), division was checked.
         unsafe { (self.entry)(fp, gpr.as_mut_ptr(), flags, op.regs(), mem.0.as_mut_ptr()) }
     }
 }

@@ -11,13 +11,11 @@
 //!   operands are renamed to fixed host registers, and their numbers travel in the `HostOp`. So the number of
 //!   stubs is bounded, whatever a guest executes.
 //! - The host never faults: memory is the `MemBuf` only, floating-point exceptions are masked while the
-//!   instruction runs, and division is checked first. Unmasked exceptions go through careful paths.
+//!   instruction runs (x87 overflow and underflow: never delivered), and division is checked first. Unmasked exceptions go through careful paths.
 //! - What isn't plainly data (branches, stack, system, strings, gathers, MASKMOV, XSAVE's family, control
 //!   words, environments) is refused with a reason.
 //!
-//! Deviations from hardware: an unmasked x87 overflow or underflow with a register destination stores the
-//! masked response instead of the exponent-biased result; unmasked x87 underflow is noticed only when the
-//! result is also inexact. Approximations (RCPPS, RSQRTPS, x87 transcendentals) are the host's.
+//! Approximations (RCPPS, RSQRTPS, x87 transcendentals) are the host's.
 
 #![allow(unsafe_code, reason = "calls generated code; each block says why it is sound")]
 

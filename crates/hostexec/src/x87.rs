@@ -1,4 +1,5 @@
-//! x87 instructions: on an FXSAVE image of their own, with every exception masked.
+//! x87 instructions: on an FXSAVE image of their own. Exceptions are masked, but for overflow and underflow, whose
+//! unmasked response is a result of its own; none is delivered, since no waiting instruction follows before FNINIT.
 
 use crate::exec::{Operands, Stub};
 use crate::host_op::{HostOp, Outcome};
@@ -33,7 +34,7 @@ impl Image {
 
     fn load(&mut self, fp: &FpState) {
         let image = &mut self.0;
-        image.fcw = fp.fcw | FLAGS;
+        image.fcw = fp.fcw | (FLAGS & !RANGE);
         image.fsw = fp.fsw & CODES_AND_TOP;
         image.ftw = fp.ftw;
         image.st = fp.st;

@@ -164,6 +164,32 @@ fn unmasked_overflow_suppresses_the_store() {
     assert_eq!(f.m.fp.fsw & 0x8088, 0x8088);
 }
 
+/// ST(0) becomes 2 to the power `exponent`, then is multiplied by itself, or by a half.
+fn multiplied(fcw: u16, exponent: i32, by_itself: bool) -> (u16, u16) {
+    let mut f = Fpu::new();
+    f.load(0.5);
+    f.load(1.0);
+    f.m.fp.st[0][1] = (16383 + exponent) as u64;
+    f.m.fp.fcw = fcw;
+    let outcome = if by_itself {
+        f.run(&assembled(|a| a.fmul_2(st0, st0).unwrap()))
+    } else {
+        f.run(&assembled(|a| a.fmul_2(st0, st1).unwrap()))
+    };
+    assert_eq!(outcome, Outcome::Done);
+    (f.m.fp.fsw & 0x80ff, f.m.fp.st[0][1] as u16)
+}
+
+#[test]
+fn unmasked_overflow_and_underflow_of_registers_adjust_the_exponent() {
+    // "Numeric Overflow Exception (#O)", "Numeric Underflow Exception (#U)": by 24576.
+    assert_eq!(multiplied(0x37f, 16383, true), (0x28, 0x7fff));
+    assert_eq!(multiplied(0x37f & !8, 16383, true), (0x8088, 16383 + 2 * 16383 - 24576));
+    // Exact: no underflow where it is masked.
+    assert_eq!(multiplied(0x37f, -16382, false), (0, 0));
+    assert_eq!(multiplied(0x37f & !0x10, -16382, false), (0x8090, 16383 - 16383 + 24576));
+}
+
 #[test]
 fn unmasked_precision_stores_and_reports() {
     let mut f = Fpu::new();
