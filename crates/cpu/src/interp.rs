@@ -93,13 +93,16 @@ impl Interpreter {
     /// Does what is due between two blocks and finds the next one; `Err` ends the slice.
     #[inline(always)]
     pub(crate) fn head(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Result<Result<u32, Stop>, Exit> {
-        self.due(bus, until)?;
+        self.before_block(bus, until)?;
         Ok(self.cache.find(&mut self.core))
     }
 
-    /// Does what is due between two blocks; `Err` ends the slice.
+    /// Does what is due between two blocks: takes interrupts, drops stale code.
+    ///
+    /// # Errors
+    /// What ends the slice.
     #[inline(always)]
-    pub(crate) fn due(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Result<(), Exit> {
+    pub fn before_block(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Result<(), Exit> {
         if self.core.mmu.watcher().is_pending() {
             self.memory_changed();
         }

@@ -38,15 +38,6 @@ impl Interpreter {
         }
     }
 
-    /// Takes interrupts and drops stale code: what is due before any block.
-    ///
-    /// # Errors
-    /// What ends the slice.
-    #[inline]
-    pub fn before_block(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Result<(), Exit> {
-        self.due(bus, until)
-    }
-
     /// Finds the block to run next.
     ///
     /// # Errors

@@ -249,13 +249,3 @@ impl Misses {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_empty_range_holds_no_address() {
-        assert!(NONE.iter().flatten().all(|range| range.limit == 0));
-    }
-}
