@@ -1,5 +1,6 @@
 //! Generators driven by a fuzzer's input: every choice is a byte of it, and the engines have to agree.
 
+use crate::asks_kvm::AsksKvm;
 use crate::campaign::{Verdict, judge};
 use crate::case::Case;
 use crate::engine::{Answer, Engine};
@@ -12,13 +13,13 @@ use crate::saved::{self, Origin};
 use std::cell::RefCell;
 use umbra_mmu::MmuOptions;
 
-/// Fails with the case as text, ready to be saved and replayed.
-fn agree(engines: &mut [Box<dyn Engine>], case: &Case) {
+/// Fails with the case as text, ready to be saved and replayed, if they differ.
+fn agree(engines: &mut [Box<dyn Engine>], case: &Case) -> Verdict {
     let verdict = judge(engines, case);
     let stray = engines.iter_mut().find_map(|engine| engine.settle().err());
     let difference = match (verdict, stray) {
         (Verdict::Different(text), _) | (_, Some(text)) => text,
-        _ => return,
+        (verdict, None) => return verdict,
     };
     let names = engines.iter().map(|engine| engine.name().to_owned()).collect();
     let origin = Origin { engines: names, difference, ..Origin::default() };
@@ -29,16 +30,18 @@ fn made(names: &[&str]) -> Vec<Box<dyn Engine>> {
     names.iter().map(|name| engines::make(name).expect("engines of this host")).collect()
 }
 
-/// Control-register and EFER sequences with table edits and accesses: the same in every mode of the MMU, and its
-/// caches true to the tables afterwards.
+/// Control-register and EFER sequences with table edits and accesses: the same in every mode of the MMU, its caches
+/// true to the tables afterwards, and some the same under KVM.
 pub fn control_regs(data: &[u8]) {
     thread_local! {
         static ENGINES: RefCell<(Vec<Box<dyn Engine>>, Blank)> = RefCell::new((
             made(&["interp", "interp-drop", "interp-kvm-role"]),
             Blank::new(&engines::profile(), MmuOptions::default()).expect("an interpreter").audited(),
         ));
+        static KVM: RefCell<AsksKvm> = RefCell::default();
     }
     let case = control::case(&mut Random::of(data));
+    KVM.with_borrow_mut(|kvm| kvm.ask(data, agree));
     ENGINES.with_borrow_mut(|(engines, audited)| {
         agree(engines, &case);
         if let Answer::CannotAnswer(why) = audited.run(&case) {

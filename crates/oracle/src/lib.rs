@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 #![cfg(target_os = "linux")]
 
+pub mod asks_kvm;
 pub mod boot_images;
 pub mod campaign;
 pub mod case;

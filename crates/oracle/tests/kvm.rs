@@ -8,8 +8,10 @@ use umbra_accel::kvm::{Fitted, KvmVcpu, fit};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_cpu::{EngineOptions, Interpreter};
 use umbra_machine::{End, Host, Machine, MachineConfig, boot, guest_memory};
-use umbra_oracle::campaign::{Generator, Tally, run};
+use umbra_oracle::asks_kvm::AsksKvm;
+use umbra_oracle::campaign::{Generator, Tally, judge, run};
 use umbra_oracle::engines::make_all;
+use umbra_oracle::random::Random;
 use umbra_test_roms::{MEASUREMENT_PORT, Rom};
 
 /// What KVM can be here; `None`, loudly, where there is none.
@@ -87,5 +89,23 @@ fn a_rom_passes_while_it_changes_sides_both_ways() {
         assert!(report.contains(rom.expect), "{report}\n{switches:#?}");
         assert!(to(Side::Accelerator) > 0 && to(Side::Soft) > 0);
         assert!(switches.iter().any(|switch| switch.reason == Reason::Asked));
+    }
+}
+
+#[test]
+fn some_of_a_fuzzers_sequences_are_asked_of_kvm_and_the_same_ones_each_time() {
+    let inputs = (0..400u64).map(|n| Random::new(n).next().to_le_bytes().repeat(20));
+    let mut asks = AsksKvm::default();
+    let mut chosen = 0;
+    for input in inputs {
+        chosen += u64::from(AsksKvm::is_chosen(&input));
+        asks.ask(&input, |engines, case| judge(engines, case));
+    }
+    let count = asks.count();
+    assert_eq!(count.chosen, chosen);
+    assert!((30..70).contains(&chosen), "about one in eight: {chosen}");
+    match kvm() {
+        Some(_) => assert!(3 * count.same > chosen, "{}", asks.summary()),
+        None => assert!(count.same == 0 && asks.summary().starts_with("SKIPPED"), "{}", asks.summary()),
     }
 }

@@ -1,10 +1,12 @@
-//! A short run of each property on random input, and every saved finding.
+//! A short run of each property on random input, and every saved finding. `control_regs` is in `sequences`.
 
+mod findings;
+
+use findings::replay;
 use proptest::collection::vec;
 use proptest::prelude::*;
-use std::path::Path;
 use umbra_oracle::boot_images::boot_images;
-use umbra_oracle::compared::{control_regs, interp_vs_host, jit_vs_interp, page_walk};
+use umbra_oracle::compared::{interp_vs_host, jit_vs_interp, page_walk};
 use umbra_oracle::decode_execute::decode_execute;
 use umbra_oracle::device_io::{device_io, snapshot};
 use umbra_oracle::hostile_guest::hostile_guest;
@@ -43,7 +45,6 @@ proptest! {
 
     #[test]
     fn engines_agree_on_any_choice(data in vec(any::<u8>(), 9..400)) {
-        control_regs(&data);
         page_walk(&data);
         interp_vs_host(&data);
         jit_vs_interp(&data);
@@ -61,22 +62,11 @@ proptest! {
     }
 }
 
-/// Files that a fuzzer found, in the target's folder below `fuzz/findings`.
-fn replay(target: &str, property: fn(&[u8])) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/findings").join(target);
-    let Ok(entries) = std::fs::read_dir(&folder) else { return };
-    for entry in entries {
-        let path = entry.expect("a readable folder").path();
-        property(&std::fs::read(&path).expect("a readable finding"));
-    }
-}
-
 #[test]
 fn findings_stay_fixed() {
     replay("decode_execute", decode_execute);
     replay("boot_images", boot_images);
     replay("hostile_guest", hostile_guest);
-    replay("control_regs", control_regs);
     replay("page_walk", page_walk);
     replay("interp_vs_host", interp_vs_host);
     replay("jit_vs_interp", jit_vs_interp);
