@@ -99,7 +99,7 @@ fn some_of_a_fuzzers_sequences_are_asked_of_kvm_and_the_same_ones_each_time() {
     let mut chosen = 0;
     for input in inputs {
         chosen += u64::from(AsksKvm::is_chosen(&input));
-        asks.ask(&input, |engines, case| judge(engines, case));
+        asks.ask(&input, judge);
     }
     let count = asks.count();
     assert_eq!(count.chosen, chosen);
