@@ -14,6 +14,7 @@
 
 pub mod backend;
 pub mod defects;
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 mod device_memory;
 pub mod handover;
 #[cfg(any(feature = "hvf", test))]

@@ -25,6 +25,22 @@ pub enum Register {
     R15 = 17,
 }
 
+/// What VMX offers of one kind of controls, as hv_vmx_capability_t numbers it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Capability {
+    /// Pin-based VM-execution controls.
+    Pin = 0,
+    /// Primary processor-based VM-execution controls.
+    Processor = 1,
+    /// Secondary ones.
+    Secondary = 2,
+    /// VM-entry controls.
+    Entry = 3,
+    /// VM-exit controls.
+    Exit = 4,
+}
+
 /// The framework refused a call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("Hypervisor.framework's {call} failed with {code:#x}: use --accel soft")]
@@ -57,6 +73,11 @@ pub trait Framework {
     /// # Errors
     /// As above.
     fn write_vmcs(&mut self, field: u32, value: u64) -> Result<(), HvfError>;
+    /// hv_vmx_read_capability: bits that must be set in the lower half, bits that may be in the upper one.
+    ///
+    /// # Errors
+    /// As above.
+    fn capability(&self, of: Capability) -> Result<u64, HvfError>;
     /// hv_vcpu_run_until: enters the guest for at most `ns` nanoseconds.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! [`CpuState`] in the framework's registers and VMCS fields. VMX keeps segment attributes as we do.
 
+use super::controls;
 use super::framework::{Framework, HvfError, Register};
 use super::vmcs::*;
 use umbra_arch::control::{Cr0, Cr3, Cr4, Efer};
@@ -58,6 +59,7 @@ pub(super) fn set(hv: &mut impl Framework, s: &CpuState) -> Result<(), HvfError>
     hv.write_vmcs(GUEST_CR4, s.cr4.raw() | CR4_VMXE)?;
     hv.write_vmcs(CR4_READ_SHADOW, s.cr4.raw())?;
     hv.write_vmcs(GUEST_EFER, s.efer.raw())?;
+    controls::set_long_mode(hv, s.efer.lma())?;
     hv.write_vmcs(GUEST_DR7, s.dr7)?;
     for (n, pdpte) in (0..).zip(s.pdpte) {
         hv.write_vmcs(GUEST_PDPTE0 + 2 * n, pdpte)?;

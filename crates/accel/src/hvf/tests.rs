@@ -1,7 +1,8 @@
 //! The engine over a stand-in for the framework.
 
+use super::controls;
 use super::exits::{Exit as Decoded, PortAccess, decode};
-use super::framework::{Framework, HvfError, Register};
+use super::framework::{Capability, Framework, HvfError, Register};
 use super::vcpu::HvfVcpu;
 use super::vmcs::*;
 use crate::handover::{Accelerator, StopAt};
@@ -21,6 +22,8 @@ struct StandIn {
     fields: BTreeMap<u32, u64>,
     /// Reason, qualification, instruction length.
     exits: VecDeque<(u64, u64, u64)>,
+    /// Controls that VMX doesn't offer.
+    lacks: u64,
 }
 
 impl Framework for StandIn {
@@ -37,6 +40,10 @@ impl Framework for StandIn {
     fn write_vmcs(&mut self, field: u32, value: u64) -> Result<(), HvfError> {
         self.fields.insert(field, value);
         Ok(())
+    }
+    fn capability(&self, of: Capability) -> Result<u64, HvfError> {
+        let must = if of == Capability::Processor { 0x0401_e172 } else { 0 };
+        Ok((0xffff_ffff & !self.lacks) << 32 | must)
     }
     fn run(&mut self, _: u64) -> Result<(), HvfError> {
         let (reason, qualification, length) =
@@ -174,4 +181,30 @@ fn leaving_says_that_all_ram_may_have_changed() {
         let off = memory.map(GpaPage::new(page)).readable().unwrap();
         assert!(memory.page_flags(off).contains(PageFlags::DIRTY), "{page:#x}");
     }
+}
+
+#[test]
+fn controls_have_what_must_be_and_what_is_wanted() {
+    let mut hv = StandIn::default();
+    controls::install(&mut hv).unwrap();
+    // HLT, ports, CR8, secondary controls, and what VMX insists on.
+    assert_eq!(hv.fields[&PROCESSOR_CONTROLS], 1 << 7 | 1 << 24 | 3 << 19 | 1 << 31 | 0x0401_e172);
+    assert_eq!((hv.fields[&CR0_MASK], hv.fields[&CR4_MASK]), (Cr0::NE, Cr4::VMXE));
+    for (lma, bit) in [(true, 1 << 9), (false, 0)] {
+        controls::set_long_mode(&mut hv, lma).unwrap();
+        assert_eq!(hv.fields[&ENTRY_CONTROLS] & 1 << 9, bit);
+    }
+    let poor = StandIn { lacks: 1 << 7, ..StandIn::default() };
+    let mut engine = HvfVcpu::new(poor, Arc::new(GuestMemory::new(2 << 20).unwrap()));
+    let Exit::Refused(refusal) = engine.run(&mut Ports::default(), SLICE).exit else { panic!("nothing stops HLT") };
+    assert_eq!(refusal.kind, RefusalKind::Host);
+}
+
+#[test]
+fn an_interrupt_that_cannot_be_taken_asks_for_the_window() {
+    let window = |engine: &HvfVcpu<StandIn>| engine.framework().fields[&PROCESSOR_CONTROLS] & 1 << 2 != 0;
+    let mut engine = engine(&[(2, 0, 0)]);
+    let mut bus = Ports { interrupt: Some(0x31), ..Ports::default() };
+    assert!(matches!(engine.run(&mut bus, SLICE).exit, Exit::ShutdownUnseen { .. }));
+    assert!(bus.interrupt.is_some() && window(&engine), "RFLAGS.IF is 0");
 }

@@ -1,5 +1,6 @@
 //! [`HvfVcpu`]: the framework as an engine.
 
+use super::controls;
 use super::exits::{self, PortAccess};
 use super::framework::{Framework, HvfError, Register};
 use super::state;
@@ -34,7 +35,14 @@ impl<F: Framework> HvfVcpu<F> {
     pub fn new(hv: F, memory: Arc<GuestMemory>) -> Self {
         let mut vcpu = Self { hv, memory, held: CpuState::reset(), now: VirtualTime(0), problem: RefCell::new(None) };
         vcpu.set_state(&CpuState::reset());
+        let installed = controls::install(&mut vcpu.hv);
+        vcpu.note(installed);
         vcpu
+    }
+
+    #[cfg(test)]
+    pub(super) fn framework(&self) -> &F {
+        &self.hv
     }
 
     fn note(&self, result: Result<(), HvfError>) {
@@ -85,6 +93,7 @@ impl<F: Framework> HvfVcpu<F> {
             self.held.activity = Activity::Running;
             self.hv.write_vmcs(ENTRY_INTERRUPTION_INFO, INJECT_INTERRUPT | u64::from(vector))?;
         }
+        controls::ask_for_window(&mut self.hv, bus.interrupt_pending())?;
         Ok((self.held.activity == Activity::Halted).then_some(Exit::Halted))
     }
 
