@@ -2,16 +2,17 @@
 //!
 //! A block starts at a control-flow target or resume point and ends at a branch, a serialising or I/O
 //! instruction, the page's end, or after [`MAX_OPS`] instructions. An instruction that crosses a page is a
-//! block of its own. Blocks are found by RAM offset, RIP and code mode; RAM lines they were decoded from are
-//! marked, so that any store to such a line drops exactly the blocks on it.
+//! block of its own. Blocks are found by RAM offset and code mode, outside 64-bit mode by RIP, too: 64-bit code is
+//! the same wherever its page is mapped, as everything in it counts from [`CODE_BASE`](crate::op::CODE_BASE). RAM lines
+//! they were decoded from are marked, so that any store to such a line drops exactly the blocks on it.
 
 mod aging;
 
-use crate::core::{CodeSize, Core};
+use crate::core::{CODE_SIZE_AT, CodeSize, Core};
 use crate::decode::{DecodeError, decode, resolve};
 use crate::isa::{self, Ends};
 use crate::op::{Flow, Op, Stop};
-use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
+use hashbrown::{DefaultHashBuilder, HashMap, HashSet, HashTable};
 use std::hash::BuildHasher;
 use umbra_arch::paging::{Access, AccessKind};
 use umbra_arch::segment::Seg;
@@ -30,19 +31,20 @@ const COST: u32 = 1;
 /// the target's number still means the block it meant.
 #[derive(Clone, Copy)]
 struct Link {
+    rip: u64,
     stamp: u64,
     block: u32,
     generation: u32,
 }
 
-const NO_LINK: Link = Link { stamp: u64::MAX, block: 0, generation: u32::MAX };
+const NO_LINK: Link = Link { rip: 0, stamp: u64::MAX, block: 0, generation: u32::MAX };
 
 /// A decoded block. What the loop reads comes first.
 #[repr(C)]
 pub struct Block {
-    /// RIP of its first instruction.
+    /// RIP of its first instruction from [`CODE_BASE`](crate::op::CODE_BASE).
     pub rip: u64,
-    /// RIP behind its last.
+    /// RIP behind its last, likewise.
     pub end_rip: u64,
     /// Its operations.
     pub ops: Box<[Op]>,
@@ -65,7 +67,6 @@ pub struct Block {
 
 /// The part of an instruction that lies in the next page.
 struct Second {
-    page: Gva,
     offset: u64,
     len: u32,
 }
@@ -73,6 +74,7 @@ struct Second {
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     offset: u64,
+    /// See [`Block::rip`].
     rip: u64,
     mode: u64,
 }
@@ -83,9 +85,10 @@ struct Jump {
     stamp: u64,
     mode: u64,
     block: u32,
+    generation: u32,
 }
 
-const NO_JUMP: Jump = Jump { rip: 1, stamp: u64::MAX, mode: u64::MAX, block: u32::MAX };
+const NO_JUMP: Jump = Jump { rip: 1, stamp: u64::MAX, mode: u64::MAX, block: 0, generation: u32::MAX };
 
 impl Block {
     /// RAM offset of its first byte.
@@ -101,6 +104,16 @@ impl Block {
     /// Code mode it was decoded for, as [`Core::code_mode`].
     pub fn mode(&self) -> u64 {
         self.mode
+    }
+
+    /// Code size: 16, 32 or 64.
+    pub fn bits(&self) -> u32 {
+        (self.mode >> CODE_SIZE_AT) as u32 & 0x7f
+    }
+
+    /// Whether it is 16- or 32-bit code.
+    pub fn is_legacy(&self) -> bool {
+        self.bits() != 64
     }
 
     /// Whether its one instruction goes on in another page.
@@ -176,7 +189,8 @@ impl BlockCache {
     pub fn find(&mut self, c: &mut Core) -> Result<u32, Stop> {
         let rip = c.next_rip;
         let jump = &self.jumps[slot_of(rip)];
-        if jump.rip == rip && jump.stamp == c.mmu.fetch_stamp() && jump.mode == c.code_mode {
+        let known = jump.rip == rip && jump.stamp == c.mmu.fetch_stamp() && jump.mode == c.code_mode;
+        if known && jump.generation == self.blocks[jump.block as usize].generation {
             return Ok(jump.block);
         }
         self.find_slow(c, rip)
@@ -189,7 +203,7 @@ impl BlockCache {
         let (rip, stamp) = (c.next_rip, c.mmu.fetch_stamp());
         for link in &self.blocks[from as usize].links {
             let target = &self.blocks[link.block as usize];
-            if target.rip == rip && link.stamp == stamp && link.generation == target.generation {
+            if link.rip == rip && link.stamp == stamp && link.generation == target.generation {
                 return Ok(link.block);
             }
         }
@@ -200,9 +214,10 @@ impl BlockCache {
     fn link(&mut self, c: &mut Core, from: u32) -> Result<u32, Stop> {
         let generation = self.blocks[from as usize].generation;
         c.recent.push(c.block_rip, c.next_rip);
+        let rip = c.next_rip;
         let found = self.find(c)?;
-        let link =
-            Link { stamp: c.mmu.fetch_stamp(), block: found, generation: self.blocks[found as usize].generation };
+        let generation_found = self.blocks[found as usize].generation;
+        let link = Link { rip, stamp: c.mmu.fetch_stamp(), block: found, generation: generation_found };
         // Finding may have dropped the block we come from.
         let from = &mut self.blocks[from as usize];
         if from.generation == generation {
@@ -215,20 +230,22 @@ impl BlockCache {
     fn find_slow(&mut self, c: &mut Core, rip: u64) -> Result<u32, Stop> {
         let lin = fetch_address(c, rip)?;
         let offset = fetch_page(c, lin)?;
-        let key = Key { offset: offset.raw(), rip, mode: c.code_mode };
+        let key = Key { offset: offset.raw(), rip: rip.wrapping_sub(code_base(c, rip)), mode: c.code_mode };
         let number = match self.number_of(&key) {
-            Some(number) if self.still_crosses(c, number)? => number,
+            Some(number) if self.still_crosses(c, number, lin)? => number,
             found => {
                 if let Some(number) = found {
-                    self.drop_block(c, number);
+                    self.drop_blocks(c, vec![number]);
                 }
                 self.build(c, key, lin)?
             }
         };
-        self.blocks[number as usize].used = true;
+        let block = &mut self.blocks[number as usize];
+        block.used = true;
+        let generation = block.generation;
         // The stamp is read after the fetch: filling may have changed it.
         let stamp = c.mmu.fetch_stamp();
-        self.jumps[slot_of(rip)] = Jump { rip, stamp, mode: c.code_mode, block: number };
+        self.jumps[slot_of(rip)] = Jump { rip, stamp, mode: c.code_mode, block: number, generation };
         Ok(number)
     }
 
@@ -238,10 +255,10 @@ impl BlockCache {
     }
 
     /// Whether a crossing block's second page is still where it was; #PF if it can't be fetched.
-    fn still_crosses(&self, c: &mut Core, number: u32) -> Result<bool, Stop> {
+    fn still_crosses(&self, c: &mut Core, number: u32, lin: u64) -> Result<bool, Stop> {
         match &self.block(number).second {
             None => Ok(true),
-            Some(second) => Ok(fetch_page(c, second.page.raw())?.raw() == second.offset),
+            Some(second) => Ok(fetch_page(c, page_behind(c, lin))?.raw() == second.offset),
         }
     }
 
@@ -280,9 +297,7 @@ impl BlockCache {
                 .copied()
                 .filter(|&n| self.block(n).pieces().any(|(o, l)| overlaps(o, l, offset, len)))
                 .collect();
-            for number in hit {
-                self.drop_block(c, number);
-            }
+            self.drop_blocks(c, hit);
         }
     }
 
@@ -296,42 +311,43 @@ impl BlockCache {
 
     /// Drops everything.
     pub fn clear(&mut self, c: &mut Core) {
-        for number in 0..self.blocks.len() as u32 {
-            if self.blocks[number as usize].valid {
-                self.drop_block(c, number);
-            }
+        let valid = |&number: &u32| self.blocks[number as usize].valid;
+        let all = (0..self.blocks.len() as u32).filter(valid).collect();
+        self.drop_blocks(c, all);
+    }
+
+    /// Drops valid blocks, all at once: a page may have many.
+    fn drop_blocks(&mut self, c: &mut Core, numbers: Vec<u32>) {
+        let mut pages = HashSet::new();
+        for number in numbers {
+            self.forget(number);
+            pages.extend(self.block(number).pages());
+        }
+        for page in pages {
+            self.remark(c, page);
         }
     }
 
-    fn drop_block(&mut self, c: &mut Core, number: u32) {
+    /// Has a block no longer found, but for the lists of its pages.
+    fn forget(&mut self, number: u32) {
         let block = &mut self.blocks[number as usize];
         block.valid = false;
         block.generation = block.generation.wrapping_add(1);
-        let (key, rip) = (block.key(), block.rip);
+        let key = block.key();
         if let Some(dropped) = &mut self.dropped {
             dropped.push(number);
         }
-        let pages = block.pages();
         if let Ok(entry) = self.map.find_entry(self.hasher.hash_one(key), |&n| n == number) {
             entry.remove();
-        }
-        let jump = &mut self.jumps[slot_of(rip)];
-        if jump.block == number {
-            *jump = NO_JUMP;
-        }
-        for page in pages {
-            if let Some(list) = self.pages.get_mut(&page) {
-                list.retain(|&n| n != number);
-                let empty = list.is_empty();
-                self.remark(c, page, empty);
-            }
         }
         self.free.push(number);
     }
 
-    /// Recomputes a page's code lines after a block on it went.
-    fn remark(&mut self, c: &mut Core, page: u64, empty: bool) {
-        if empty {
+    /// Recomputes a page's list of blocks and its code lines after blocks on it went.
+    fn remark(&mut self, c: &mut Core, page: u64) {
+        let Some(list) = self.pages.get_mut(&page) else { return };
+        list.retain(|&number| self.blocks[number as usize].valid);
+        if list.is_empty() {
             self.pages.remove(&page);
             c.code_lines.remove(&page);
             c.mmu.watcher().release(RamOffset::new(page << 12), PageFlags::CODE);
@@ -432,7 +448,7 @@ fn decode_block(c: &mut Core, key: Key, lin: u64) -> Result<Block, Stop> {
         let i = match decode(&s.bytes[at..s.len], rip, c.code_size) {
             Err(DecodeError::More) if s.page_end && at > 0 => break,
             Err(DecodeError::More) if s.page_end => {
-                second = Some(extend(c, &mut s, lin)?);
+                second = Some(extend(c, &mut s, lin)?.raw());
                 decode(&s.bytes[..s.len], rip, c.code_size)
             }
             decoded => decoded,
@@ -456,7 +472,7 @@ fn decode_block(c: &mut Core, key: Key, lin: u64) -> Result<Block, Stop> {
     }
     let first_len = at.min((PAGE_SIZE - (lin & (PAGE_SIZE - 1))) as usize);
     let rest = (at - first_len) as u32;
-    let second = second.map(|(page, offset)| Box::new(Second { page, offset, len: rest.max(1) }));
+    let second = second.map(|offset| Box::new(Second { offset, len: rest.max(1) }));
     Ok(Block {
         cost: ops.len() as u32 * COST,
         ops: ops.into_boxed_slice(),
@@ -483,17 +499,24 @@ const fn code_mask(size: CodeSize) -> u64 {
 }
 
 /// Adds the next page's first bytes for an instruction that crosses into it.
-fn extend(c: &mut Core, s: &mut Source, lin: u64) -> Result<(Gva, u64), Stop> {
-    let mut next = (lin & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE);
-    if c.code_size != CodeSize::Bits64 {
-        next &= 0xffff_ffff;
-    }
-    let offset = fetch_page(c, next)?;
+fn extend(c: &mut Core, s: &mut Source, lin: u64) -> Result<RamOffset, Stop> {
+    let offset = fetch_page(c, page_behind(c, lin))?;
     let end = s.len + 15;
     c.mem.load_bytes(offset, &mut s.bytes[s.len..end]);
     s.len = end;
     s.page_end = false;
-    Ok((Gva::new(next), offset.raw()))
+    Ok(offset)
+}
+
+/// Linear address of the page behind that of `lin`.
+fn page_behind(c: &Core, lin: u64) -> u64 {
+    let next = (lin & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE);
+    if c.code_size == CodeSize::Bits64 { next } else { next & 0xffff_ffff }
+}
+
+/// What [`CODE_BASE`](crate::op::CODE_BASE) is while the code at `rip` runs.
+fn code_base(c: &Core, rip: u64) -> u64 {
+    if c.code_size == CodeSize::Bits64 { rip & !(PAGE_SIZE - 1) } else { 0 }
 }
 
 fn raising(exec: crate::op::ExecFn) -> Op {

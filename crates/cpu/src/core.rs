@@ -1,7 +1,8 @@
 //! [`Core`]: one virtual CPU's registers in the form the engine works on, with its MMU and memory.
 
+use crate::block::Block;
 use crate::flags::Flags;
-use crate::op::{Op, Stop};
+use crate::op::{CODE_BASE, Op, Stop};
 use std::sync::Arc;
 use umbra_arch::control::{CodeContext, ControlLimits, ControlRegs, Effects};
 use umbra_arch::cpuid::CpuidProfile;
@@ -42,9 +43,13 @@ pub enum CodeSize {
     Bits64 = 64,
 }
 
+/// Where the code size is in [`Core::code_mode`].
+pub const CODE_SIZE_AT: u32 = 40;
+
 /// One virtual CPU as the engine sees it.
 pub struct Core {
-    /// General registers 0..16; 16 is always 0; the rest pads to a power of two.
+    /// General registers 0..16; 16 is always 0, 17 is [`CODE_BASE`](crate::op::CODE_BASE); the rest pads to a power of
+    /// two.
     pub gpr: [u64; 32],
     /// Status flags.
     pub flags: Flags,
@@ -170,6 +175,21 @@ impl Core {
         let reset = core.s.clone();
         core.set_state(&reset);
         Ok(core)
+    }
+
+    /// The block at `next_rip` is about to run.
+    #[inline(always)]
+    pub fn enter_block(&mut self, block: &Block) {
+        self.gpr[CODE_BASE as usize] = self.next_rip.wrapping_sub(block.rip);
+        self.be_in_block(block);
+    }
+
+    /// The block is running where [`CODE_BASE`] says.
+    #[inline(always)]
+    pub fn be_in_block(&mut self, block: &Block) {
+        let base = self.gpr[CODE_BASE as usize];
+        self.block_rip = base.wrapping_add(block.rip);
+        self.next_rip = base.wrapping_add(block.end_rip);
     }
 
     /// The architectural state, complete. `rip` is where execution goes on.
@@ -340,7 +360,7 @@ impl Core {
             (_, true) => 0xffff_ffff,
             _ => 0xffff,
         };
-        self.code_mode = self.seg_base[Seg::Cs as usize] | (size as u64) << 40;
+        self.code_mode = self.seg_base[Seg::Cs as usize] | (size as u64) << CODE_SIZE_AT;
         self.break_block = true;
     }
 

@@ -2,7 +2,7 @@
 
 use crate::core::CodeSize;
 use crate::isa;
-use crate::op::{HIGH_BYTE, NO_REG, Op};
+use crate::op::{CODE_BASE, HIGH_BYTE, NO_REG, Op};
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::segment::Seg;
@@ -65,7 +65,7 @@ pub struct Decoded {
     pub ends: isa::Ends,
 }
 
-/// Decodes the first instruction in `bytes` at `rip` (offset in CS). `at_end`: no more bytes can follow
+/// Decodes the first instruction in `bytes` at `rip`, counted from [`CODE_BASE`]. `at_end`: no more bytes can follow
 /// (15 or more were given, or the next page is absent).
 ///
 /// # Errors
@@ -200,7 +200,9 @@ fn memory_operand(i: &Instruction, size: CodeSize, op: &mut Op) {
     let (base, index) = (i.memory_base(), i.memory_index());
     op.disp = i.memory_displacement64();
     op.ea_mask = address_mask(base, index, i, size);
-    if base != Register::None && !i.is_ip_rel_memory_operand() {
+    if i.is_ip_rel_memory_operand() {
+        op.base = CODE_BASE;
+    } else if base != Register::None {
         op.base = register_index(base);
     }
     // A vector index belongs to a gather row, which looks at the instruction itself.

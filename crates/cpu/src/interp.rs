@@ -157,8 +157,7 @@ impl Interpreter {
     ) -> Result<(), Option<Exit>> {
         let block = self.cache.block(number);
         let c = &mut self.core;
-        c.block_rip = block.rip;
-        c.next_rip = block.end_rip;
+        c.enter_block(block);
         c.break_block = false;
         if self.single || c.clock.plus(u64::from(block.cost)) > until {
             return Err(self.part(bus, number, until));
@@ -183,7 +182,7 @@ impl Interpreter {
         let block = self.cache.block(number);
         let c = &mut self.core;
         if self.single && c.trace.is_some() {
-            c.trace_instruction(block.rip);
+            c.trace_instruction(c.block_rip);
         }
         let budget = until.since(c.clock);
         let fits = block.ops.iter().take_while(|op| u64::from(op.prefix) < budget).count();
@@ -207,7 +206,7 @@ impl Interpreter {
         self.retired += retired as u64;
         c.clock = c.clock.plus(u64::from(cost) + std::mem::take(&mut c.extra_cost));
         let next = if stop.is_none() { last + 1 } else { last };
-        let rip = block.ops.get(next).map_or(c.next_rip, |op| block.rip.wrapping_add(u64::from(op.start)));
+        let rip = block.ops.get(next).map_or(c.next_rip, |op| c.block_rip.wrapping_add(u64::from(op.start)));
         c.next_rip = rip;
         self.after(bus, stop.filter(|s| *s != Stop::Again), rip)
     }

@@ -26,6 +26,9 @@ pub type ExecFn = fn(&mut Core, &mut dyn Bus, &Op) -> Flow;
 
 /// Index of the register that always reads 0, for absent base or index registers.
 pub const NO_REG: u8 = 16;
+/// Index of the register that RIP-relative operands and branch targets count from: in 64-bit mode the page of the
+/// running block, so that blocks don't depend on where their page is mapped; otherwise 0.
+pub const CODE_BASE: u8 = 17;
 /// Set in a register index: bits 15:8 of register 0..=3 (AH, CH, DH, BH).
 pub const HIGH_BYTE: u8 = 0x20;
 
@@ -35,9 +38,9 @@ pub const HIGH_BYTE: u8 = 0x20;
 pub struct Op {
     /// What executes it.
     pub exec: ExecFn,
-    /// Immediate (sign-extended), or a branch target's RIP.
+    /// Immediate (sign-extended), or a branch target's RIP from [`CODE_BASE`].
     pub imm: u64,
-    /// Displacement; absolute where the operand is RIP-relative.
+    /// Displacement; from [`CODE_BASE`] where the operand is RIP-relative.
     pub disp: u64,
     /// Address-size mask of the effective address.
     pub ea_mask: u64,

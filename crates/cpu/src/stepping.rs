@@ -63,7 +63,8 @@ impl Interpreter {
         self.whole_block(bus, number, until).err().flatten()
     }
 
-    /// Executes operation `index` of block `number`, whose first operation started at `clock`. True if
+    /// Executes operation `index` of block `number`, whose first operation started at `clock` and whose page is at
+    /// [`CODE_BASE`](crate::op::CODE_BASE). True if
     /// nothing of the block may follow it: then, and after an error, [`leave_block`](Self::leave_block).
     ///
     /// # Errors
@@ -73,8 +74,7 @@ impl Interpreter {
         let block = self.cache.block(number);
         let c = &mut self.core;
         c.clock = clock;
-        c.block_rip = block.rip;
-        c.next_rip = block.end_rip;
+        c.be_in_block(block);
         let op = &block.ops[index];
         (op.exec)(c, bus, op)?;
         Ok(c.break_block)

@@ -1,14 +1,23 @@
 //! Near branches.
 
-use crate::emitter::{Alu, Mem, cc};
-use crate::frame::{frame_field, gpr};
+use crate::emitter::{Mem, cc};
+use crate::frame::{code_base, frame_field, gpr};
 use crate::memory_path::{Access, Address};
 use crate::plan::Kind;
-use crate::registers::{A, B, GUEST_RSP, guest, home};
-use crate::stubs::hash;
+use crate::registers::{A, B, GUEST_RSP, Reg, guest, home};
+use crate::stubs::{Unknown, compare_slot, go, unknown_rip};
 use crate::translate::Translator;
 use iced_x86::{Instruction, OpKind};
 use umbra_cpu::op::Op;
+
+/// An indirect branch whose target the jump table doesn't know.
+pub struct Search {
+    unknown: Unknown,
+    /// Where the branch goes on with the slot's address in [`B`].
+    back: usize,
+    /// The slow path that it belongs to.
+    slow: usize,
+}
 
 impl Translator<'_> {
     /// The block's last operation.
@@ -24,22 +33,22 @@ impl Translator<'_> {
                 self.indirect_target(i, op);
                 self.find();
                 // The push needs both scratch registers.
-                self.e.load(B, code());
                 self.e.store(frame_field!(scratch), B);
                 self.push_return(next);
-                self.e.jmp_mem(frame_field!(scratch));
+                self.e.load(B, frame_field!(scratch));
+                go(&mut self.e);
             }
             Kind::JmpIndirect => {
                 self.indirect_target(i, op);
                 self.find();
-                self.e.jmp_mem(code());
+                go(&mut self.e);
             }
             Kind::Ret => {
                 let top = self.lookup(&Address::above(guest::RSP, 0), 8, Access::Read);
                 self.e.load(A, top.mem);
                 self.find();
                 self.e.lea(GUEST_RSP, Mem::at(GUEST_RSP, 8 + (op.imm as usize & 0xffff)));
-                self.e.jmp_mem(code());
+                go(&mut self.e);
             }
             _ => self.exit(op.imm),
         }
@@ -72,30 +81,31 @@ impl Translator<'_> {
     /// Finds the RIP in [`A`] in the jump table: its slot's address to [`B`]. Where it isn't found the operation's
     /// function checks the target, too.
     fn find(&mut self) {
-        hash(&mut self.e);
-        self.e.alu_mem(Alu::Cmp, true, A, Mem::at(B, 0));
-        let other = self.e.jcc(cc::NOT_EQUAL);
-        self.slow(other);
-        self.e.load32(A, frame_field!(context));
-        self.e.alu_mem(Alu::Cmp, true, A, Mem::at(B, 8));
-        let stale = self.e.jcc(cc::NOT_EQUAL);
-        self.slow(stale);
+        let unknown = compare_slot(&mut self.e);
+        self.searches.push(Search { unknown, back: self.e.here(), slow: self.slow_number() });
+    }
+
+    /// The code for RIPs that the jump table doesn't know.
+    pub fn emit_searches(&mut self) {
+        for search in std::mem::take(&mut self.searches) {
+            unknown_rip(&mut self.e, search.unknown);
+            self.e.call(self.stubs.find);
+            let nothing = self.e.jcc(cc::NOT_EQUAL);
+            self.slow_of(search.slow, nothing);
+            self.e.jmp_to(search.back);
+        }
+    }
+
+    /// A RIP of the block's to a register, from where it counts from.
+    pub fn rip(&mut self, to: Reg, rip: u64) {
+        self.e.load(to, code_base());
+        self.e.lea(to, Mem { base: Some(to), index: None, disp: rip as i32 });
     }
 
     fn push_return(&mut self, rip: u64) {
         let top = self.lookup(&Address::above(guest::RSP, -8), 8, Access::Write);
-        match i32::try_from(rip as i64) {
-            Ok(small) => self.e.store_imm(top.mem, small),
-            Err(_) => {
-                self.e.mov_imm(top.free, rip);
-                self.e.store(top.mem, top.free);
-            }
-        }
+        self.rip(top.free, rip);
+        self.e.store(top.mem, top.free);
         self.e.lea(GUEST_RSP, Mem { base: Some(GUEST_RSP), index: None, disp: -8 });
     }
-}
-
-/// The code of the slot at [`B`].
-fn code() -> Mem {
-    Mem::at(B, 16)
 }

@@ -2,8 +2,8 @@
 
 use crate::emitter::{Emitter, displacement};
 use crate::flags::{logic_clears_af, pack, unpack};
-use crate::frame::{Frame, Reason};
-use crate::jumps::{Contexts, Jumps};
+use crate::frame::{Frame, Reason, edges};
+use crate::jumps::{Contexts, Jumps, Place, Places, Slot};
 use crate::listing::{self, Listener, Translated};
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::ranges::{Misses, Saved};
@@ -13,7 +13,8 @@ use crate::translate::{Code, Exit as DirectExit, OP_BITS, Source, dropped_code, 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
-use umbra_arch::{Bus, CpuState, Exit, Slice, Stopped, Vcpu, VirtualTime};
+use umbra_arch::{Bus, CpuState, Exit, Gva, Slice, Stopped, Vcpu, VirtualTime};
+use umbra_cpu::op::CODE_BASE;
 use umbra_cpu::{EngineError, EngineOptions, Interpreter};
 use umbra_hostexec::{CodeMemory, HostExecError};
 use umbra_memory::{GuestMemory, RamOffset};
@@ -79,7 +80,10 @@ enum State {
 struct Translation {
     /// Offset in the code memory.
     entry: usize,
+    /// RIP from where those in the translation count.
     rip: u64,
+    /// RIP when it was made.
+    seen_at: u64,
     /// RAM offset and code mode of the block.
     offset: u64,
     mode: u64,
@@ -106,12 +110,13 @@ pub(crate) struct Engine {
     states: Vec<State>,
     exits: Vec<KnownExit>,
     jumps: Jumps,
+    places: Places,
     /// Ranges of other tables.
     saved: Saved,
     misses: Misses,
     contexts: Contexts,
-    /// The exit that was left by, to be linked when its target is translated.
-    pending: Option<usize>,
+    /// The exit that was left by, to be linked when its target is translated, and what RIPs counted from there.
+    pending: Option<(usize, u64)>,
     /// The jump table may know the next block: it isn't the one that it has just led to in vain, for it was dropped
     /// or doesn't fit into the budget.
     look_up: bool,
@@ -157,9 +162,9 @@ impl Jit {
         let mut e = Emitter::new(0);
         let stubs = stubs::emit(&mut e, run_helper as *const () as u64);
         code.append(&e.bytes)?;
-        let jumps = Jumps::new();
+        let (jumps, places) = (Jumps::new(), Places::new());
         Ok(Self(Box::new(Engine {
-            frame: Frame::new(ram, jumps.address()),
+            frame: Frame::new(ram, jumps.address(), places.address()),
             interp,
             stubs_end: code.used(),
             code,
@@ -167,6 +172,7 @@ impl Jit {
             states: Vec::new(),
             exits: Vec::new(),
             jumps,
+            places,
             saved: Saved::new(),
             misses: Misses::new(),
             contexts: Contexts::new(),
@@ -197,14 +203,14 @@ impl Jit {
     pub fn translations_at(&self, rip: u64) -> Vec<Translated> {
         let engine = &*self.0;
         let found = engine.states.iter().enumerate().filter_map(|(number, state)| match state {
-            State::Translated(translation) if translation.rip == rip => Some((number as u32, translation.entry)),
+            State::Translated(translation) if translation.seen_at == rip => Some((number as u32, translation.entry)),
             _ => None,
         });
         let listed = found.map(|(number, entry)| {
             let (bytes, code) = engine.translated(number, entry);
             let base = engine.code.address();
             let names = listing::names(&engine.stubs, base);
-            Translated::of(engine.interp.blocks().block(number), bytes, &code, base + entry as u64, names)
+            Translated::of(engine.interp.blocks().block(number), rip, bytes, &code, base + entry as u64, names)
         });
         listed.collect()
     }
@@ -216,7 +222,8 @@ impl Jit {
         let number = engine.interp.look_at_block()?;
         engine.forget_dropped();
         engine.translation(number)?;
-        Some(engine.interp.blocks().block(number).end_rip)
+        let block = engine.interp.blocks().block(number);
+        Some(engine.interp.core().next_rip.wrapping_sub(block.rip).wrapping_add(block.end_rip))
     }
 
     /// Runs at most so many blocks of a slice, one at a time; the slice is as good as spent then.
@@ -285,18 +292,22 @@ impl Engine {
             return Some(exit);
         }
         self.forget_dropped();
-        if !alone && let Some(code) = self.known() {
-            return self.enter(bus, code, until);
+        if !alone && let Some(slot) = self.known() {
+            return self.enter(bus, slot.code, slot.base, until);
         }
         let number = match self.interp.find_block(bus) {
             Ok(number) => number,
             Err(exit) => return exit,
         };
+        // Building a block may have dropped others, and it may have the number of one of them.
+        self.forget_dropped();
         let end = self.interp.core().clock.plus(u64::from(self.interp.blocks().block(number).cost));
         let can = end <= until && !self.interp.must_interpret();
         match if can { self.translation(number) } else { None } {
-            Some(translation) => self.execute(bus, number, translation, if alone { end } else { until }),
-            None => {
+            Some(translation) if self.reaches(number) => {
+                self.execute(bus, number, translation, if alone { end } else { until })
+            }
+            _ => {
                 self.pending = None;
                 self.look_up = true;
                 self.interp.run_block(bus, number, until)
@@ -304,8 +315,18 @@ impl Engine {
         }
     }
 
-    /// Host address of the next block's code by the jump table, if there is no more to do than to go there.
-    fn known(&mut self) -> Option<u64> {
+    /// Whether the target of block `number` at the present RIP, if it ends with a near branch, is a canonical address, as
+    /// translations take for granted.
+    fn reaches(&self, number: u32) -> bool {
+        let (core, block) = (self.interp.core(), self.interp.blocks().block(number));
+        let (rip, bits) = (core.next_rip, core.s.linear_bits());
+        let target = block.ops.last().map_or(0, |op| op.imm);
+        let at_edge = !block.is_legacy() && edges(bits).contains(&((rip >> 32) as u32));
+        !at_edge || Gva::new(rip.wrapping_sub(block.rip).wrapping_add(target)).is_canonical(bits)
+    }
+
+    /// The next block's code by the jump table, if there is no more to do than to go there.
+    fn known(&mut self) -> Option<Slot> {
         if !self.look_up || self.pending.is_some() || self.interp.must_interpret() {
             return None;
         }
@@ -334,6 +355,7 @@ impl Engine {
         let State::Translated(old) = std::mem::replace(state, State::Cold(0)) else { return false };
         let code = dropped_code(old.entry, old.rip, &self.stubs);
         self.patch(old.entry, &code);
+        self.places.forget(old.offset, self.code.address() + old.entry as u64);
         true
     }
 
@@ -370,23 +392,33 @@ impl Engine {
         if block.cost as usize != block.ops.len() {
             return None;
         }
-        if !self.options.legacy && block.ops.iter().any(|op| op.legacy) {
+        if !self.options.legacy && block.is_legacy() {
             return None;
         }
-        let entry = self.code.next();
+        let (entry, rip) = (self.code.next(), self.interp.core().next_rip);
         let (bytes, code) = self.translated(number, entry);
         self.code.append(&code.bytes).ok()?;
         if let Some(listener) = &mut self.listener {
             let names = listing::names(&self.stubs, self.code.address());
-            listener(&Translated::of(block, bytes, &code, self.code.address() + entry as u64, names));
+            listener(&Translated::of(block, rip, bytes, &code, self.code.address() + entry as u64, names));
         }
         self.stats.translated += 1;
         self.stats.translated_ops += block.ops.len() as u64;
         self.stats.translated_helpers += code.helpers as u64;
         self.misses.know(code.missers);
         self.exits.extend(code.exits.into_iter().map(|exit| KnownExit { exit, number, entry }));
-        let translation =
-            Translation { entry, rip: block.rip, offset: block.offset(), mode: block.mode(), crosses: block.crosses() };
+        let translation = Translation {
+            entry,
+            rip: block.rip,
+            seen_at: rip,
+            offset: block.offset(),
+            mode: block.mode(),
+            crosses: block.crosses(),
+        };
+        if !block.is_legacy() && !block.crosses() && !self.options.off.has(Mechanism::Jumps) {
+            let code = self.code.address() + entry as u64;
+            self.places.enter(Place { offset: block.offset(), mode: block.mode(), code });
+        }
         self.states[number as usize] = State::Translated(translation);
         self.interp.keep_block(number);
         Some(translation)
@@ -415,6 +447,7 @@ impl Engine {
         self.exits.clear();
         self.misses.forget_code();
         self.jumps.clear();
+        self.places.clear();
         self.pending = None;
         self.stats.emptied += 1;
     }
@@ -433,19 +466,21 @@ impl Engine {
             return self.interp.run_block(bus, number, until);
         }
         let core = self.interp.core();
-        let context = self.contexts.number(core.mmu.fetch_stamp(), core.code_mode);
+        let (rip, context) = (core.next_rip, self.contexts.number(core.mmu.fetch_stamp(), core.code_mode));
+        let base = rip.wrapping_sub(translation.rip);
         let code = self.code.address() + translation.entry as u64;
         if !self.options.off.has(Mechanism::Jumps) {
-            self.jumps.enter(translation.rip, context, code);
+            self.jumps.enter(rip, context, code, base);
         }
-        if let Some(pending) = self.pending.take().filter(|_| !self.options.off.has(Mechanism::Links)) {
-            self.link(pending, &translation, context);
+        if let Some((pending, from)) = self.pending.take().filter(|_| !self.options.off.has(Mechanism::Links)) {
+            self.link(pending, from, &translation, rip, context);
         }
-        self.enter(bus, code, until)
+        self.enter(bus, code, base, until)
     }
 
-    /// Runs generated code from host address `code` on until it is left.
-    fn enter(&mut self, bus: &mut dyn Bus, code: u64, until: VirtualTime) -> Option<Exit> {
+    /// Runs generated code from host address `code` on until it is left; RIPs there count from `base`.
+    fn enter(&mut self, bus: &mut dyn Bus, code: u64, base: u64, until: VirtualTime) -> Option<Exit> {
+        self.interp.core_mut().gpr[CODE_BASE as usize] = base;
         let budget = self.enter_frame(bus, until);
         let enter = self.code.address() + self.stubs.enter as u64;
         let engine: *mut Engine = self;
@@ -478,7 +513,7 @@ impl Engine {
         frame.budget = budget as i64;
         frame.bank = 0;
         frame.bus = Some(bus);
-        frame.take_context(&core.mmu, core.code_mode, &mut self.contexts);
+        frame.take_context(core, &mut self.contexts);
         frame.flags = pack(core.flags);
         self.saved.follow(frame, &core.mmu);
         frame.take_vectors(&core.s);
@@ -500,6 +535,7 @@ impl Engine {
         let ops = (budget - left) as u64;
         let clock = VirtualTime(self.frame.end - left as u64);
         self.stats.ops_translated += ops;
+        let base = self.interp.core().gpr[CODE_BASE as usize];
         let rip = match reason {
             Reason::Op => {
                 self.stats.left_by_op += 1;
@@ -513,12 +549,12 @@ impl Engine {
             }
             Reason::Budget => {
                 self.stats.left_by_budget += 1;
-                self.interp.blocks().block(number).rip
+                base.wrapping_add(self.interp.blocks().block(number).rip)
             }
             Reason::Link => {
                 self.stats.left_by_link += 1;
-                self.pending = Some(site as usize);
-                self.exits[site as usize].exit.target
+                self.pending = Some((site as usize, base));
+                base.wrapping_add(self.exits[site as usize].exit.target)
             }
             Reason::Miss => {
                 self.stats.left_by_miss += 1;
@@ -528,12 +564,13 @@ impl Engine {
         self.interp.ran_blocks(bus, ops, clock, rip)
     }
 
-    /// Lets exit `number` go to `to` directly, if that is what it goes to; in `context` if it leaves the page.
-    fn link(&mut self, number: usize, to: &Translation, context: u32) {
+    /// Lets exit `number`, where RIPs count from `base`, go to `to` at `rip` directly, if that is what it goes to; in
+    /// `context` if it leaves the page.
+    fn link(&mut self, number: usize, base: u64, to: &Translation, rip: u64, context: u32) {
         let Some(known) = self.exits.get(number) else { return };
         let (exit, from) = (known.exit, known.entry);
         let state = self.states.get(known.number as usize);
-        let Some(State::Translated(source)) = state.filter(|_| exit.target == to.rip) else { return };
+        let Some(State::Translated(source)) = state.filter(|_| base.wrapping_add(exit.target) == rip) else { return };
         if source.entry != from {
             return;
         }
@@ -541,7 +578,8 @@ impl Engine {
         let lookup = lookup_code(exit.unlinked, exit.target, &self.stubs);
         match exit.guard {
             Some(guard) => {
-                self.patch(guard, &context.to_le_bytes());
+                self.patch(guard.context, &context.to_le_bytes());
+                self.patch(guard.base, &base.to_le_bytes());
                 self.patch(exit.jump, &displacement(exit.jump, to.entry));
             }
             // What was fetched from this page comes from it as long as the block itself does.
@@ -577,7 +615,7 @@ impl Engine {
             // SAFETY: as above.
             if self.interp.end_quietly(unsafe { &mut *bus }, room) {
                 let core = self.interp.core();
-                frame.take_context(&core.mmu, core.code_mode, &mut self.contexts);
+                frame.take_context(core, &mut self.contexts);
                 self.saved.follow(frame, &core.mmu);
                 return Flow::Block;
             }

@@ -10,9 +10,9 @@ use umbra_arch::control::{Cr0, Cr4};
 use umbra_arch::fpu::{FpState, xcr0};
 use umbra_arch::segment::Segment;
 use umbra_arch::{Bus, CpuState};
-use umbra_cpu::op::Stop;
+use umbra_cpu::op::{CODE_BASE, Stop};
 use umbra_cpu::{Core, Interpreter};
-use umbra_mmu::{Entry, FastTable, Mmu};
+use umbra_mmu::{Entry, FastTable};
 
 /// Why generated code was left.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,6 +43,12 @@ pub struct Frame {
     /// Ticks left, negative when there is not enough for the next block. In R14 while code runs.
     pub budget: i64,
     pub scratch: u64,
+    /// The table of translations by place.
+    pub places: u64,
+    /// Upper halves of linear addresses from which a near branch may reach beyond the canonical ones.
+    pub edges: [u32; 2],
+    /// What the search by place has found.
+    pub found: u64,
     /// The linear address of a range's miss.
     pub linear: u64,
     /// A range that was missed for some time, and one: where, and where the code that missed goes on.
@@ -122,7 +128,7 @@ static NOTHING: Entry =
     Entry { tag_read: Entry::INVALID, tag_write: Entry::INVALID, tag_fetch: Entry::INVALID, addend: 0 };
 
 impl Frame {
-    pub fn new(ram: u64, jumps: u64) -> Self {
+    pub fn new(ram: u64, jumps: u64, places: u64) -> Self {
         Self {
             ram,
             slots: 0,
@@ -131,6 +137,9 @@ impl Frame {
             jumps,
             budget: 0,
             scratch: 0,
+            places,
+            edges: [0; 2],
+            found: 0,
             linear: 0,
             missed: 0,
             missed_gva: 0,
@@ -211,9 +220,10 @@ impl Frame {
 
     /// After anything that may have changed what code is fetched and how.
     #[inline]
-    pub fn take_context(&mut self, mmu: &Mmu, mode: u64, contexts: &mut Contexts) {
-        self.stamp = mmu.fetch_stamp();
-        self.context = contexts.number(self.stamp, mode);
+    pub fn take_context(&mut self, core: &Core, contexts: &mut Contexts) {
+        self.stamp = core.mmu.fetch_stamp();
+        self.context = contexts.number(self.stamp, core.code_mode);
+        self.edges = edges(core.s.linear_bits());
         self.salt = jumps::salt(self.context);
     }
 
@@ -224,6 +234,12 @@ impl Frame {
             self.budget -= BANK;
         }
     }
+}
+
+/// See [`Frame::edges`].
+pub fn edges(linear_bits: u32) -> [u32; 2] {
+    let half = 1 << (linear_bits - 33);
+    [half - 1, 0u32.wrapping_sub(half)]
 }
 
 /// A field of the frame as generated code addresses it.
@@ -242,6 +258,16 @@ const CORE: usize = offset_of!(Engine, interp) + Interpreter::CORE_OFFSET;
 /// Guest register `n` in the core.
 pub fn gpr(n: u8) -> Mem {
     Mem::at(ENGINE, CORE + offset_of!(Core, gpr) + 8 * usize::from(n))
+}
+
+/// What RIPs in a translation count from.
+pub fn code_base() -> Mem {
+    gpr(CODE_BASE)
+}
+
+/// What decoding depends on besides the bytes.
+pub fn code_mode() -> Mem {
+    Mem::at(ENGINE, CORE + offset_of!(Core, code_mode))
 }
 
 /// A segment's base.

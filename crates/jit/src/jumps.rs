@@ -1,4 +1,5 @@
-//! The table by which generated code finds the translation of a RIP.
+//! The tables by which generated code finds the translation of a RIP: by RIP and context, else by where its code is in
+//! RAM.
 
 /// Slots; a power of two.
 pub const SLOTS: usize = 1 << 15;
@@ -16,9 +17,11 @@ pub struct Slot {
     pub context: u64,
     /// Host address.
     pub code: u64,
+    /// What RIPs in the translation count from.
+    pub base: u64,
 }
 
-const EMPTY: Slot = Slot { rip: 0, context: 0, code: 0 };
+const EMPTY: Slot = Slot { rip: 0, context: 0, code: 0, base: 0 };
 
 /// The table.
 pub struct Jumps(Box<[Slot]>);
@@ -37,18 +40,67 @@ impl Jumps {
         &mut self.0[hash as usize & (SLOTS - 1)]
     }
 
-    pub fn enter(&mut self, rip: u64, context: u32, code: u64) {
-        *self.slot(rip, context) = Slot { rip, context: context.into(), code };
+    pub fn enter(&mut self, rip: u64, context: u32, code: u64, base: u64) {
+        *self.slot(rip, context) = Slot { rip, context: context.into(), code, base };
     }
 
-    /// Host address of the translation.
-    pub fn find(&mut self, rip: u64, context: u32) -> Option<u64> {
+    /// The slot of the RIP's translation.
+    pub fn find(&mut self, rip: u64, context: u32) -> Option<Slot> {
         let slot = self.slot(rip, context);
-        (slot.rip == rip && slot.context == u64::from(context)).then_some(slot.code)
+        (slot.rip == rip && slot.context == u64::from(context)).then_some(*slot)
     }
 
     pub fn clear(&mut self) {
         self.0.fill(EMPTY);
+    }
+}
+
+/// Slots of [`Places`]; a power of two.
+pub const PLACES: usize = 1 << 16;
+
+/// A slot of [`Places`].
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+pub struct Place {
+    /// RAM offset of the block.
+    pub offset: u64,
+    pub mode: u64,
+    /// Host address.
+    pub code: u64,
+}
+
+const NOWHERE: Place = Place { offset: u64::MAX, mode: 0, code: 0 };
+
+/// Translations of 64-bit code that lies in one page, by RAM offset and code mode: they hold in whatever context.
+pub struct Places(Box<[Place]>);
+
+impl Places {
+    pub fn new() -> Self {
+        Self(vec![NOWHERE; PLACES].into_boxed_slice())
+    }
+
+    pub fn address(&self) -> u64 {
+        self.0.as_ptr() as u64
+    }
+
+    fn slot(&mut self, offset: u64) -> &mut Place {
+        &mut self.0[(offset ^ offset >> FOLD) as usize & (PLACES - 1)]
+    }
+
+    pub fn enter(&mut self, place: Place) {
+        *self.slot(place.offset) = place;
+    }
+
+    /// The translation at host address `code` is no more.
+    pub fn forget(&mut self, offset: u64, code: u64) {
+        let slot = self.slot(offset);
+        if slot.code == code {
+            *slot = NOWHERE;
+        }
+    }
+
+    pub fn clear(&mut self) {
+        self.0.fill(NOWHERE);
     }
 }
 

@@ -14,6 +14,7 @@ use std::ops::Range;
 use umbra_arch::CpuState;
 use umbra_arch::fpu::FpState;
 use umbra_cpu::block::Block;
+use umbra_cpu::op::CODE_BASE;
 use umbra_cpu::{Core, Interpreter};
 
 /// A translation as it was made.
@@ -46,9 +47,6 @@ pub struct Part {
     pub way: String,
 }
 
-/// Where the code size is in a code mode.
-const CODE_SIZE_AT: u32 = 40;
-
 /// Called with each translation when it has been made.
 pub type Listener = Box<dyn FnMut(&Translated) + Send>;
 
@@ -59,6 +57,7 @@ pub(crate) fn names(stubs: &Stubs, base: u64) -> Vec<(u64, String)> {
         (stubs.budget, "budget"),
         (stubs.link, "link"),
         (stubs.lookup, "lookup"),
+        (stubs.find, "find"),
         (stubs.dispatch, "dispatch"),
         (stubs.vectors_load, "vectors_load"),
         (stubs.x87_load, "x87_load"),
@@ -72,23 +71,22 @@ pub(crate) fn names(stubs: &Stubs, base: u64) -> Vec<(u64, String)> {
 }
 
 impl Translated {
-    /// A block with these bytes whose code is at `address`.
-    pub(crate) fn of(block: &Block, guest: Vec<u8>, code: &Code, address: u64, stubs: Vec<(u64, String)>) -> Self {
+    /// A block at `rip` with these bytes whose code is at `address`.
+    pub(crate) fn of(
+        block: &Block,
+        rip: u64,
+        guest: Vec<u8>,
+        code: &Code,
+        address: u64,
+        stubs: Vec<(u64, String)>,
+    ) -> Self {
         let ends = code.starts.iter().skip(1).map(|(end, _)| *end);
         let parts = block.ops.iter().zip(&code.starts).zip(ends).map(|((op, (start, kind)), end)| Part {
             guest: usize::from(op.start)..usize::from(op.start) + usize::from(op.len),
             host: *start..end,
             way: kind.map_or_else(String::new, |kind| format!("{kind:?}")),
         });
-        Self {
-            rip: block.rip,
-            bits: (block.mode() >> CODE_SIZE_AT) as u32 & 0x7f,
-            parts: parts.collect(),
-            guest,
-            host: code.bytes.clone(),
-            address,
-            stubs,
-        }
+        Self { rip, bits: block.bits(), parts: parts.collect(), guest, host: code.bytes.clone(), address, stubs }
     }
 
     fn guest_text(&self, part: &Part) -> String {
@@ -187,6 +185,8 @@ fn field(offset: usize) -> Option<String> {
         Some(format!("{name}[{}]{rest}", at / size))
     };
     array("gpr", CORE + offset_of!(Core, gpr), 8, 16)
+        .or_else(|| array("code_base", CORE + offset_of!(Core, gpr) + 8 * usize::from(CODE_BASE), 8, 1))
+        .or_else(|| array("code_mode", CORE + offset_of!(Core, code_mode), 8, 1))
         .or_else(|| array("seg_base", CORE + offset_of!(Core, seg_base), 8, 8))
         .or_else(|| array("next_rip", CORE + offset_of!(Core, next_rip), 8, 1))
         .or_else(|| array("xmm", FP + offset_of!(FpState, xmm), 16, 16))

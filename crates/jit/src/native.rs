@@ -2,7 +2,7 @@
 //! replaced, or a short sequence where registers are implied or flags need care.
 
 use crate::emitter::{Alu, Mem, cc};
-use crate::frame::{frame_field, gpr};
+use crate::frame::{code_base, frame_field, gpr};
 use crate::memory_path::{Access, Address, Place};
 use crate::plan::{Kind, ShiftKind, Step, has_memory, reads_flags, width};
 use crate::registers::{A, B, FLAGS, GUEST_RAX, GUEST_RSP, RDX, Reg, guest, home};
@@ -164,10 +164,10 @@ impl Translator<'_> {
         let wide = |r: Register| r.size();
         let (base, index) = (host.memory_base(), host.memory_index());
         if host.is_ip_rel_memory_operand() {
-            self.e.mov_imm(A, op.disp);
+            self.e.load(A, code_base());
             host.set_memory_base(Register::R12);
-            host.set_memory_displacement64(0);
-            host.set_memory_displ_size(0);
+            host.set_memory_displacement64(op.disp);
+            host.set_memory_displ_size(8);
             return;
         }
         for (register, scratch) in [(base, A), (index, B)] {

@@ -185,12 +185,12 @@ fn any_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
         M::Push if pushes_64(i) => Kind::Push,
         M::Pop if i.op0_kind() == OpKind::Register && i.op0_register().size() == 8 => Kind::Pop,
         M::Leave if i.code() == iced_x86::Code::Leaveq => Kind::Leave,
-        _ => branch(i, op),
+        _ => branch(i),
     }
 }
 
-fn branch(i: &Instruction, op: &Op) -> Kind {
-    let near = i.op_count() == 1 && i.op0_kind() == OpKind::NearBranch64 && is_canonical(op.imm);
+fn branch(i: &Instruction) -> Kind {
+    let near = i.op_count() == 1 && i.op0_kind() == OpKind::NearBranch64;
     let indirect = i.is_jmp_near_indirect() || i.is_call_near_indirect();
     match i.mnemonic() {
         M::Jmp if near => Kind::Jmp,
@@ -207,11 +207,6 @@ fn branch(i: &Instruction, op: &Op) -> Kind {
 fn is_setcc_or_cmovcc(i: &Instruction) -> bool {
     let conditional = i.condition_code() != ConditionCode::None;
     conditional && i.op_count() < 3 && !i.is_jcc_short_or_near() && !i.is_loopcc()
-}
-
-/// Canonical under 4-level paging, so that it always is.
-fn is_canonical(rip: u64) -> bool {
-    rip as i64 >> 47 == (rip as i64 >> 63)
 }
 
 /// Width in bytes of the first operand.

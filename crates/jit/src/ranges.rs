@@ -11,6 +11,7 @@ use crate::translate::OP_BITS;
 use std::collections::HashMap;
 use std::mem::offset_of;
 use umbra_arch::Gva;
+use umbra_cpu::op::CODE_BASE;
 use umbra_mmu::{FastTable, Mmu};
 
 /// A run of linear addresses.
@@ -44,14 +45,15 @@ const FIXED_PAGES: u64 = 4;
 
 const EMPTY: Range = Range { first: 0, limit: 0, addend: 0, patience: PATIENCE, fixed: 0 };
 
-/// Number of a range's register: a general one, one of those below.
+/// Number of a range's register: a general one, [`CODE_BASE`] for RIP-relative addresses, one of those below.
 pub type Name = u8;
 /// Addresses without a register.
 pub const ABSOLUTE: Name = 16;
+const _: () = assert!(CODE_BASE == 17);
 /// Addresses in FS or GS without a general register.
-pub const SEGMENT: Name = 17;
+pub const SEGMENT: Name = 18;
 /// Ranges for each kind of access.
-pub const NAMES: usize = 18;
+pub const NAMES: usize = 19;
 
 /// The ranges, those of reads first.
 pub type Ranges = [[Range; NAMES]; 2];

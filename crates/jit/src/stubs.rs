@@ -1,8 +1,8 @@
 //! The code that all translations share: entering, leaving, calling an operation's function, finding a RIP.
 
-use crate::emitter::{Alu, Emitter, Mem, cc};
-use crate::frame::{BANK, Reason, frame_field, gpr, next_rip};
-use crate::jumps::{FOLD, SLOT_SHIFT, SLOTS};
+use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
+use crate::frame::{BANK, Reason, code_base, code_mode, frame_field, gpr, next_rip};
+use crate::jumps::{FOLD, PLACES, Place, SLOT_SHIFT, SLOTS, Slot};
 use crate::memory_path::Access;
 use crate::ranges::{self, MARGIN, NAMES, Name, PATIENCE, Range};
 use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, home};
@@ -22,8 +22,11 @@ pub struct Stubs {
     pub budget: usize,
     /// Leaves at an exit without a link; [`A`] is its number.
     pub link: usize,
-    /// Goes to the translation of the RIP in [`A`].
+    /// Goes to the translation of the RIP that is the code's base and [`A`].
     pub lookup: usize,
+    /// Called with a RIP in [`A`] that the jump table doesn't know: if its translation is found by where its code is,
+    /// ZF set and the jump table's slot at [`B`].
+    pub find: usize,
     /// Called by what remains of a dropped translation, [`LOOKUP_BYTES`] of it: as `lookup`, but never goes there.
     pub elsewhere: usize,
     /// As `lookup` for the RIP in the core.
@@ -85,8 +88,10 @@ pub fn emit(e: &mut Emitter, helper: u64) -> Stubs {
     let miss = leaving(e, Reason::Miss);
     let dispatch = e.here();
     e.load(A, next_rip());
-    let lookup = lookup(e, miss);
-    let elsewhere = elsewhere(e, miss);
+    let to_absolute = e.jmp();
+    let find = find(e);
+    let lookup = lookup(e, find, miss, to_absolute);
+    let elsewhere = elsewhere(e, find, miss);
     let helper = call_helper(e, helper, leave_spilled, dispatch);
     let mut ranges = [[0; NAMES]; 2];
     for (n, stub) in ranges.iter_mut().flatten().enumerate() {
@@ -98,6 +103,7 @@ pub fn emit(e: &mut Emitter, helper: u64) -> Stubs {
         budget,
         link,
         lookup,
+        find,
         elsewhere,
         dispatch,
         vectors_load,
@@ -238,38 +244,126 @@ pub fn hash(e: &mut Emitter) {
     e.alu_mem(Alu::Add, true, B, frame_field!(jumps));
 }
 
-/// A lookup of the RIP in [`A`]; the code is about to be jumped to, its slot is at [`B`].
-fn begin_lookup(e: &mut Emitter, miss: usize) {
-    hash(e);
+/// See [`Stubs::find`].
+fn find(e: &mut Emitter) -> usize {
+    let here = e.here();
     e.store(next_rip(), A);
-    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, 0));
-    let other = e.jcc(cc::NOT_EQUAL);
+    e.mov(B, A);
+    e.shr(true, B, 32);
+    let edges = frame_field!(edges);
+    let at_edge = [edges, Mem { disp: edges.disp + 4, ..edges }].map(|edge| {
+        e.alu_mem(Alu::Cmp, false, B, edge);
+        e.jcc(cc::EQUAL)
+    });
+    // Where the MMU's table says that it is fetched from.
+    e.mov(B, A);
+    e.shr(true, B, 12 - size_of::<Entry>().trailing_zeros() as u8);
+    e.alu_mem(Alu::And, true, B, frame_field!(mask));
+    e.alu_mem(Alu::Add, true, B, frame_field!(slots));
+    e.alu_imm(Alu::And, true, A, -4096);
+    e.alu_mem(Alu::Or, true, A, frame_field!(generation));
+    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Entry, tag_fetch)));
+    let unmapped = e.jcc(cc::NOT_EQUAL);
+    e.load(A, next_rip());
+    e.alu_mem(Alu::Add, true, A, Mem::at(B, offset_of!(Entry, addend)));
+    // The translation of what is there.
+    e.mov(B, A);
+    e.shr(true, B, FOLD);
+    e.alu(Alu::Xor, false, B, A);
+    e.alu_imm(Alu::And, false, B, PLACES as i32 - 1);
+    e.shl(false, B, SLOT_SHIFT);
+    e.alu_mem(Alu::Add, true, B, frame_field!(places));
+    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Place, offset)));
+    let unknown = e.jcc(cc::NOT_EQUAL);
+    e.load(A, code_mode());
+    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Place, mode)));
+    let other_mode = e.jcc(cc::NOT_EQUAL);
+    e.load(A, Mem::at(B, offset_of!(Place, code)));
+    e.store(frame_field!(found), A);
+    // The jump table knows it from now on.
+    e.load(A, next_rip());
+    hash(e);
+    e.store(Mem::at(B, offset_of!(Slot, rip)), A);
+    e.alu_imm(Alu::And, true, A, -4096);
+    e.store(Mem::at(B, offset_of!(Slot, base)), A);
     e.load32(A, frame_field!(context));
-    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, 8));
-    let stale = e.jcc(cc::NOT_EQUAL);
-    e.point(other, miss);
-    e.point(stale, miss);
+    e.store(Mem::at(B, offset_of!(Slot, context)), A);
+    e.load(A, frame_field!(found));
+    e.store(Mem::at(B, offset_of!(Slot, code)), A);
+    e.alu(Alu::Cmp, false, A, A);
+    e.raw(&[0xc3]);
+    at_edge.into_iter().for_each(|jump| e.bind(jump));
+    e.alu(Alu::Or, false, B, B);
+    [unmapped, unknown, other_mode].into_iter().for_each(|jump| e.bind(jump));
+    e.raw(&[0xc3]);
+    here
 }
 
-fn lookup(e: &mut Emitter, miss: usize) -> usize {
+/// The jumps of a [`compare_slot`] that fails.
+pub struct Unknown {
+    other_rip: Jump,
+    other_context: Jump,
+}
+
+/// Compares the jump table's slot of the RIP in [`A`], whose address goes to [`B`]. Clobbers [`A`].
+pub fn compare_slot(e: &mut Emitter) -> Unknown {
+    hash(e);
+    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Slot, rip)));
+    let other_rip = e.jcc(cc::NOT_EQUAL);
+    e.load32(A, frame_field!(context));
+    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Slot, context)));
+    Unknown { other_rip, other_context: e.jcc(cc::NOT_EQUAL) }
+}
+
+/// Where [`compare_slot`] has failed: the RIP is in [`A`] again.
+pub fn unknown_rip(e: &mut Emitter, unknown: Unknown) {
+    e.bind(unknown.other_context);
+    e.load(A, Mem::at(B, offset_of!(Slot, rip)));
+    e.bind(unknown.other_rip);
+}
+
+/// Goes to the translation whose slot is at [`B`].
+pub fn go(e: &mut Emitter) {
+    e.load(A, Mem::at(B, offset_of!(Slot, base)));
+    e.store(code_base(), A);
+    e.jmp_mem(Mem::at(B, offset_of!(Slot, code)));
+}
+
+/// What follows [`compare_slot`] where that jumped: leaves if there is no translation.
+fn search(e: &mut Emitter, unknown: Unknown, find: usize, miss: usize) {
+    unknown_rip(e, unknown);
+    e.call(find);
+    let nothing = e.jcc(cc::NOT_EQUAL);
+    e.point(nothing, miss);
+}
+
+/// See [`Stubs::lookup`]; `absolute` comes with the RIP itself.
+fn lookup(e: &mut Emitter, find: usize, miss: usize, absolute: Jump) -> usize {
     let here = e.here();
-    begin_lookup(e, miss);
-    e.jmp_mem(Mem::at(B, 16));
+    e.alu_mem(Alu::Add, true, A, code_base());
+    e.bind(absolute);
+    let unknown = compare_slot(e);
+    go(e);
+    search(e, unknown, find, miss);
+    go(e);
     here
 }
 
 /// Another context's slot may still lead to the dropped translation.
-fn elsewhere(e: &mut Emitter, miss: usize) -> usize {
+fn elsewhere(e: &mut Emitter, find: usize, miss: usize) -> usize {
     let here = e.here();
     pop(e, B);
     e.store(frame_field!(scratch), B);
-    begin_lookup(e, miss);
+    e.alu_mem(Alu::Add, true, A, code_base());
+    let unknown = compare_slot(e);
     e.load(A, frame_field!(scratch));
     e.alu_imm(Alu::Sub, true, A, LOOKUP_BYTES as i32);
-    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, 16));
+    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Slot, code)));
     let same = e.jcc(cc::EQUAL);
-    e.point(same, miss);
-    e.jmp_mem(Mem::at(B, 16));
+    go(e);
+    e.bind(same);
+    search(e, unknown, find, miss);
+    go(e);
     here
 }
 

@@ -4,8 +4,9 @@
 //! the next block. Behind that lie the rarely executed parts: operations that missed the MMU's table, exits
 //! without a link.
 
-use crate::emitter::{Alu, Emitter, Jump, cc};
-use crate::frame::frame_field;
+use crate::branch::Search;
+use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
+use crate::frame::{code_base, frame_field};
 use crate::mechanisms::Mechanisms;
 use crate::memory_path::Cold;
 use crate::native::Unencodable;
@@ -27,14 +28,23 @@ pub const LOOKUP_BYTES: usize = 15;
 /// A direct exit of a translation. All places are offsets in the code memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Exit {
-    /// RIP that it goes to.
+    /// RIP that it goes to, from where RIPs count.
     pub target: u64,
     /// Displacement of its jump.
     pub jump: usize,
-    /// Context number that it is guarded by, if it leaves the page.
-    pub guard: Option<usize>,
+    /// If it leaves the page.
+    pub guard: Option<Guard>,
     /// Its code as long as it isn't linked, or for other contexts: [`LOOKUP_BYTES`].
     pub unlinked: usize,
+}
+
+/// What an exit that leaves its page holds for.
+#[derive(Clone, Copy, Debug)]
+pub struct Guard {
+    /// Context number, 32 bits.
+    pub context: usize,
+    /// Where its own page is mapped, 64 bits.
+    pub base: usize,
 }
 
 /// A translation to be placed where its emitter was told.
@@ -49,7 +59,7 @@ pub struct Code {
     pub starts: Vec<(usize, Option<Kind>)>,
 }
 
-/// Code that goes to the translation of `rip` in whatever context: always [`LOOKUP_BYTES`].
+/// Code that goes to the translation of `rip`, from where RIPs count, in whatever context: always [`LOOKUP_BYTES`].
 pub fn lookup_code(at: usize, rip: u64, stubs: &Stubs) -> Vec<u8> {
     let mut e = Emitter::new(at);
     e.mov_imm64(A, rip);
@@ -97,6 +107,7 @@ pub struct Translator<'a> {
     pub missing: u64,
     /// Where stubs of ranges go back to, and the operations there.
     pub missers: Vec<(usize, usize)>,
+    pub searches: Vec<Search>,
     pub stubs: &'a Stubs,
     number: u32,
     slow: Vec<Slow>,
@@ -139,7 +150,7 @@ pub fn translate(source: Source<'_>, at: usize, first_exit: usize, stubs: &Stubs
 
 /// The block's instructions; none where operations aren't those of 64-bit mode or the bytes don't say the same.
 fn decode(block: &Block, bytes: &[u8]) -> Vec<Instruction> {
-    if block.ops.iter().any(|op| op.legacy) {
+    if block.is_legacy() {
         return Vec::new();
     }
     let mut decoder = Decoder::with_ip(64, bytes, block.rip, DecoderOptions::NONE);
@@ -167,6 +178,7 @@ impl<'a> Translator<'a> {
             cold: Vec::new(),
             missing,
             missers: Vec::new(),
+            searches: Vec::new(),
             stubs,
             number,
             slow: Vec::new(),
@@ -199,6 +211,7 @@ impl<'a> Translator<'a> {
         self.e.mov_imm(A, u64::from(self.number << OP_BITS));
         self.e.jmp_to(self.stubs.budget);
         self.emit_cold();
+        self.emit_searches();
         self.emit_vector_loads();
         self.emit_x87_loads();
         self.emit_slow();
@@ -304,11 +317,20 @@ impl<'a> Translator<'a> {
     /// Goes on at `target`.
     pub fn exit(&mut self, target: u64) {
         let mut others = Vec::new();
-        let guard = (target >> 12 != self.block.rip >> 12).then(|| {
+        let page = i32::try_from(target as i64 & !0xfff).ok();
+        let guard = page.filter(|_| target >> 12 != self.block.rip >> 12).map(|page| {
             // No context has number 0.
-            let guard = self.e.cmp_mem_imm(frame_field!(context), 0);
+            let context = self.e.cmp_mem_imm(frame_field!(context), 0);
             others.push(self.e.jcc(cc::NOT_EQUAL));
-            guard
+            self.e.mov_imm64(A, 0);
+            let base = self.e.here() - 8;
+            self.e.alu_mem(Alu::Cmp, true, A, code_base());
+            others.push(self.e.jcc(cc::NOT_EQUAL));
+            if !self.block.is_legacy() {
+                self.e.lea(A, Mem { base: Some(A), index: None, disp: page });
+                self.e.store(code_base(), A);
+            }
+            Guard { context, base }
         });
         let jump = self.e.jmp();
         others.push(jump);

@@ -188,7 +188,7 @@ impl Translator<'_> {
     pub fn emit_pointers(&mut self, op: usize) {
         let op = &self.block.ops[op];
         let rip = self.block.rip.wrapping_add(op.start.into());
-        self.e.mov_imm(A, rip);
+        self.rip(A, rip);
         self.e.store(fp(fx::FIP), A);
         self.e.raw(&[0x66]);
         self.e.rm(false, &[0xc7], 0, fp(fx::FOP)); // mov word

@@ -1,6 +1,8 @@
 //! Random programs on the translator and on the interpreter: registers, flags, memory, counts and time are the
 //! same, whatever is translated when and wherever slices end.
 
+#[path = "programs/places.rs"]
+mod places;
 #[path = "programs/x87.rs"]
 mod x87;
 
@@ -456,7 +458,11 @@ struct Seen {
 }
 
 fn run(engine: &mut dyn Vcpu, mem: &GuestMemory, data: u64, stops: &[u64]) -> Seen {
-    engine.set_state(&start(data));
+    run_from(engine, mem, &start(data), stops)
+}
+
+fn run_from(engine: &mut dyn Vcpu, mem: &GuestMemory, start: &CpuState, stops: &[u64]) -> Seen {
+    engine.set_state(start);
     let mut now = VirtualTime(0);
     'end: for &stop in stops {
         while now.0 < stop {

@@ -19,15 +19,16 @@ impl BlockCache {
         }
         self.built = 1;
         self.jumps.fill(NO_JUMP);
-        for number in 0..self.blocks.len() as u32 {
-            let block = &mut self.blocks[number as usize];
+        let mut unused = Vec::new();
+        for (number, block) in self.blocks.iter_mut().enumerate() {
             block.links = [NO_LINK; 2];
             let used = std::mem::take(&mut block.used) || block.kept;
             if block.valid && !used {
-                self.drop_block(c, number);
-                self.blocks[number as usize].ops = Box::default();
+                unused.push(number as u32);
+                block.ops = Box::default();
             }
         }
+        self.drop_blocks(c, unused);
     }
 
     /// Exempts a block from aging: it runs without being asked for.

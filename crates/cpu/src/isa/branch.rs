@@ -5,7 +5,7 @@ use super::stack::stack_bytes;
 use crate::by_wide;
 use crate::core::Core;
 use crate::decode::{Form, Loc};
-use crate::op::{ExecFn, Flow, Op};
+use crate::op::{CODE_BASE, ExecFn, Flow, Op};
 use crate::word::Word;
 use iced_x86::{Code, Mnemonic as M};
 use umbra_arch::segment::Seg;
@@ -51,6 +51,18 @@ pub fn is_far(code: Code) -> bool {
 }
 
 impl Core {
+    /// RIP of a near branch's target.
+    #[inline(always)]
+    fn branch_target(&self, op: &Op) -> u64 {
+        self.gpr[CODE_BASE as usize].wrapping_add(op.imm)
+    }
+
+    /// Goes to a near branch's target.
+    #[inline(always)]
+    fn branch(&mut self, op: &Op) -> Flow {
+        self.jump(op, self.branch_target(op))
+    }
+
     /// Goes to `target` in the present code segment: #GP(0) outside the limit or for a non-canonical one.
     #[inline(always)]
     pub fn jump(&mut self, op: &Op, target: u64) -> Flow {
@@ -77,7 +89,7 @@ fn jmp(form: &mut Form) -> Option<ExecFn> {
 }
 
 fn jmp_near(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
-    c.jump(op, op.imm)
+    c.branch(op)
 }
 
 fn jmp_reg<W: Word>(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
@@ -113,7 +125,8 @@ fn call_to<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op, target: u64) -> Fl
 }
 
 fn call_near<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
-    call_to::<W>(c, bus, op, op.imm)
+    let target = c.branch_target(op);
+    call_to::<W>(c, bus, op, target)
 }
 
 fn call_reg<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
@@ -142,11 +155,11 @@ fn ret<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
 }
 
 fn jcc<const CC: u8>(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
-    if c.flags.condition::<CC>() { c.jump(op, op.imm) } else { Ok(()) }
+    if c.flags.condition::<CC>() { c.branch(op) } else { Ok(()) }
 }
 
 fn jrcxz(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
-    if c.gpr[reg::RCX] & op.ea_mask == 0 { c.jump(op, op.imm) } else { Ok(()) }
+    if c.gpr[reg::RCX] & op.ea_mask == 0 { c.branch(op) } else { Ok(()) }
 }
 
 /// LOOP, LOOPE (`KIND` 1), LOOPNE (`KIND` 2).
@@ -158,7 +171,7 @@ fn loop_if<const KIND: u8>(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
         _ => !c.flags.zf(),
     };
     if count != 0 && wanted {
-        c.jump(op, op.imm)?;
+        c.branch(op)?;
     }
     c.set_counter(op, count);
     Ok(())

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{CpuState, Fault, Gpa};
 use umbra_cpu::core::CodeSize;
-use umbra_cpu::op::Stop;
+use umbra_cpu::op::{CODE_BASE, Stop};
 use umbra_cpu::{Core, EngineError, EngineOptions, decode};
 use umbra_hostexec::native::Mode;
 use umbra_memory::{GuestMemory, MemoryError};
@@ -100,6 +100,7 @@ impl Window {
             c.s.fp = state.fp;
         }
         (c.block_rip, c.next_rip) = (state.rip, i.next_ip() & self.mode.mask());
+        c.gpr[usize::from(CODE_BASE)] = 0;
         let flow = loop {
             match (op.exec)(c, &mut InputBus::new(&[]), &op) {
                 Err(Stop::Again) => {}
