@@ -93,6 +93,10 @@ impl Vcpu for Script {
     fn run(&mut self, bus: &mut dyn Bus, slice: Slice) -> Stopped {
         let mut now = slice.now;
         while now < slice.until {
+            // As a CPU does between instructions, and before it goes on sleeping.
+            if bus.take_nmi() {
+                self.note(2);
+            }
             let Some(op) = self.ops.pop_front() else {
                 return Stopped { exit: Exit::Halted, now };
             };
