@@ -6,8 +6,8 @@
 //! to the next INT3), and gives the registers and the exception back. 16-bit code runs in segments of a local
 //! descriptor table whose base is the window, 32-bit code in the flat segments of the operating system.
 //!
-//! The control transfers are signals: entering is returning from a signal handler whose saved registers were
-//! exchanged, leaving is the next signal. So nothing limits which registers, flags, stack pointer or code
+//! The control transfers are the kernel's for signals: entering is returning from a signal handler whose saved registers
+//! were exchanged, leaving is the next signal. So nothing limits which registers, flags, stack pointer or code
 //! segment the instruction sees, and a fault comes with vector, error code and CR2.
 
 mod guard;

@@ -1,4 +1,8 @@
-//! Entering native code by returning from a signal, and leaving it by the next one.
+//! Entering native code by returning from a signal that never was, and leaving it by a real one.
+//!
+//! The frame that rt_sigreturn(2) takes is a copy of one that the kernel made, with other registers. The handler of
+//! the signal that ends native code doesn't return: it goes on in [`Signals::exchange`], so that each instruction costs
+//! one system call and one signal.
 
 use super::{Ended, Mode, NativeFault, NativeState, SELECTOR_G, Until};
 use libc::{c_int, c_void, siginfo_t, ucontext_t};
@@ -22,6 +26,8 @@ const PF: i64 = 14;
 const KERNEL_HALF: u64 = 0x7fff_ffff_f000;
 const PRESENT: u32 = 1;
 
+/// Bytes of the kernel's struct ucontext, which is shorter than the C library's.
+const CONTEXT_BYTES: usize = 304;
 /// Offsets in the frame's extended state ("XSAVE-Managed State": standard format).
 const LEGACY_BYTES: usize = offset_of!(FpState, tail);
 const SOFTWARE: usize = 464;
@@ -50,19 +56,25 @@ const GPR: [c_int; 16] = [
     libc::REG_R15,
 ];
 
+/// The kernel's extended-state image, aligned as XRSTOR wants it.
+#[repr(C, align(64))]
+struct Image([u8; IMAGE_BYTES]);
+
 /// What goes in and out of the handler.
 struct Exchange {
-    inside: bool,
-    until: Until,
-    selectors: i64,
+    /// The next signal is there to have its frame copied.
+    wants_frame: bool,
+    /// What native code is entered with.
+    context: MaybeUninit<ucontext_t>,
+    image: Image,
+    image_len: usize,
     with_fp: bool,
     state: MaybeUninit<NativeState>,
     vector: i64,
     error: i64,
     cr2: i64,
-    registers: [i64; 23],
-    image: [u8; IMAGE_BYTES],
-    image_len: usize,
+    /// Where to go on after native code, and the stack there.
+    resume: [u64; 2],
 }
 
 struct Shared(UnsafeCell<Exchange>);
@@ -71,17 +83,16 @@ struct Shared(UnsafeCell<Exchange>);
 unsafe impl Sync for Shared {}
 
 static EXCHANGE: Shared = Shared(UnsafeCell::new(Exchange {
-    inside: false,
-    until: Until::Step,
-    selectors: 0,
+    wants_frame: false,
+    context: MaybeUninit::zeroed(),
+    image: Image([0; IMAGE_BYTES]),
+    image_len: 0,
     with_fp: false,
     state: MaybeUninit::uninit(),
     vector: 0,
     error: 0,
     cr2: 0,
-    registers: [0; 23],
-    image: [0; IMAGE_BYTES],
-    image_len: 0,
+    resume: [0; 2],
 }));
 /// Thread that is in or about to enter native code; 0: none.
 static THREAD: AtomicU64 = AtomicU64::new(0);
@@ -110,42 +121,58 @@ extern "C" fn handler(signal: c_int, _: *mut siginfo_t, context: *mut c_void) {
         let context = &mut *context.cast::<ucontext_t>();
         let x = &mut *EXCHANGE.0.get();
         let frame = context.uc_mcontext.fpregs.cast::<u8>();
-        if x.inside { x.leave(context, frame) } else { x.enter(context, frame) }
+        if x.wants_frame {
+            x.copy_frame(context, frame);
+            return;
+        }
+        x.leave(context, frame);
+        let [rip, rsp] = x.resume;
+        // Nothing on the signal stack has to be dropped.
+        std::arch::asm!("mov rsp, {rsp}", "jmp {rip}", rsp = in(reg) rsp, rip = in(reg) rip, options(noreturn));
     }
 }
 
 impl Exchange {
     /// # Safety
-    /// `frame` is the context's extended state.
-    unsafe fn enter(&mut self, context: &mut ucontext_t, frame: *mut u8) {
-        let g = &mut context.uc_mcontext.gregs;
-        self.registers = *g;
-        // SAFETY: frame_len bytes are there (`frame` is the kernel's), and `image` has room.
+    /// Both are the kernel's: `frame` is the context's extended state.
+    unsafe fn copy_frame(&mut self, context: *const ucontext_t, frame: *const u8) {
+        // SAFETY: the kernel's structure has this size, and all bytes of the longer one are initialized; frame_bytes bytes
+        // are there and have room.
         unsafe {
-            self.image_len = frame_len(frame).min(IMAGE_BYTES);
-            frame.copy_to_nonoverlapping(self.image.as_mut_ptr(), self.image_len);
+            let copy = self.context.as_mut_ptr();
+            context.cast::<u8>().copy_to_nonoverlapping(copy.cast(), CONTEXT_BYTES);
+            let (components, bytes) = frame_len(frame);
+            self.image_len = if bytes <= IMAGE_BYTES { components } else { 0 };
+            let bytes = bytes.min(IMAGE_BYTES);
+            frame.copy_to_nonoverlapping(self.image.0.as_mut_ptr(), bytes);
+            (*copy).uc_mcontext.fpregs = self.image.0.as_mut_ptr().cast();
         }
-        // SAFETY: `exchange` wrote the state before it raised the signal.
-        let state = unsafe { self.state.assume_init_ref() };
+        self.wants_frame = false;
+    }
+
+    /// Puts `state` into the frame.
+    ///
+    /// # Safety
+    /// The frame has been copied.
+    unsafe fn enter(&mut self, state: &NativeState, until: Until, selectors: i64) {
+        // SAFETY: zeros, then a copy.
+        let g = unsafe { &mut self.context.assume_init_mut().uc_mcontext.gregs };
         for (r, index) in GPR.into_iter().enumerate() {
             g[index as usize] = state.gpr[r] as i64;
         }
         g[libc::REG_RIP as usize] = state.rip as i64;
-        let trap = if self.until == Until::Step { rflags::TF } else { 0 };
+        let trap = if until == Until::Step { rflags::TF } else { 0 };
         g[libc::REG_EFL as usize] = (state.rflags | rflags::FIXED | rflags::IF | trap) as i64;
-        g[libc::REG_CSGSFS as usize] = self.selectors;
-        if self.with_fp {
-            // SAFETY: as above.
-            unsafe { store_fp(&state.fp, frame, self.image_len) }
-        }
-        self.inside = true;
+        g[libc::REG_CSGSFS as usize] = selectors;
+        // SAFETY: the image is a copy of the kernel's.
+        unsafe { set_fp(self.with_fp.then_some(&state.fp), self.image.0.as_mut_ptr(), self.image_len) }
     }
 
     /// # Safety
     /// `frame` is the context's extended state.
-    unsafe fn leave(&mut self, context: &mut ucontext_t, frame: *mut u8) {
-        let g = &mut context.uc_mcontext.gregs;
-        // SAFETY: `enter` used it.
+    unsafe fn leave(&mut self, context: &ucontext_t, frame: *const u8) {
+        let g = &context.uc_mcontext.gregs;
+        // SAFETY: `exchange` wrote it before it entered native code.
         let state = unsafe { self.state.assume_init_mut() };
         for (r, index) in GPR.into_iter().enumerate() {
             state.gpr[r] = g[index as usize] as u64;
@@ -166,38 +193,39 @@ impl Exchange {
             // SAFETY: the kernel's frame has the same size each time.
             unsafe { load_fp(&mut state.fp, frame, self.image_len) }
         }
-        g.copy_from_slice(&self.registers);
-        // SAFETY: as in `enter`.
-        unsafe { frame.copy_from_nonoverlapping(self.image.as_ptr(), self.image_len) };
-        self.inside = false;
     }
 }
 
+/// Bytes of the state components, and of them together with what the kernel puts behind.
+///
 /// # Safety
 /// `frame` is a signal frame's extended state, at least FXSAVE's 512 bytes.
-unsafe fn frame_len(frame: *const u8) -> usize {
+unsafe fn frame_len(frame: *const u8) -> (usize, usize) {
     // SAFETY: struct _fpx_sw_bytes lies in FXSAVE's software bytes: magic1, extended_size, xfeatures, xstate_size.
     unsafe {
-        let software = frame.add(SOFTWARE);
-        if software.cast::<u32>().read_unaligned() != MAGIC {
-            return 512;
-        }
-        software.add(16).cast::<u32>().read_unaligned() as usize
+        let word = |at: usize| frame.add(SOFTWARE + at).cast::<u32>().read_unaligned() as usize;
+        if word(0) == MAGIC as usize { (word(16), word(4)) } else { (512, 512) }
     }
 }
 
+/// Vector registers, or none: then those components are in their initial state.
+///
 /// # Safety
 /// `frame` has `len` bytes.
-unsafe fn store_fp(fp: &FpState, frame: *mut u8, len: usize) {
-    let raw = std::ptr::from_ref(fp).cast::<u8>();
+unsafe fn set_fp(fp: Option<&FpState>, frame: *mut u8, len: usize) {
+    let has_header = len >= YMM_HIGH + YMM_BYTES;
     // SAFETY: FpState has FXSAVE's layout followed by the upper halves; `len` covers what is written.
     unsafe {
+        if has_header {
+            let present = frame.add(XSTATE_BV).cast::<u64>();
+            present.write_unaligned(present.read_unaligned() & !7 | if fp.is_some() { 7 } else { 0 });
+        }
+        let Some(fp) = fp else { return };
+        let raw = std::ptr::from_ref(fp).cast::<u8>();
         // MXCSR_MASK stays the host's.
         raw.copy_to_nonoverlapping(frame, 28);
         raw.add(32).copy_to_nonoverlapping(frame.add(32), LEGACY_BYTES - 32);
-        if len >= YMM_HIGH + YMM_BYTES {
-            let present = frame.add(XSTATE_BV).cast::<u64>();
-            present.write_unaligned(present.read_unaligned() | 7);
+        if has_header {
             raw.add(512).copy_to_nonoverlapping(frame.add(YMM_HIGH), YMM_BYTES);
         }
     }
@@ -251,12 +279,20 @@ impl Signals {
             for signal in SIGNALS {
                 let mut action: libc::sigaction = std::mem::zeroed();
                 action.sa_sigaction = handler as extern "C" fn(c_int, *mut siginfo_t, *mut c_void) as usize;
-                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+                // The handler doesn't return: nothing may stay blocked.
+                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
                 let mut old: libc::sigaction = std::mem::zeroed();
                 if libc::sigaction(signal, &action, &mut old) != 0 {
                     return Err(io::Error::last_os_error());
                 }
                 signals.old.push((signal, old));
+            }
+            THREAD.store(signals.thread, Ordering::SeqCst);
+            (*EXCHANGE.0.get()).wants_frame = true;
+            std::arch::asm!("int3");
+            THREAD.store(0, Ordering::SeqCst);
+            if (*EXCHANGE.0.get()).image_len == 0 {
+                return Err(io::Error::other("the host has more vector state than a frame here has room for"));
             }
             Ok(signals)
         }
@@ -273,26 +309,44 @@ impl Signals {
     ) -> Ended {
         assert_eq!(self.thread, thread(), "the signal stack is another thread's");
         let (code, data) = (mode.code().selector, mode.data().selector);
+        let selectors = i64::from(code) | i64::from(SELECTOR_G) << 16 | i64::from(data) << 48;
         let x = EXCHANGE.0.get();
-        // SAFETY: the process has one `NativeCpu`; the handler runs only inside the INT3 below, through which
-        // the instruction is executed and all registers and flags come back as they were.
+        // SAFETY: the process has one `NativeCpu`; `take` has copied a frame. The handler runs only for what native code
+        // raises, stores the state and comes back to the label with the stack that is stored here; all registers but
+        // the two pushed ones are given up.
         unsafe {
-            (*x).inside = false;
-            (*x).until = until;
-            (*x).selectors = i64::from(code) | i64::from(SELECTOR_G) << 16 | i64::from(data) << 48;
             (*x).with_fp = with_fp;
+            (*x).enter(state, until, selectors);
             (*x).state.write(state.clone());
             THREAD.store(self.thread, Ordering::SeqCst);
             std::arch::asm!(
-                // Handlers can't give ID, NT and AC back: whatever native code set goes here.
+                "push rbx",
+                "push rbp",
+                // The system call keeps ID and NT as they are.
                 "push 0x202",
                 "popfq",
-                "mov ds, {data:x}",
-                "mov es, {data:x}",
-                "mov gs, {gs:x}",
-                "int3",
-                data = in(reg) data,
-                gs = in(reg) SELECTOR_G,
+                "mov ds, ecx",
+                "mov es, ecx",
+                "mov gs, edx",
+                "lea rax, [rip + 2f]",
+                "mov [rdi], rax",
+                "mov [rdi + 8], rsp",
+                "mov rsp, rsi",
+                "mov eax, {rt_sigreturn}",
+                "syscall",
+                "ud2",
+                "2:",
+                "push 0x202",
+                "popfq",
+                "pop rbp",
+                "pop rbx",
+                in("ecx") u32::from(data),
+                in("edx") u32::from(SELECTOR_G),
+                in("rdi") (*x).resume.as_mut_ptr(),
+                in("rsi") (*x).context.as_mut_ptr(),
+                rt_sigreturn = const libc::SYS_rt_sigreturn,
+                out("r12") _, out("r13") _, out("r14") _, out("r15") _,
+                clobber_abi("C"),
             );
             THREAD.store(0, Ordering::SeqCst);
             *state = (*x).state.assume_init_read();
