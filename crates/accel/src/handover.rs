@@ -167,13 +167,13 @@ impl<A: Accelerator, S: Vcpu> HandOver<A, S> {
     fn accelerated(&mut self, bus: &mut dyn Bus, slice: Slice) -> Stopped {
         let mut stopped = self.accelerator.run(bus, slice);
         let reason = match &stopped.exit {
-            Exit::Refused(refusal) if self.at_refusal => Reason::Refused(refusal.clone()),
+            Exit::Refused(refusal) if self.at_refusal => Reason::Refused(Refusal::clone(refusal)),
             Exit::Attention if self.accelerator.is_stop_reached() => Reason::Reached(self.stop_at),
             _ => return stopped,
         };
         stopped.exit = match self.switch(bus, Side::Soft, reason, stopped.now) {
             Ok(()) => Exit::Attention,
-            Err(refusal) => Exit::Refused(refusal),
+            Err(refusal) => Exit::Refused(Box::new(refusal)),
         };
         stopped
     }
@@ -184,7 +184,7 @@ impl<A: Accelerator, S: Vcpu> Vcpu for HandOver<A, S> {
         if let Some(to) = self.asked.take_if(|to| *to != self.side)
             && let Err(refusal) = self.switch(bus, to, Reason::Asked, slice.now)
         {
-            return Stopped { exit: Exit::Refused(refusal), now: slice.now };
+            return Stopped { exit: Exit::Refused(Box::new(refusal)), now: slice.now };
         }
         self.asked = None;
         match self.side {

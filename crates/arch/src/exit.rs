@@ -2,7 +2,7 @@
 
 use crate::fault::Fault;
 
-/// Why [`Vcpu::run`](crate::Vcpu::run) returned.
+/// Why [`Vcpu::run`](crate::Vcpu::run) returned. Small: engines hand it through on their way from block to block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exit {
     /// Virtual time reached the slice's end.
@@ -14,17 +14,17 @@ pub enum Exit {
     /// Waiting for a start-up IPI after INIT ("Multiple-Processor (MP) Initialization").
     WaitForSipi,
     /// Triple fault: an exception while delivering #DF.
-    Shutdown(TripleFault),
+    Shutdown(Box<TripleFault>),
     /// Triple fault under an accelerator that doesn't say what led to it.
     ShutdownUnseen {
         /// RIP as the accelerator shows it then.
         rip: u64,
     },
     /// The guest needs something this engine refuses to guess.
-    Unsupported(Unsupported),
+    Unsupported(Box<Unsupported>),
     /// An accelerator can't execute the next instruction. The state is the one before it, so that another
     /// engine can.
-    Refused(Refusal),
+    Refused(Box<Refusal>),
 }
 
 /// What an accelerator could not do.

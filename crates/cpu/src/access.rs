@@ -93,14 +93,22 @@ impl Core {
     #[cold]
     #[inline(never)]
     fn read_slow<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64) -> Result<u64, Stop> {
-        let place = self.place(op, lin, W::BYTES, AccessKind::Read)?;
+        let place = self.find_place(op, lin, W::BYTES, AccessKind::Read)?;
+        if let Place::One(Translation { backing: Backing::Ram(off) | Backing::Rom(off), .. }) = place {
+            return Ok(self.mem.load::<W>(off).zext());
+        }
         Ok(self.load_place(bus, op, place, W::BYTES))
     }
 
     #[cold]
     #[inline(never)]
     fn write_slow<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64, value: u64) -> Result<(), Stop> {
-        let place = self.place(op, lin, W::BYTES, AccessKind::Write)?;
+        let place = self.find_place(op, lin, W::BYTES, AccessKind::Write)?;
+        if let Place::One(t @ Translation { backing: Backing::Ram(off), .. }) = place {
+            self.mem.store::<W>(off, W::of(value));
+            self.stored(off, t, W::BYTES as u32);
+            return Ok(());
+        }
         self.store_place(bus, op, place, W::BYTES, value);
         Ok(())
     }
@@ -221,7 +229,14 @@ impl Core {
         if op.legacy { lin & 0xffff_ffff } else { lin }
     }
 
+    #[inline(never)]
     fn place(&mut self, op: &Op, lin: u64, bytes: u64, kind: AccessKind) -> Result<Place, Stop> {
+        self.find_place(op, lin, bytes, kind)
+    }
+
+    /// As [`place`](Self::place), for callers that pick it to pieces at once.
+    #[inline(always)]
+    fn find_place(&mut self, op: &Op, lin: u64, bytes: u64, kind: AccessKind) -> Result<Place, Stop> {
         if !op.legacy {
             let bits = self.s.linear_bits();
             let last = lin.wrapping_add(bytes.max(1) - 1);
@@ -244,6 +259,7 @@ impl Core {
         self.place_as(lin, bytes, Access::implicit(kind), !long)
     }
 
+    #[inline(always)]
     fn place_as(&mut self, lin: u64, bytes: u64, access: Access, legacy: bool) -> Result<Place, Stop> {
         let first = self.translate(lin, access)?;
         // The walk may have set A or D bits on a page that holds code.
@@ -265,9 +281,12 @@ impl Core {
 
     /// Translates one byte for the running instruction, which starts again if the page has yet to arrive.
     /// That never happens to implicit accesses, so that no event is lost half-way in its delivery.
+    #[inline(always)]
     pub fn translate(&mut self, lin: u64, access: Access) -> Result<Translation, Stop> {
-        let found = self.mmu.translate(Gva::new(lin), access);
-        let found = self.check(found)?;
+        let found = match self.mmu.translate(Gva::new(lin), access) {
+            Ok(found) => found,
+            Err(fault) => return self.raise(fault),
+        };
         if found.absent {
             self.absent = found.gpa.page();
             return Err(Stop::Absent);

@@ -228,9 +228,14 @@ impl Core {
 
     /// Replaces RFLAGS; the caller has masked what may change.
     pub fn set_rflags(&mut self, value: u64) {
+        self.flags = Flags::from_rflags(value);
+        self.set_system_flags(value);
+    }
+
+    /// Replaces RFLAGS but for the status flags.
+    pub fn set_system_flags(&mut self, value: u64) {
         let old = self.s.rflags;
         self.s.rflags = value & rflags::WRITABLE | rflags::FIXED;
-        self.flags = Flags::from_rflags(value);
         let changed = old ^ value;
         if changed & rflags::AC != 0 {
             self.view_changed();
@@ -339,7 +344,12 @@ impl Core {
 
     /// Recomputes what addressing and decoding derive from segment registers and mode.
     pub fn segments_changed(&mut self) {
+        self.break_block = true;
         let long = self.s.is_64bit_code();
+        if long && self.code_size == CodeSize::Bits64 {
+            return self.flat_bases();
+        }
+        self.seg_base = [0; 8];
         let cs = self.s.segment(Seg::Cs);
         let size = if long {
             CodeSize::Bits64
@@ -361,12 +371,10 @@ impl Core {
             _ => 0xffff,
         };
         self.code_mode = self.seg_base[Seg::Cs as usize] | (size as u64) << CODE_SIZE_AT;
-        self.break_block = true;
     }
 
     /// 64-bit code: only FS and GS have bases, and nothing is checked against limits.
     fn flat_bases(&mut self) {
-        self.seg_base = [0; 8];
         for seg in [Seg::Fs, Seg::Gs] {
             self.seg_base[seg as usize] = self.s.segment(seg).base;
         }

@@ -136,10 +136,16 @@ impl Core {
     /// Whether instructions must run one at a time, with [`after_instruction`](Self::after_instruction) between.
     #[inline]
     pub fn must_step(&self) -> bool {
-        self.s.rflags & (rflags::TF | rflags::RF) != 0
+        self.s.rflags & rflags::TF != 0
             || self.s.shadow != Shadow::None
             || self.watch.fetches
             || self.s.pending_debug != 0
+    }
+
+    /// Whether RF is set, which ends with the next instruction.
+    #[inline]
+    pub fn resumes(&self) -> bool {
+        self.s.rflags & rflags::RF != 0
     }
 
     /// Instruction breakpoints at the instruction about to run, as in DR6.

@@ -96,7 +96,7 @@ impl Core {
                     third: second,
                 };
                 self.s.activity = Activity::Shutdown;
-                self.exit = Some(Exit::Shutdown(triple));
+                self.exit = Some(Exit::Shutdown(Box::new(triple)));
                 return Err(Stop::Exit);
             }
             event = if now.is_some() && makes_double_fault(first.vector, second.vector) {
@@ -163,7 +163,7 @@ impl Core {
 
     /// Leaves the engine with "this guest needs what isn't implemented".
     pub fn unsupported(&mut self, what: &str, rip: u64) -> Flow {
-        self.exit = Some(Exit::Unsupported(Unsupported { what: what.to_owned(), rip }));
+        self.exit = Some(Exit::Unsupported(Box::new(Unsupported { what: what.to_owned(), rip })));
         Err(Stop::Exit)
     }
 
@@ -294,7 +294,7 @@ impl Core {
         if gate.attr.kind() & 1 == 0 {
             clear |= rflags::IF;
         }
-        self.set_rflags(self.rflags() & !clear);
+        self.set_system_flags(self.s.rflags & !clear);
         self.segments_changed();
         frame.commit_pointer(self);
         self.view_changed();

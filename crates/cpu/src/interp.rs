@@ -20,6 +20,8 @@ pub struct Interpreter {
     pub(crate) retired: u64,
     /// TF or a shadow: run one instruction at a time.
     pub(crate) single: bool,
+    /// RF is set: clear it behind the next instruction.
+    pub(crate) resuming: bool,
     /// End of the running slice.
     until: VirtualTime,
 }
@@ -36,7 +38,14 @@ impl Interpreter {
         options: &EngineOptions,
     ) -> Result<Self, EngineError> {
         let core = Core::new(mem, profile, apic_id, options)?;
-        Ok(Self { core, cache: BlockCache::default(), retired: 0, single: false, until: VirtualTime(0) })
+        Ok(Self {
+            core,
+            cache: BlockCache::default(),
+            retired: 0,
+            single: false,
+            resuming: false,
+            until: VirtualTime(0),
+        })
     }
 
     /// The MMU's counters.
@@ -115,14 +124,21 @@ impl Interpreter {
             return Err(Exit::BudgetSpent);
         }
         // Stores of the last block and of an exception's frame alike.
-        for (offset, len) in std::mem::take(&mut self.core.code_writes) {
-            self.cache.invalidate(&mut self.core, offset, len);
+        if !self.core.code_writes.is_empty() {
+            self.drop_written_code();
         }
         if self.core.trace.is_some() {
             self.core.trace_mmu();
         }
         self.core.recent.enter(self.core.next_rip);
         Ok(())
+    }
+
+    #[cold]
+    fn drop_written_code(&mut self) {
+        for (offset, len) in std::mem::take(&mut self.core.code_writes) {
+            self.cache.invalidate(&mut self.core, offset, len);
+        }
     }
 
     /// Runs blocks one after the other until something has to be looked at. HOT.
@@ -159,7 +175,7 @@ impl Interpreter {
         let c = &mut self.core;
         c.enter_block(block);
         c.break_block = false;
-        if self.single || c.clock.plus(u64::from(block.cost)) > until {
+        if self.single || self.resuming || c.clock.plus(u64::from(block.cost)) > until {
             return Err(self.part(bus, number, until));
         }
         for (done, op) in block.ops.iter().enumerate() {
@@ -176,7 +192,7 @@ impl Interpreter {
         if c.clock >= until { Err(None) } else { Ok(()) }
     }
 
-    /// Runs a block only as far as the budget reaches, or one instruction of it.
+    /// Runs a block only as far as the budget reaches, or one instruction of it, with RF for the first one only.
     #[inline(never)]
     fn part(&mut self, bus: &mut dyn Bus, number: u32, until: VirtualTime) -> Option<Exit> {
         let block = self.cache.block(number);
@@ -192,6 +208,7 @@ impl Interpreter {
             if flow.is_err() || c.break_block || done + 1 == most {
                 return self.ended(bus, number, done, flow.err());
             }
+            c.s.rflags &= !rflags::RF;
         }
         None
     }
@@ -246,7 +263,8 @@ impl Interpreter {
         }
         let c = &mut self.core;
         if stop == Stop::Fault {
-            c.check_events = true;
+            // Besides this, only the flags that the handler starts with can change what is due.
+            c.check_events |= self.single;
             let fault = c.fault;
             match c.deliver(bus, Event::Fault(fault), rip) {
                 Ok(()) => return None,
@@ -335,8 +353,9 @@ impl Interpreter {
         }
         let c = &mut self.core;
         self.single = c.must_step() || c.traces_instructions();
+        self.resuming = c.resumes();
         c.trap_pending = c.s.rflags & rflags::TF != 0;
-        c.check_events = self.single;
+        c.check_events = self.single || self.resuming;
         None
     }
 
@@ -389,7 +408,7 @@ impl Vcpu for Interpreter {
         // What happened to memory before concerns the old state.
         self.memory_changed();
         self.core.set_state(state);
-        self.single = false;
+        (self.single, self.resuming) = (false, false);
     }
 
     fn retired(&self) -> u64 {

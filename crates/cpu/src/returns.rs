@@ -166,7 +166,7 @@ impl Core {
         Some(std::array::from_fn(|n| self.mem.load::<u64>(off.add(8 * n as u64))))
     }
 
-    /// RFLAGS bits that IRET changes at the present CPL.
+    /// RFLAGS bits that IRET changes at the present CPL: all status flags and some others.
     fn return_flags_mask(&self, bytes: u64) -> u64 {
         let mut mask = rflags::STATUS | rflags::TF | rflags::DF | rflags::NT;
         if bytes > 2 {
@@ -185,11 +185,10 @@ impl Core {
     }
 
     fn after_return(&mut self, flags: u64, mask: u64) {
-        let old = self.rflags();
-        self.set_rflags(old & !mask | flags & mask);
+        self.set_rflags(self.s.rflags & !mask | flags & mask);
         self.watch.keep_rf = true;
+        self.check_events |= self.s.nmi_blocked;
         self.s.nmi_blocked = false;
-        self.check_events = true;
         self.break_block = true;
     }
 

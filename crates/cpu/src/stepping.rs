@@ -55,7 +55,7 @@ impl Interpreter {
 
     /// Whether instructions have to be looked at one by one, so that only [`run_block`](Self::run_block) will do.
     pub fn must_interpret(&self) -> bool {
-        self.single || self.core.check_events || self.core.trace.is_some()
+        self.single || self.resuming || self.core.check_events || self.core.trace.is_some()
     }
 
     /// Interprets one block, or as much of it as `until` allows.

@@ -211,10 +211,10 @@ impl<V: Vcpu> Machine<V> {
                 *rest = Rest::WaitForSipi;
                 None
             }
-            Exit::Shutdown(fault) => Some(End::TripleFault(fault)),
+            Exit::Shutdown(fault) => Some(End::TripleFault(*fault)),
             Exit::ShutdownUnseen { rip } => Some(End::ShutdownUnseen(rip)),
-            Exit::Unsupported(what) => Some(End::Unsupported(what)),
-            Exit::Refused(refusal) => Some(End::Refused(refusal)),
+            Exit::Unsupported(what) => Some(End::Unsupported(*what)),
+            Exit::Refused(refusal) => Some(End::Refused(*refusal)),
         }
     }
 

@@ -163,9 +163,9 @@ fn each_exit_is_an_end() {
     assert_eq!(run(&[Out(0x605, 0x20), Spin(1000)]).0, End::PowerOff);
     assert_eq!(run(&[Out(0xcf9, 6)]).0, End::Reset);
     let fault = TripleFault { at: (0, 0x1234), first: Fault::GP0, second: Fault::GP0, third: Fault::GP0 };
-    assert_eq!(run(&[Step::Exit(umbra_arch::Exit::Shutdown(fault))]).0, End::TripleFault(fault));
+    assert_eq!(run(&[Step::Exit(umbra_arch::Exit::Shutdown(Box::new(fault)))]).0, End::TripleFault(fault));
     let what = Unsupported { what: "VMX".into(), rip: 1 };
-    assert_eq!(run(&[Step::Exit(umbra_arch::Exit::Unsupported(what.clone()))]).0, End::Unsupported(what));
+    assert_eq!(run(&[Step::Exit(umbra_arch::Exit::Unsupported(Box::new(what.clone())))]).0, End::Unsupported(what));
 }
 
 #[test]

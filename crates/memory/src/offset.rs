@@ -39,6 +39,7 @@ impl fmt::Debug for RamOffset {
 
 /// What lies behind a guest-physical page.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(u64)]
 pub enum Backing {
     /// Readable and writable memory.
     Ram(RamOffset),

@@ -34,10 +34,10 @@ impl Mmu {
         for (gva, slot, hint) in self.hints.known() {
             let page = self.shadow.page(hint.index);
             // A hint may outlive its leaf, but not the way to it.
-            if page.entry_for(gva).is_leaf() && self.find_leaf(gva, slot) != Some((hint.index, hint.above)) {
+            if !page.entry_for(gva).is_link() && self.find_end(gva, slot) != Some(*hint) {
                 return Err(format!("{hint:x?} for {gva:#x} in root {slot} leads elsewhere than the tree"));
             }
-            if page.entry_for(gva).is_leaf() && !page.knows(gva, slot) {
+            if !page.knows(gva, slot) {
                 return Err(format!("{hint:x?} for {gva:#x} in root {slot} leads to a page that does not know"));
             }
         }

@@ -3,13 +3,14 @@
 use crate::context::{ALLOWED, FETCH, READ, WRITE};
 use crate::event::Event;
 use crate::format::Decoded;
+use crate::hints::Hint;
 use crate::mmu::{Mmu, Translation};
 use crate::rights::{self, Rights};
 use crate::shadow::{Fresh, Link, ShadowEntry, rights_of};
-use crate::tables::{MemoryTables, read_entry};
-use crate::walk::{self, Regime, Step, Top, Walk};
+use crate::tables::MemoryTables;
+use crate::walk::{self, Path, Reached, Regime, Step, Top};
 use crate::writers::Full;
-use umbra_arch::paging::{Access, AccessKind};
+use umbra_arch::paging::{Access, AccessKind, entry};
 use umbra_arch::{Fault, Gpa, Gva};
 use umbra_memory::{Backing, PageFlags, RamOffset};
 
@@ -24,6 +25,22 @@ struct Found {
     dirty: bool,
 }
 
+impl Found {
+    fn at(reached: &Reached) -> Found {
+        Found { gpa: reached.gpa, rights: reached.rights, dirty: reached.dirty }
+    }
+}
+
+/// What the shadow tree answers.
+enum Looked {
+    /// It knows.
+    Leaf(Found),
+    /// Nothing beyond this page.
+    EndsAt(Hint),
+    /// Nothing at all.
+    Nothing,
+}
+
 impl Mmu {
     /// Translates one byte: sets A and D bits, marks the page of a write dirty, fills the fast tables.
     /// `gva` is canonical, in legacy modes of 32 bits. An explicit access to an absent page is answered
@@ -34,96 +51,124 @@ impl Mmu {
     pub fn translate(&mut self, gva: Gva, access: Access) -> Result<Translation, Fault> {
         self.check_memory_map();
         self.maybe_drop();
-        if let Some(found) = self.look_in_shadow(gva.raw()) {
-            rights::check(found.rights, access, &self.view).map_err(|code| Fault::page(gva.raw(), code))?;
-            if access.kind != AccessKind::Write || is_written(&found) {
-                return Ok(self.finish(gva, access, &found));
+        let from = match self.look_in_shadow(gva.raw()) {
+            Looked::Leaf(found) => {
+                rights::check(found.rights, access, &self.view).map_err(|code| Fault::page(gva.raw(), code))?;
+                if access.kind != AccessKind::Write || is_written(&found) {
+                    return Ok(self.finish(gva, access, &found));
+                }
+                self.hints.get(gva.raw(), self.current).copied()
             }
-        }
-        self.translate_by_walk(gva, access)
+            Looked::EndsAt(hint) => Some(hint),
+            Looked::Nothing => None,
+        };
+        self.translate_by_walk(gva, access, from)
     }
 
-    /// Looks `gva` up under the current root and notes that its contexts may hold it from now on;
-    /// `None` if an entry is missing.
+    /// Looks `gva` up under the current root and notes that its contexts may hold it from now on.
     #[inline]
-    fn look_in_shadow(&mut self, gva: u64) -> Option<Found> {
-        let root = self.roots.slots[self.current].as_ref()?;
+    fn look_in_shadow(&mut self, gva: u64) -> Looked {
+        let Some(root) = &self.roots.slots[self.current] else { return Looked::Nothing };
         if root.regime.top == Top::Direct {
-            return Some(Found { gpa: Gpa::new(gva & 0xffff_ffff), rights: Rights::ALL, dirty: true });
+            return Looked::Leaf(Found { gpa: Gpa::new(gva & 0xffff_ffff), rights: Rights::ALL, dirty: true });
         }
-        if let Some(hint) = self.hints.get(gva, self.current) {
-            let above = hint.above;
-            let page = self.shadow.page_mut(hint.index);
-            let entry = page.entry_for(gva);
-            if entry.is_leaf() {
-                page.used();
-                return Some(found_at(gva, page.role.format.shift(page.role.level), entry, above));
+        let hint = match self.hints.get(gva, self.current) {
+            Some(&hint) if !self.shadow.page(hint.index).entry_for(gva).is_link() => hint,
+            _ => {
+                let Some(hint) = self.find_end(gva, self.current) else { return Looked::Nothing };
+                self.note_path(gva, hint);
+                hint
             }
+        };
+        let page = self.shadow.page_mut(hint.index);
+        let entry = page.entry_for(gva);
+        if !entry.is_leaf() {
+            return Looked::EndsAt(hint);
         }
-        let (index, above) = self.find_leaf(gva, self.current)?;
-        self.note_path(gva, above, index);
-        let page = self.shadow.page(index);
-        Some(found_at(gva, page.role.format.shift(page.role.level), page.entry_for(gva), above))
+        page.used();
+        Looked::Leaf(found_at(gva, page.shift, entry, hint.above))
     }
 
-    /// Follows a root's shadow pages to the page that holds the leaf for `gva`: its index, and the
-    /// combined rights bits of the links to it.
-    pub(crate) fn find_leaf(&self, gva: u64, slot: usize) -> Option<(u32, u64)> {
+    /// Follows a root's shadow pages to the last one on the way to `gva`: it holds the leaf, or lacks the next entry.
+    pub(crate) fn find_end(&self, gva: u64, slot: usize) -> Option<Hint> {
         let root = self.roots.slots[slot].as_ref()?;
-        let mut link = root.tops[root.top_slot(gva)]?;
+        let mut index = self.shadow.index_of(root.tops[root.top_slot(gva)]?)?;
         let mut above = ShadowEntry::RIGHTS;
         for _ in 0..MAX_DEPTH {
-            let entry = self.shadow.get(link)?.entry_for(gva);
-            if !entry.is_present() {
-                return None;
+            let entry = self.shadow.page(index).entry_for(gva);
+            if entry.is_leaf() && cfg!(umbra_mutant = "leaf-rights-on-the-way") {
+                above &= entry.0;
             }
-            if entry.is_leaf() {
-                let own = if cfg!(umbra_mutant = "leaf-rights-on-the-way") { entry.0 } else { !0 };
-                return Some((link.index, above & own));
-            }
+            let child = if entry.is_link() { self.shadow.index_of(entry.child()) } else { None };
+            let Some(child) = child else { break };
             above &= entry.0;
-            link = entry.child();
+            index = child;
         }
-        None
+        Some(self.hints.hint(gva, slot, index, above))
     }
 
     /// Notes on each page of the path that the current root's contexts may hold translations by it.
     #[cold]
-    fn note_path(&mut self, gva: u64, above: u64, leaf: u32) {
+    fn note_path(&mut self, gva: u64, end: Hint) {
         let Some(root) = &self.roots.slots[self.current] else { return };
         let mut next = root.tops[root.top_slot(gva)];
         while let Some(link) = next {
             let page = self.shadow.page_mut(link.index);
             page.reached(gva, self.current);
-            next = (link.index != leaf).then(|| page.entry_for(gva).child());
+            next = (link.index != end.index).then(|| page.entry_for(gva).child());
         }
-        self.hints.set(gva, self.current, leaf, above);
+        self.hints.set(gva, end);
     }
 
+    /// The slow path's end: a walk from the last table that is shadowed, or from the root.
     #[inline(never)]
-    fn translate_by_walk(&mut self, gva: Gva, access: Access) -> Result<Translation, Fault> {
-        let Some(root) = self.roots.slots[self.current].as_ref() else { return Err(Fault::GP0) };
-        let hinted = self.hints.get(gva.raw(), self.current);
-        let (regime, above) = match hinted {
+    fn translate_by_walk(&mut self, gva: Gva, access: Access, from: Option<Hint>) -> Result<Translation, Fault> {
+        self.stats.walks += 1;
+        if let Some(hint) = from
+            && self.guest_lacks(hint.index, gva.raw())
+        {
+            self.stats.entries_read += 1;
+            let fault = Fault::page(gva.raw(), rights::attempt_code(access, &self.view));
+            self.events.note(|| Event::walk(gva, access, 1, Err(fault)));
+            return Err(fault);
+        }
+        let Some(root) = &self.roots.slots[self.current] else { return Err(Fault::GP0) };
+        let (regime, above) = match from {
             // The entries above are in the shadow tree, so they say the same as the guest's.
             Some(hint) => (self.regime_below(hint.index, &root.regime), rights_of(hint.above, 0)),
             None => (root.regime, Rights::ALL),
         };
-        let from_top = hinted.is_none();
         let mut tables = MemoryTables { watcher: &self.watcher, reads: 0 };
-        let walked = walk::walk_below(&mut tables, &regime, above, gva, access, &self.view);
-        self.stats.entries_read += tables.reads;
-        self.stats.walks += 1;
+        let mut path = Path::EMPTY;
+        let walked = walk::walk_below(&mut tables, &regime, above, gva, access, &self.view, &mut path);
         let entries = tables.reads;
+        self.stats.entries_read += entries;
         self.events.note(|| Event::walk(gva, access, entries, walked.as_ref().map(|w| w.gpa).map_err(|f| *f)));
-        let walked = walked?;
-        if walked.updated && !cfg!(umbra_mutant = "aliases-of-a-table-not-refreshed") {
-            self.refresh_aliases(&walked);
+        let reached = walked?;
+        if reached.dirtied && !cfg!(umbra_mutant = "aliases-of-a-table-not-refreshed") {
+            self.refresh_aliases(&path);
         }
-        Ok(match self.install(gva, &walked, from_top).and_then(|()| self.look_in_shadow(gva.raw())) {
+        let found = match (from, path.steps()) {
+            // Nothing new but a leaf in a table that this root was known to reach.
+            (Some(hint), [step]) => {
+                self.shadow.page_mut(hint.index).used();
+                self.set_leaf(hint.index, step).map(|()| Found::at(&reached))
+            }
+            _ => self.install(gva, &path, from.is_none()).and_then(|()| match self.look_in_shadow(gva.raw()) {
+                Looked::Leaf(found) => Some(found),
+                Looked::EndsAt(_) | Looked::Nothing => None,
+            }),
+        };
+        Ok(match found {
             Some(found) => self.finish(gva, access, &found),
-            None => self.answer(walked.gpa, access),
+            None => self.answer(reached.gpa, access),
         })
+    }
+
+    /// Whether the guest's own entry for `gva`, in a table that is shadowed, is clear of P.
+    #[inline]
+    fn guest_lacks(&self, index: u32, gva: u64) -> bool {
+        self.shadow.guest_entry(&self.mem, index, self.shadow.page(index).index(gva)) & entry::P == 0
     }
 
     /// A walk that begins at a shadowed table.
@@ -132,26 +177,26 @@ impl Mmu {
         Regime { top: Top::Table(page.table.base()), role: page.role, ..*whole }
     }
 
-    /// The walk may have set D in an entry that other shadow pages of the same frame hold too.
-    fn refresh_aliases(&mut self, walked: &Walk) {
-        for step in walked.steps() {
-            let Some(off) = self.mem.map(step.table.page()).readable() else { continue };
-            let at_byte = step.entry().offset();
-            for index in self.shadow.of_frame(off) {
-                let role = self.shadow.page(index).role;
-                self.refresh_entry(index, (at_byte / role.format.entry_bytes()) as usize);
-            }
+    /// The walk has set D in an entry that other shadow pages of the same frame may hold too. (Entries without A
+    /// nobody holds.)
+    fn refresh_aliases(&mut self, path: &Path) {
+        let Some(step) = path.steps().last() else { return };
+        let Some(off) = self.mem.map(step.table.page()).readable() else { return };
+        let at_byte = step.entry().offset();
+        let mut next = self.shadow.first_of_frame(off);
+        while let Some(index) = next {
+            next = self.shadow.next_of_frame(index);
+            let width = self.shadow.page(index).role.format.entry_bytes();
+            self.refresh_entry(index, (at_byte / width) as usize);
         }
     }
 
     /// Makes a present entry agree with the guest's, or drops it. True if it was dropped.
     pub(crate) fn refresh_entry(&mut self, index: u32, at: usize) -> bool {
-        let page = self.shadow.page(index);
-        if !page.entries[at].is_present() {
+        if !self.shadow.page(index).entries[at].is_present() {
             return false;
         }
-        let bytes = page.role.format.entry_bytes();
-        let raw = read_entry(&self.mem, page.table.base().add(at as u64 * bytes), bytes);
+        let raw = self.shadow.guest_entry(&self.mem, index, at);
         let stale = self.shadow.refresh(index, at, raw, &self.format) == Fresh::Stale;
         if stale {
             self.drop_entry(index, at);
@@ -161,10 +206,10 @@ impl Mmu {
 
     /// Enters a walk into the shadow tree; `None` if a table cannot be watched or has no A bit set
     /// (it lies in ROM), so that nothing may be kept.
-    fn install(&mut self, gva: Gva, walked: &Walk, from_top: bool) -> Option<()> {
+    fn install(&mut self, gva: Gva, path: &Path, from_top: bool) -> Option<()> {
         self.make_room(MAX_DEPTH);
         let mut parent: Option<(u32, &Step)> = None;
-        for step in walked.steps() {
+        for step in path.steps() {
             let index = self.shadow_page_for(step)?;
             let link = self.shadow.link_of(index);
             match parent {

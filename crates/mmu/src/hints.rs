@@ -6,8 +6,8 @@ const HINTS: usize = 64;
 /// Linear bits below a hint's granularity: the smallest that the last table of any format covers.
 const SHIFT: u32 = 21;
 
-/// The shadow page that held a leaf, and the rights above it.
-#[derive(Clone, Copy, Debug)]
+/// The last shadow page on the way to a linear address, and the rights above it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Hint {
     key: u64,
     epoch: u64,
@@ -33,16 +33,26 @@ impl Hints {
         gva >> SHIFT << 8 | slot as u64
     }
 
+    /// The place of the hint for `gva`: mixed, since a guest's regions begin at round addresses.
+    #[inline(always)]
+    fn place(gva: u64) -> usize {
+        ((gva >> SHIFT).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - HINTS.ilog2())) as usize
+    }
+
     /// What is known about `gva` in root `slot`.
     #[inline(always)]
     pub(crate) fn get(&self, gva: u64, slot: usize) -> Option<&Hint> {
-        let hint = &self.table[(gva >> SHIFT) as usize % HINTS];
+        let hint = &self.table[Self::place(gva)];
         (hint.key == Self::key(gva, slot) && hint.epoch == self.epoch).then_some(hint)
     }
 
-    pub(crate) fn set(&mut self, gva: u64, slot: usize, index: u32, above: u64) {
-        let at = (gva >> SHIFT) as usize % HINTS;
-        self.table[at] = Hint { key: Self::key(gva, slot), epoch: self.epoch, index, above };
+    /// A hint that is true at present.
+    pub(crate) fn hint(&self, gva: u64, slot: usize, index: u32, above: u64) -> Hint {
+        Hint { key: Self::key(gva, slot), epoch: self.epoch, index, above }
+    }
+
+    pub(crate) fn set(&mut self, gva: u64, hint: Hint) {
+        self.table[Self::place(gva)] = hint;
     }
 
     pub(crate) fn forget(&mut self) {

@@ -33,12 +33,13 @@ impl Mmu {
     }
 
     fn frame_written(&mut self, off: RamOffset, first_byte: u64, bytes: u64) {
-        let pages = self.shadow.of_frame(off);
-        if pages.is_empty() || cfg!(umbra_mutant = "byte-stores-drop-nothing") && bytes == 1 {
+        let mut next = self.shadow.first_of_frame(off);
+        if next.is_none() || cfg!(umbra_mutant = "byte-stores-drop-nothing") && bytes == 1 {
             return;
         }
         self.stats.table_writes += 1;
-        for index in pages {
+        while let Some(index) = next {
+            next = self.shadow.next_of_frame(index);
             let width = self.shadow.page(index).role.format.entry_bytes();
             let written = first_byte / width..(first_byte + bytes).div_ceil(width);
             let page = self.shadow.page_mut(index);
@@ -56,9 +57,13 @@ impl Mmu {
     fn retire_if_unused(&mut self, index: u32) {
         let page = self.shadow.page(index);
         let enough = if page.present == 0 { IDLE_WRITES_WHEN_EMPTY } else { IDLE_WRITES };
-        if page.idle_writes < enough {
-            return;
+        if page.idle_writes >= enough {
+            self.retire(index);
         }
+    }
+
+    #[cold]
+    fn retire(&mut self, index: u32) {
         let link = self.shadow.link_of(index);
         if self.is_current_top(link) {
             return;

@@ -49,6 +49,7 @@ impl Default for MmuOptions {
 
 /// A translated byte.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
 pub struct Translation {
     /// Its physical address.
     pub gpa: Gpa,

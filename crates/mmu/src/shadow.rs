@@ -9,7 +9,7 @@ use crate::rights::Rights;
 use crate::role::PageRole;
 use smallvec::SmallVec;
 use umbra_arch::{Gpa, GpaPage};
-use umbra_memory::RamOffset;
+use umbra_memory::{GuestMemory, RamOffset};
 
 /// An entry of a shadow page. Bits 1..=3 are W, U and X so that combining rights is an AND.
 ///
@@ -50,6 +50,11 @@ impl ShadowEntry {
     #[inline(always)]
     pub(crate) fn is_leaf(self) -> bool {
         self.0 & Self::LEAF != 0
+    }
+    /// Present, and names a table.
+    #[inline(always)]
+    pub(crate) fn is_link(self) -> bool {
+        self.0 & (Self::P | Self::LEAF) == Self::P
     }
     #[inline(always)]
     pub(crate) fn is_dirty(self) -> bool {
@@ -107,6 +112,8 @@ pub(crate) struct ShadowPage {
     pub table: GpaPage,
     pub off: RamOffset,
     pub role: PageRole,
+    /// log2 of the bytes that one entry covers.
+    pub shift: u32,
     /// Present entries.
     pub present: u32,
     /// Root slots (a bit each) whose contexts may hold translations through this page.
@@ -126,13 +133,19 @@ pub(crate) struct ShadowPage {
 impl ShadowPage {
     /// Bytes of linear address space that the whole page covers, as a shift.
     fn coverage_shift(&self) -> u32 {
-        self.role.format.shift(self.role.level) + self.role.format.index_bits()
+        self.shift + self.role.format.index_bits()
+    }
+
+    /// The index of the entry for `gva`.
+    #[inline(always)]
+    pub(crate) fn index(&self, gva: u64) -> usize {
+        (gva >> self.shift) as usize & (self.entries.len() - 1)
     }
 
     /// The entry for `gva`, which may be absent.
     #[inline(always)]
     pub(crate) fn entry_for(&self, gva: u64) -> ShadowEntry {
-        self.entries[self.role.format.index(self.role.level, gva)]
+        self.entries[self.index(gva)]
     }
 
     /// It serves as a table.
@@ -209,8 +222,25 @@ impl ShadowPages {
         self.pages.get(link.index as usize).filter(|page| page.serial == link.serial)
     }
 
+    /// Its index.
+    #[inline(always)]
+    pub(crate) fn index_of(&self, link: Link) -> Option<u32> {
+        self.get(link).map(|_| link.index)
+    }
+
+    #[inline(always)]
     pub(crate) fn page(&self, index: u32) -> &ShadowPage {
         &self.pages[index as usize]
+    }
+
+    /// What the guest's table has at `at` now.
+    #[inline]
+    pub(crate) fn guest_entry(&self, mem: &GuestMemory, index: u32, at: usize) -> u64 {
+        let page = self.page(index);
+        match page.role.format.entry_bytes() {
+            4 => u64::from(mem.load::<u32>(page.off.add(at as u64 * 4))),
+            _ => mem.load::<u64>(page.off.add(at as u64 * 8)),
+        }
     }
 
     pub(crate) fn page_mut(&mut self, index: u32) -> &mut ShadowPage {
@@ -226,26 +256,27 @@ impl ShadowPages {
         (0..self.pages.len() as u32).filter(|&i| self.pages[i as usize].serial != 0)
     }
 
-    /// Indices of the pages that shadow the frame at `off`.
-    pub(crate) fn of_frame(&self, off: RamOffset) -> SmallVec<[u32; 4]> {
-        let mut found = SmallVec::new();
-        let mut at = self.heads.get((off.raw() >> 12) as usize).copied().unwrap_or(0);
-        while at != 0 {
-            found.push(at - 1);
-            at = self.pages[at as usize - 1].next;
-        }
-        found
+    /// The first of the pages that shadow the frame at `off`.
+    #[inline]
+    pub(crate) fn first_of_frame(&self, off: RamOffset) -> Option<u32> {
+        self.heads.get((off.raw() >> 12) as usize)?.checked_sub(1)
+    }
+
+    /// The page that shadows the same frame after this one.
+    #[inline]
+    pub(crate) fn next_of_frame(&self, index: u32) -> Option<u32> {
+        self.page(index).next.checked_sub(1)
     }
 
     /// The page of this whole key.
     pub(crate) fn find(&self, off: RamOffset, table: GpaPage, role: PageRole) -> Option<u32> {
-        let mut at = self.heads.get((off.raw() >> 12) as usize).copied().unwrap_or(0);
-        while at != 0 {
-            let page = &self.pages[at as usize - 1];
+        let mut next = self.first_of_frame(off);
+        while let Some(index) = next {
+            let page = self.page(index);
             if (page.role == role || cfg!(umbra_mutant = "page-found-without-its-role")) && page.table == table {
-                return Some(at - 1);
+                return Some(index);
             }
-            at = page.next;
+            next = self.next_of_frame(index);
         }
         None
     }
@@ -262,6 +293,7 @@ impl ShadowPages {
             table,
             off: off.page_base(),
             role,
+            shift: role.format.shift(role.level),
             present: 0,
             roots: 0,
             bases: SmallVec::new(),

@@ -67,29 +67,70 @@ pub struct Step {
 impl Step {
     /// The entry's address.
     pub const fn entry(&self) -> Gpa {
-        self.table.add(self.index as u64 * self.role.format.entry_bytes())
+        entry_at(self.table, self.index, self.role)
     }
 }
 
-/// A successful walk.
+#[inline(always)]
+const fn entry_at(table: Gpa, index: u16, role: PageRole) -> Gpa {
+    table.add(index as u64 * role.format.entry_bytes())
+}
+
+/// The entries that a walk used.
 #[derive(Clone, Copy, Debug)]
-pub struct Walk {
+pub(crate) struct Path {
     steps: [Step; 5],
     count: usize,
+}
+
+impl Path {
+    /// No entry.
+    pub(crate) const EMPTY: Path = Path { steps: [NO_STEP; 5], count: 0 };
+
+    /// Topmost first; none with paging off.
+    pub(crate) fn steps(&self) -> &[Step] {
+        &self.steps[..self.count]
+    }
+
+    fn push(&mut self, step: Step) {
+        self.steps[self.count] = step;
+        self.count += 1;
+    }
+}
+
+/// Where a walk led.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reached {
     /// The byte's physical address.
     pub gpa: Gpa,
     /// Rights over all levels.
     pub rights: Rights,
     /// D of the leaf.
     pub dirty: bool,
-    /// The walk set A or D somewhere.
-    pub updated: bool,
+    /// The walk has set D.
+    pub dirtied: bool,
+}
+
+/// A successful walk.
+#[derive(Clone, Copy, Debug)]
+pub struct Walk {
+    path: Path,
+    /// The byte's physical address.
+    pub gpa: Gpa,
+    /// Rights over all levels.
+    pub rights: Rights,
+    /// D of the leaf.
+    pub dirty: bool,
 }
 
 impl Walk {
+    fn of(path: Path, reached: Reached) -> Walk {
+        Walk { path, gpa: reached.gpa, rights: reached.rights, dirty: reached.dirty }
+    }
+
     /// The entries used, topmost first; none with paging off.
     pub fn steps(&self) -> &[Step] {
-        &self.steps[..self.count]
+        self.path.steps()
     }
 }
 
@@ -120,14 +161,17 @@ const RETRIES: usize = 64;
 /// #PF with the code of "Page-Fault Exceptions" and `gva` for CR2.
 #[inline]
 pub fn walk<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access, view: &View) -> Result<Walk, Fault> {
-    walk_below(tables, regime, Rights::ALL, gva, access, view)
+    let mut path = Path::EMPTY;
+    let reached = walk_below(tables, regime, Rights::ALL, gva, access, view, &mut path)?;
+    Ok(Walk::of(path, reached))
 }
 
 /// As [`walk`], for a `regime` that names a table on the way, with the rights of the entries above it.
+/// The entries used go to `path`.
 ///
 /// # Errors
 /// As [`walk`].
-#[inline]
+#[inline(always)]
 pub(crate) fn walk_below<T: Tables>(
     tables: &mut T,
     regime: &Regime,
@@ -135,17 +179,19 @@ pub(crate) fn walk_below<T: Tables>(
     gva: Gva,
     access: Access,
     view: &View,
-) -> Result<Walk, Fault> {
-    for _ in 0..RETRIES {
-        let mut found = look_below(tables, regime, above, gva, access, view)?;
-        if set_accessed_dirty(tables, &mut found, access) {
+    path: &mut Path,
+) -> Result<Reached, Fault> {
+    let mut tries = 0;
+    loop {
+        let mut reached = look_below(tables, regime, above, gva, access, view, path)?;
+        if tries == RETRIES || set_accessed_dirty(tables, path, &mut reached, access) {
             if cfg!(umbra_mutant = "flags-set-before-rights-are-checked") {
-                rights::check(found.rights, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
+                rights::check(reached.rights, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
             }
-            return Ok(found);
+            return Ok(reached);
         }
+        tries += 1;
     }
-    look_below(tables, regime, above, gva, access, view)
 }
 
 /// Translates `gva` for `access` and changes nothing.
@@ -154,10 +200,12 @@ pub(crate) fn walk_below<T: Tables>(
 /// As [`walk`].
 #[inline]
 pub fn look<T: Tables>(tables: &mut T, regime: &Regime, gva: Gva, access: Access, view: &View) -> Result<Walk, Fault> {
-    look_below(tables, regime, Rights::ALL, gva, access, view)
+    let mut path = Path::EMPTY;
+    let reached = look_below(tables, regime, Rights::ALL, gva, access, view, &mut path)?;
+    Ok(Walk::of(path, reached))
 }
 
-#[inline]
+#[inline(always)]
 fn look_below<T: Tables>(
     tables: &mut T,
     regime: &Regime,
@@ -165,7 +213,9 @@ fn look_below<T: Tables>(
     gva: Gva,
     access: Access,
     view: &View,
-) -> Result<Walk, Fault> {
+    path: &mut Path,
+) -> Result<Reached, Fault> {
+    path.count = 0;
     let fault = |code| Fault::page(gva.raw(), code | rights::attempt_code(access, view));
     let mut table = match regime.top {
         Top::Direct => return Ok(direct(gva)),
@@ -179,15 +229,11 @@ fn look_below<T: Tables>(
         }
     };
     let mut role = regime.role;
-    let mut steps = [NO_STEP; 5];
-    let mut count = 0;
     let mut combined = above;
     loop {
         let index = role.format.index(role.level, gva.raw()) as u16;
-        let step = Step { table, role, index, raw: 0 };
-        let raw = tables.read(step.entry(), role.format.entry_bytes());
-        steps[count] = Step { raw, ..step };
-        count += 1;
+        let raw = tables.read(entry_at(table, index, role), role.format.entry_bytes());
+        path.push(Step { table, role, index, raw });
         match regime.format.decode(raw, role) {
             Decoded::NotPresent => return Err(fault(0)),
             Decoded::Reserved => return Err(fault(pfec::P | pfec::RSVD)),
@@ -202,22 +248,21 @@ fn look_below<T: Tables>(
                     rights::check(combined, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
                 }
                 let within = gva.raw() & ((1 << role.format.shift(role.level)) - 1);
-                return Ok(Walk { steps, count, gpa: base.add(within), rights: combined, dirty, updated: false });
+                return Ok(Reached { gpa: base.add(within), rights: combined, dirty, dirtied: false });
             }
         }
     }
 }
 
 /// The identity of paging off; linear addresses have 32 bits there.
-fn direct(gva: Gva) -> Walk {
-    let gpa = Gpa::new(gva.raw() & 0xffff_ffff);
-    Walk { steps: [NO_STEP; 5], count: 0, gpa, rights: Rights::ALL, dirty: true, updated: false }
+fn direct(gva: Gva) -> Reached {
+    Reached { gpa: Gpa::new(gva.raw() & 0xffff_ffff), rights: Rights::ALL, dirty: true, dirtied: false }
 }
 
 /// False if an entry changed under the walk.
-fn set_accessed_dirty<T: Tables>(tables: &mut T, walk: &mut Walk, access: Access) -> bool {
-    let last = walk.count.wrapping_sub(1);
-    for (level, step) in walk.steps[..walk.count].iter_mut().enumerate() {
+fn set_accessed_dirty<T: Tables>(tables: &mut T, path: &mut Path, reached: &mut Reached, access: Access) -> bool {
+    let last = path.count.wrapping_sub(1);
+    for (level, step) in path.steps[..path.count].iter_mut().enumerate() {
         let dirty = if level == last && access.kind == AccessKind::Write { entry::D } else { 0 };
         let new = step.raw | entry::A | dirty;
         if new == step.raw {
@@ -225,9 +270,9 @@ fn set_accessed_dirty<T: Tables>(tables: &mut T, walk: &mut Walk, access: Access
         }
         match tables.exchange(step.entry(), step.role.format.entry_bytes(), step.raw, new) {
             Exchange::Done => {
+                reached.dirtied |= (new ^ step.raw) & dirty != 0;
+                reached.dirty |= dirty != 0;
                 step.raw = new;
-                walk.dirty |= dirty != 0;
-                walk.updated = true;
             }
             Exchange::Ignored => {}
             Exchange::Changed => return false,

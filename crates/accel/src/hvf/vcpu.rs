@@ -121,7 +121,12 @@ impl<F: Framework> HvfVcpu<F> {
 
     fn refusal(&self, kind: RefusalKind, detail: String) -> Exit {
         let rip = self.hv.read_register(Register::Rip).unwrap_or(0);
-        Exit::Refused(Refusal { kind, detail: format!("{}: {detail}", Backend::Hypervisor), rip, bytes: Vec::new() })
+        Exit::Refused(Box::new(Refusal {
+            kind,
+            detail: format!("{}: {detail}", Backend::Hypervisor),
+            rip,
+            bytes: Vec::new(),
+        }))
     }
 }
 

@@ -99,7 +99,7 @@ impl CaseRunner {
             match stopped.exit {
                 Exit::Halted | Exit::WaitForSipi => break CaseEnd::Halted,
                 Exit::Attention if self.vcpu.is_stop_reached() => break CaseEnd::Instructions,
-                Exit::Refused(refusal) => break CaseEnd::Refused(refusal),
+                Exit::Refused(refusal) => break CaseEnd::Refused(*refusal),
                 Exit::BudgetSpent => break CaseEnd::TimedOut,
                 Exit::Shutdown(_) | Exit::ShutdownUnseen { .. } => break CaseEnd::Shutdown,
                 Exit::Attention | Exit::Unsupported(_) => {}

@@ -252,7 +252,7 @@ impl KvmVcpu {
         let Event::Refused { kind, detail, bytes } = event else { return Exit::Attention };
         let (rip, read) = self.registers.next_instruction(&self.vm);
         let bytes = if bytes.is_empty() { read } else { bytes };
-        Exit::Refused(Refusal { kind, detail: format!("{}: {detail}", self.backend()), rip, bytes })
+        Exit::Refused(Box::new(Refusal { kind, detail: format!("{}: {detail}", self.backend()), rip, bytes }))
     }
 
     fn note(&self, result: Result<(), KvmError>) {
@@ -354,7 +354,7 @@ impl KvmVcpu {
             }
             let event = self.enter(bus, self.now);
             if let Some(Exit::Refused(refusal)) = self.after(event) {
-                return Err(refusal);
+                return Err(*refusal);
             }
         }
         Ok(())

@@ -75,7 +75,8 @@ fn translations() {
     expect(&mut rig, |r| _ = r.read(VA + 0x1000).expect("mapped"), &write);
     expect(&mut rig, |r| r.mmu.drop_all_contexts(), &[("context_clears", 1)]);
     expect(&mut rig, |r| _ = r.write(VA).expect("mapped"), &[("refills", 1)]);
-    expect(&mut rig, |r| _ = r.read(VA + 0x40_0000).expect_err("not mapped"), &[("walks", 1), ("entries_read", 3)]);
+    // The page directory lacks an entry; what is above it is in the shadow tree.
+    expect(&mut rig, |r| _ = r.read(VA + 0x40_0000).expect_err("not mapped"), &[("walks", 1), ("entries_read", 1)]);
     // A fault that the shadow tree knows of costs no walk.
     rig.view(3, false);
     rig.map(VA, PAGE | P | W);
