@@ -14,6 +14,7 @@ mod measure;
 mod pages;
 mod pc;
 mod report;
+mod scenarios;
 mod segments;
 mod stages;
 mod strings;
@@ -57,8 +58,16 @@ impl Rom {
 }
 
 /// Every ROM; the embedded guest is the first.
-pub const ROMS: &[Rom] =
-    &[embedded::ROM, costs::ROM, exceptions::ROM, pages::ROM, segments::ROM, strings::ROM, syscalls::ROM];
+pub const ROMS: &[Rom] = &[
+    embedded::ROM,
+    costs::ROM,
+    exceptions::ROM,
+    pages::ROM,
+    scenarios::ROM,
+    segments::ROM,
+    strings::ROM,
+    syscalls::ROM,
+];
 
 /// The guest that runs when no other is named.
 pub fn embedded_guest() -> &'static Rom {
