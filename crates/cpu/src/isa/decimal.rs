@@ -5,9 +5,10 @@ use crate::by_wide;
 use crate::core::Core;
 use crate::flags::Flags;
 use crate::op::{ExecFn, Flow, Op};
+use crate::segments::SegmentUse;
 use crate::word::Word;
 use iced_x86::Mnemonic as M;
-use umbra_arch::paging::AccessKind;
+
 use umbra_arch::rflags::{AF, CF, OF, PF, SF, ZF};
 use umbra_arch::state::reg;
 use umbra_arch::{Bus, Fault};
@@ -95,19 +96,17 @@ fn aad(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
     Ok(())
 }
 
-/// #BR unless lower <= index <= upper, signed; the bounds lie side by side in memory.
+/// #BR unless lower <= index <= upper, signed. The bounds lie side by side, but are two operands: the address of the upper
+/// one wraps as any does.
 fn bound<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
-    let lin = c.linear(op, 2 * W::BYTES, AccessKind::Read)?;
-    let mut raw = [0; 16];
-    let bytes = W::BYTES as usize;
-    c.read_bytes(bus, op, lin, &mut raw[..2 * bytes])?;
-    let value = |at: usize| {
-        let mut wide = [0; 8];
-        wide[..bytes].copy_from_slice(&raw[at..at + bytes]);
-        W::sext(u64::from_le_bytes(wide)) as i64
+    let mut bound = |c: &mut Core, distance: u64| {
+        let offset = c.effective(op).wrapping_add(distance) & op.ea_mask;
+        let lin = c.segmented(op.seg, offset, W::BYTES, SegmentUse::Read)?;
+        c.read::<W>(bus, op, lin).map(|value| W::sext(value) as i64)
     };
+    let (lower, upper) = (bound(c, 0)?, bound(c, W::BYTES)?);
     let index = W::sext(c.reg::<W>(op.dst)) as i64;
-    if index < value(0) || index > value(bytes) {
+    if index < lower || index > upper {
         return c.raise(Fault::BOUND);
     }
     Ok(())
