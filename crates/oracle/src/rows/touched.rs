@@ -1,7 +1,7 @@
 //! Which parts of the window an instruction may write.
 
 use crate::window::{BYTES, PHYSICAL};
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{CodeSize, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 use std::cell::RefCell;
 use std::ops::Range;
 use umbra_arch::{CpuState, rflags};
@@ -32,10 +32,12 @@ pub fn ranges(i: &Instruction, mode: Mode, s: &CpuState) -> Vec<Range<u64>> {
         for m in info.used_memory() {
             let reads =
                 matches!(m.access(), OpAccess::None | OpAccess::Read | OpAccess::NoMemAccess | OpAccess::CondRead);
-            if let Some(at) = m.virtual_address(0, |r, _, _| Some(value(r, mode, s)))
+            let in_segment = |r: Register| if r.is_segment_register() { 0 } else { value(r, mode, s) };
+            if let Some(offset) = m.virtual_address(0, |r, _, _| Some(in_segment(r)))
                 && !reads
             {
-                let at = (at & mode.mask()).wrapping_add(bit_offset(i, s));
+                let offset = offset.wrapping_add(bit_offset(i, s)) & address_mask(m.address_size());
+                let at = value(m.segment(), mode, s).wrapping_add(offset) & mode.mask();
                 add(&mut ranges, at.wrapping_sub(MARGIN), m.memory_size().size() as u64 + 2 * MARGIN);
             }
         }
@@ -97,6 +99,14 @@ fn string(i: &Instruction, mode: Mode, s: &CpuState) -> Option<(u64, u64)> {
     let down = if s.rflags & rflags::DF != 0 { bytes.saturating_sub(size) } else { 0 };
     let start = (mode.base().wrapping_add(offset) & mode.mask()).wrapping_sub(down);
     Some((start.wrapping_sub(MARGIN), bytes + 2 * MARGIN))
+}
+
+fn address_mask(size: CodeSize) -> u64 {
+    match size {
+        CodeSize::Code16 => 0xffff,
+        CodeSize::Code32 => 0xffff_ffff,
+        CodeSize::Code64 | CodeSize::Unknown => u64::MAX,
+    }
 }
 
 fn value(r: Register, mode: Mode, s: &CpuState) -> u64 {
