@@ -70,13 +70,16 @@ pub struct Code {
     pub tail: Vec<u8>,
 }
 
+/// MOV EBP, imm32.
+const LINK_BYTES: usize = 5;
+
 impl Code {
     /// The bytes at [`gpa`](Self::gpa).
     pub fn bytes(&self) -> Vec<u8> {
-        let mut all = Vec::new();
+        let mut all = Vec::with_capacity(self.len());
         for step in &self.steps {
             if self.linked {
-                let next = self.gpa + (all.len() + 5 + step.len()) as u64;
+                let next = self.gpa + (all.len() + LINK_BYTES + step.len()) as u64;
                 all.push(0xbd);
                 all.extend((next as u32).to_le_bytes());
             }
@@ -84,6 +87,13 @@ impl Code {
         }
         all.extend(&self.tail);
         all
+    }
+
+    /// How many bytes.
+    #[allow(clippy::len_without_is_empty, reason = "code is never empty")]
+    pub fn len(&self) -> usize {
+        let link = if self.linked { LINK_BYTES } else { 0 };
+        self.steps.iter().map(|step| link + step.len()).sum::<usize>() + self.tail.len()
     }
 }
 
@@ -122,5 +132,12 @@ impl Case {
     pub fn pieces(&self) -> impl Iterator<Item = (u64, std::borrow::Cow<'_, [u8]>)> {
         let own = self.memory.iter().map(|piece| (piece.gpa, piece.bytes.as_slice().into()));
         own.chain(std::iter::once((self.code.gpa, self.code.bytes().into())))
+    }
+
+    /// Where the case's own memory lies, and all that it may write; wraps where that is nonsense.
+    pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> {
+        let own = self.memory.iter().map(|piece| (piece.gpa, piece.bytes.len()));
+        let own = own.chain(std::iter::once((self.code.gpa, self.code.len())));
+        own.map(|(gpa, bytes)| gpa..gpa.wrapping_add(bytes as u64)).chain(self.watch.iter().cloned())
     }
 }

@@ -39,7 +39,10 @@ impl Random {
     /// A number below `n`.
     pub fn below(&mut self, n: u64) -> u64 {
         let bytes = if n <= 1 << 8 { 1 } else { 4 };
-        self.input(bytes).unwrap_or_else(|| self.next()) % n
+        match self.input(bytes) {
+            Some(value) => value % n,
+            None => ((u128::from(self.next()) * u128::from(n)) >> 64) as u64,
+        }
     }
     /// True once in `n` times.
     pub fn one_in(&mut self, n: u64) -> bool {

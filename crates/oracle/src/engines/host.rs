@@ -4,6 +4,7 @@ use crate::case::{Case, Layout, Piece, Run};
 use crate::engine::{Answer, End, Engine, Outcome};
 use crate::rows;
 use crate::window::{BYTES, PHYSICAL, background};
+use std::ops::Range;
 use umbra_arch::Fault;
 use umbra_hostexec::native::{Ended, Mode, NativeCpu, NativeError, NativeState, Until};
 
@@ -47,8 +48,7 @@ impl Host {
 
     /// Puts back what the case may have changed.
     fn restore(&mut self, case: &Case) {
-        let own = case.pieces().map(|(gpa, bytes)| gpa..gpa + bytes.len() as u64);
-        for range in own.chain(case.watch.iter().cloned()) {
+        for range in case.ranges() {
             let offset = (range.start - PHYSICAL) as usize;
             self.cpu.write(offset, &background()[offset..(range.end - PHYSICAL) as usize]);
         }
@@ -90,7 +90,5 @@ impl Engine for Host {
 /// Whether all memory of the case is in the window.
 pub fn in_window(case: &Case) -> bool {
     let window = PHYSICAL..=PHYSICAL + BYTES as u64;
-    let inside = |start: u64, end: u64| window.contains(&start) && window.contains(&end) && start <= end;
-    case.pieces().all(|(gpa, bytes)| gpa.checked_add(bytes.len() as u64).is_some_and(|end| inside(gpa, end)))
-        && case.watch.iter().all(|range| inside(range.start, range.end))
+    case.ranges().all(|Range { start, end }| window.contains(&start) && window.contains(&end) && start <= end)
 }

@@ -68,16 +68,14 @@ impl Window {
             self.core.mem.write(Gpa::new(gpa), &bytes);
         }
         let mut state = Box::new(case.state.clone());
-        let bytes = case.code.bytes();
-        let end = self.execute(&bytes, &mut state, rows::uses_fp(rows::instruction(case, self.mode).code()));
+        let end = self.execute(&case.code.bytes(), &mut state);
         let read = |range: &std::ops::Range<u64>| {
             let mut bytes = vec![0; (range.end - range.start) as usize];
             self.core.mem.read(Gpa::new(range.start), &mut bytes);
             Piece { gpa: range.start, bytes }
         };
         let memory = case.watch.iter().map(read).collect();
-        let own = case.pieces().map(|(gpa, bytes)| gpa..gpa + bytes.len() as u64);
-        for range in own.chain(case.watch.iter().cloned()) {
+        for range in case.ranges() {
             let (start, end) = ((range.start - PHYSICAL) as usize, (range.end - PHYSICAL) as usize);
             self.core.mem.write(Gpa::new(range.start), &background()[start..end]);
         }
@@ -85,7 +83,7 @@ impl Window {
     }
 
     /// Executes the first instruction in `bytes`, all rounds of it, as if it lay at `state.rip`.
-    pub fn execute(&mut self, bytes: &[u8], state: &mut CpuState, with_fp: bool) -> End {
+    pub fn execute(&mut self, bytes: &[u8], state: &mut CpuState) -> End {
         let size = match self.mode {
             Mode::Bits16 => CodeSize::Bits16,
             Mode::Bits32 => CodeSize::Bits32,
@@ -93,6 +91,7 @@ impl Window {
         };
         let Ok(i) = decode::decode(bytes, state.rip, size) else { return End::Fault(Fault::UNDEFINED) };
         let op = decode::resolve(&i, size, &self.core.profile, &mut self.core.host).op;
+        let with_fp = rows::uses_fp(i.code());
         let c = &mut self.core;
         c.gpr[..16].copy_from_slice(&state.gpr);
         c.set_rflags(state.rflags);

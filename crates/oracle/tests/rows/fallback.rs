@@ -17,7 +17,7 @@ fn run_with_rax(bytes: &[u8], rax: u64) -> u64 {
     let mut state = initial();
     state.gpr[0] = rax;
     let mut window = Window::new(&CpuidProfile::default(), Mode::Bits64).unwrap();
-    assert_eq!(window.execute(bytes, &mut state, false), End::Completed);
+    assert_eq!(window.execute(bytes, &mut state), End::Completed);
     state.gpr[0]
 }
 
@@ -27,7 +27,7 @@ fn run(profile: &CpuidProfile, bytes: &[u8], rbx: u64) -> Result<(u64, u64, u64)
     state.gpr[3] = rbx;
     let mut padded = [0xcc; 16];
     padded[..bytes.len()].copy_from_slice(bytes);
-    if let End::Fault(fault) = Window::new(profile, Mode::Bits64).unwrap().execute(&padded, &mut state, false) {
+    if let End::Fault(fault) = Window::new(profile, Mode::Bits64).unwrap().execute(&padded, &mut state) {
         return Err(fault);
     }
     assert_eq!(state.rip, WINDOW + 0x800 + bytes.len() as u64);
