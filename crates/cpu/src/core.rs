@@ -343,12 +343,18 @@ impl Core {
     }
 
     /// Recomputes what addressing and decoding derive from segment registers and mode.
+    #[inline]
     pub fn segments_changed(&mut self) {
         self.break_block = true;
-        let long = self.s.is_64bit_code();
-        if long && self.code_size == CodeSize::Bits64 {
+        if self.code_size == CodeSize::Bits64 && self.s.is_64bit_code() {
             return self.flat_bases();
         }
+        self.code_size_changed();
+    }
+
+    #[inline(never)]
+    fn code_size_changed(&mut self) {
+        let long = self.s.is_64bit_code();
         self.seg_base = [0; 8];
         let cs = self.s.segment(Seg::Cs);
         let size = if long {
@@ -374,6 +380,7 @@ impl Core {
     }
 
     /// 64-bit code: only FS and GS have bases, and nothing is checked against limits.
+    #[inline]
     fn flat_bases(&mut self) {
         for seg in [Seg::Fs, Seg::Gs] {
             self.seg_base[seg as usize] = self.s.segment(seg).base;

@@ -289,6 +289,7 @@ impl Core {
             }
         }
         self.s.seg[Seg::Cs as usize] = Segment { selector: cs.selector & !3 | u16::from(cpl), ..cs };
+        let inner = self.s.cpl != cpl;
         self.s.cpl = cpl;
         let mut clear = rflags::TF | rflags::NT | rflags::RF | rflags::VM;
         if gate.attr.kind() & 1 == 0 {
@@ -297,7 +298,9 @@ impl Core {
         self.set_system_flags(self.s.rflags & !clear);
         self.segments_changed();
         frame.commit_pointer(self);
-        self.view_changed();
+        if inner {
+            self.view_changed();
+        }
         self.next_rip = gate.offset;
         self.break_block = true;
     }

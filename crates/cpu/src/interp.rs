@@ -206,7 +206,9 @@ impl Interpreter {
         for (done, op) in block.ops[..most].iter().enumerate() {
             let flow = (op.exec)(c, bus, op);
             if flow.is_err() || c.break_block || done + 1 == most {
-                return self.ended(bus, number, done, flow.err());
+                let exit = self.ended(bus, number, done, flow.err());
+                self.resuming = self.core.resumes();
+                return exit;
             }
             c.s.rflags &= !rflags::RF;
         }
@@ -355,7 +357,7 @@ impl Interpreter {
         self.single = c.must_step() || c.traces_instructions();
         self.resuming = c.resumes();
         c.trap_pending = c.s.rflags & rflags::TF != 0;
-        c.check_events = self.single || self.resuming;
+        c.check_events = self.single;
         None
     }
 

@@ -85,9 +85,9 @@ impl Core {
         self.s.cpl = cpl;
         if cpl > old_cpl {
             self.drop_inner_segments(from64);
+            self.view_changed();
         }
         self.segments_changed();
-        self.view_changed();
         self.set_stack_pointer(if bytes == 8 { rsp } else { rsp & (u64::MAX >> (64 - 8 * bytes)) });
         self.next_rip = rip;
         self.break_block = true;

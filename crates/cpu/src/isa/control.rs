@@ -53,10 +53,9 @@ impl Core {
         &mut self,
         write: impl FnOnce(&Core, &mut dyn FnMut(Gpa) -> [u64; 4]) -> Result<Effects, Fault>,
     ) -> Result<Effects, Stop> {
-        let mem = self.mem.clone();
         let mut read = |gpa: Gpa| {
             let mut raw = [0u8; 32];
-            mem.read(gpa, &mut raw);
+            self.mem.read(gpa, &mut raw);
             std::array::from_fn(|i| u64::from_le_bytes(std::array::from_fn(|b| raw[8 * i + b])))
         };
         let effects = write(self, &mut read);
