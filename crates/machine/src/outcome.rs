@@ -35,6 +35,23 @@ pub enum End {
     Stopped(Stop),
 }
 
+impl End {
+    /// Whether nothing runs afterwards.
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::PowerOff
+            | Self::Reset
+            | Self::DebugExit(_)
+            | Self::HaltedForever(_)
+            | Self::TripleFault(_)
+            | Self::ShutdownUnseen(_)
+            | Self::Unsupported(_)
+            | Self::Refused(_) => true,
+            Self::Expected | Self::Mark(_) | Self::MemoryFile(_) | Self::Limit | Self::Stopped(_) => false,
+        }
+    }
+}
+
 /// A machine in which nothing can happen any more.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub struct Halted {

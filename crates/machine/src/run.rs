@@ -73,8 +73,17 @@ impl<V: Vcpu> Machine<V> {
                 break end;
             }
         };
+        if end.is_final() {
+            // The slice that it came in isn't over, but nothing follows.
+            self.now = self.now.max(self.furthest());
+        }
         self.flush(host);
         end
+    }
+
+    /// The time that the CPU furthest ahead has reached.
+    fn furthest(&self) -> VirtualTime {
+        self.cpus.iter().map(|cpu| cpu.time).max().unwrap_or(self.now)
     }
 
     fn flush(&mut self, host: &mut dyn Host) {
@@ -221,8 +230,7 @@ impl<V: Vcpu> Machine<V> {
     /// No CPU has anything to do: time goes on to the next event.
     fn idle(&mut self, host: &mut dyn Host, limit: Option<VirtualTime>) -> Option<End> {
         // The CPUs' own times may be ahead of the events': what they did lies in the past now.
-        let latest = self.cpus.iter().map(|cpu| cpu.time).max().unwrap_or(self.now);
-        self.now = self.now.max(latest);
+        self.now = self.now.max(self.furthest());
         let since = *self.idle_since.get_or_insert(self.now);
         let patience = if self.deaf() { MASKED_PATIENCE_NS } else { IDLE_PATIENCE_NS };
         let next = self.pc.next_event().map(|event| event.max(self.now));

@@ -169,6 +169,18 @@ fn each_exit_is_an_end() {
 }
 
 #[test]
+fn the_end_has_the_time_of_its_instruction() {
+    let fault = TripleFault { at: (0, 0), first: Fault::GP0, second: Fault::GP0, third: Fault::GP0 };
+    let shutdown = Step::Exit(umbra_arch::Exit::Shutdown(Box::new(fault)));
+    for spin in [1, 700, 1_000_500, 3_000_000] {
+        assert_eq!(run(&[Spin(spin), shutdown.clone()]).2, spin);
+        let cost = run(&[Out(0xf4, 0x10)]).2;
+        assert!(cost > 0);
+        assert_eq!(run(&[Spin(spin), Out(0xf4, 0x10)]).2, spin + cost);
+    }
+}
+
+#[test]
 fn halt_with_interrupts_off_is_found_even_if_a_timer_runs() {
     let masked = |rip| End::HaltedForever(Halted { rip, interrupts_enabled: false });
     assert_eq!(run(&[Cli, Hlt]).0, masked(2));
