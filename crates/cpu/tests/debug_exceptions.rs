@@ -78,6 +78,19 @@ fn instruction_breakpoint_is_a_fault_that_rf_holds_off_once() {
 }
 
 #[test]
+fn rf_is_for_one_instruction_of_a_block() {
+    let (nop, int) = (0x90, [0xcd, 5]);
+    for nops in 1..4 {
+        let mut g = Guest::new();
+        g.s.rflags |= rflags::RF;
+        let got = g.run_bytes(&[&vec![nop; nops][..], &int].concat());
+        assert_eq!(got, Some(5));
+        let (rip, flags) = frame(&g);
+        assert_eq!((rip, flags & rflags::RF), (CODE + nops as u64 + 2, 0), "{nops}");
+    }
+}
+
+#[test]
 fn single_step_comes_after_the_instruction() {
     let mut g = Guest::new();
     g.s.rflags |= rflags::TF;
