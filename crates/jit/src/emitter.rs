@@ -215,6 +215,14 @@ impl Emitter {
     }
 
     /// The ten-byte form.
+    /// Always six bytes for the upper registers.
+    pub fn mov_imm32(&mut self, to: Reg, value: u32) {
+        if to >= 8 {
+            self.raw(&[0x41]);
+        }
+        self.raw(&[0xb8 | to & 7]);
+        self.raw(&value.to_le_bytes());
+    }
     pub fn mov_imm64(&mut self, to: Reg, value: u64) {
         self.rex(true, 0, 0, to);
         self.byte(0xb8 | to & 7);

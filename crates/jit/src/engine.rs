@@ -2,14 +2,14 @@
 
 use crate::emitter::{Emitter, displacement};
 use crate::flags::{logic_clears_af, pack, unpack};
-use crate::frame::{Frame, Reason, edges};
+use crate::frame::{Frame, RELINK, Reason, edges};
 use crate::jumps::{Contexts, Jumps, Place, Places, Slot};
 use crate::listing::{self, Listener, Translated};
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::ranges::{Misses, Saved};
 use crate::stats::JitStats;
 use crate::stubs::{self, Flow, Stubs};
-use crate::translate::{Code, Exit as DirectExit, OP_BITS, Source, dropped_code, lookup_code, translate};
+use crate::translate::{Code, Exit as DirectExit, OP_BITS, Source, dropped_code, other_code, translate};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
@@ -554,6 +554,7 @@ impl Engine {
             Reason::Link => {
                 self.stats.left_by_link += 1;
                 self.pending = Some((site as usize, base));
+                self.frame.relink = RELINK;
                 base.wrapping_add(self.exits[site as usize].exit.target)
             }
             Reason::Miss => {
@@ -575,7 +576,7 @@ impl Engine {
             return;
         }
         let same_page = source.offset >> 12 == to.offset >> 12 && source.mode == to.mode && !to.crosses;
-        let lookup = lookup_code(exit.unlinked, exit.target, &self.stubs);
+        let other = other_code(exit.unlinked, number as u32, exit.target, &self.stubs);
         match exit.guard {
             Some(guard) => {
                 self.patch(guard.context, &context.to_le_bytes());
@@ -586,7 +587,7 @@ impl Engine {
             None if same_page => self.patch(exit.jump, &displacement(exit.jump, to.entry)),
             None => {}
         }
-        self.patch(exit.unlinked, &lookup);
+        self.patch(exit.unlinked, &other);
         self.stats.linked += 1;
     }
 

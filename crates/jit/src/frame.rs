@@ -49,6 +49,8 @@ pub struct Frame {
     pub edges: [u32; 2],
     /// What the search by place has found.
     pub found: u64,
+    /// Failing guards until an exit is linked anew.
+    pub relink: u32,
     /// The linear address of a range's miss.
     pub linear: u64,
     /// A range that was missed for some time, and one: where, and where the code that missed goes on.
@@ -118,6 +120,9 @@ pub const X87_CONTROL: u16 = 0x1f7f;
 /// FSW: error summary and busy.
 const X87_SUMMARY: u16 = 0x8080;
 
+/// Failing guards until the next one's exit is linked to where it leads now: the hottest ones come first.
+pub const RELINK: u32 = 64;
+
 /// More than any budget.
 pub const BANK: i64 = 1 << 61;
 
@@ -140,6 +145,7 @@ impl Frame {
             places,
             edges: [0; 2],
             found: 0,
+            relink: RELINK,
             linear: 0,
             missed: 0,
             missed_gva: 0,

@@ -36,6 +36,8 @@ pub const MARGIN: u64 = 32;
 pub const PATIENCE: u32 = 64;
 /// Likewise at most.
 const MOST_PATIENCE: u32 = 8192;
+/// Instructions a miss between two looks, above which the next one comes as soon as it can.
+const SELDOM: u64 = 1024;
 /// Instructions from one miss to the next, when a range is missed too often.
 const OFTEN: u64 = 12;
 /// Pages of a run in each direction.
@@ -160,7 +162,7 @@ pub struct Misses {
     sites: Vec<Site>,
     /// When each range was last missed [`PATIENCE`] times.
     last: [[u64; NAMES]; 2],
-    /// Misses of each range until the next look: more each time that there was no long run.
+    /// Misses of each range until the next look: more each time that there was no long run or that it didn't help.
     patience: [[u32; NAMES]; 2],
     /// By block number: operations, by bits, that are better looked up in the table.
     operations: HashMap<u32, u64>,
@@ -228,7 +230,8 @@ impl Misses {
         };
         let long = pages >= FIXED_PAGES;
         let patience = &mut self.patience[usize::from(write)][name];
-        let missed = std::mem::replace(patience, if long { PATIENCE } else { (*patience * 4).min(MOST_PATIENCE) });
+        let worth_it = long && since > SELDOM * u64::from(*patience);
+        let missed = std::mem::replace(patience, if worth_it { PATIENCE } else { (*patience * 4).min(MOST_PATIENCE) });
         *range = Range {
             first: first.raw(),
             limit: (pages << 12) - MARGIN,

@@ -24,6 +24,8 @@ pub struct Stubs {
     pub link: usize,
     /// Goes to the translation of the RIP that is the code's base and [`A`].
     pub lookup: usize,
+    /// As `lookup` for an exit, its number in [`B`], whose guard fails: now and then leaves so that it is linked anew.
+    pub other: usize,
     /// Called with a RIP in [`A`] that the jump table doesn't know: if its translation is found by where its code is,
     /// ZF set and the jump table's slot at [`B`].
     pub find: usize,
@@ -103,6 +105,7 @@ pub fn emit(e: &mut Emitter, helper: u64) -> Stubs {
         budget,
         link,
         lookup,
+        other: other(e, lookup, link),
         find,
         elsewhere,
         dispatch,
@@ -346,6 +349,17 @@ fn lookup(e: &mut Emitter, find: usize, miss: usize, absolute: Jump) -> usize {
     go(e);
     search(e, unknown, find, miss);
     go(e);
+    here
+}
+
+/// See [`Stubs::other`].
+fn other(e: &mut Emitter, lookup: usize, link: usize) -> usize {
+    let here = e.here();
+    e.rm(false, &[0xff], 1, frame_field!(relink)); // dec
+    let stays = e.jcc(cc::NOT_EQUAL);
+    e.point(stays, lookup);
+    e.mov(A, B);
+    e.jmp_to(link);
     here
 }
 

@@ -11,7 +11,7 @@ use crate::mechanisms::Mechanisms;
 use crate::memory_path::Cold;
 use crate::native::Unencodable;
 use crate::plan::{Kind, Step, plan};
-use crate::registers::{A, BUDGET};
+use crate::registers::{A, B, BUDGET};
 use crate::stubs::Stubs;
 use crate::{vector, x87};
 use iced_x86::{Decoder, DecoderOptions, Encoder, Instruction};
@@ -22,8 +22,10 @@ use umbra_cpu::op::Op;
 pub const OP_BITS: u32 = 6;
 const _: () = assert!(umbra_cpu::block::MAX_OPS <= 1 << OP_BITS);
 
-/// Bytes of [`lookup_code`], the least size of a block's code and of an exit without a link.
+/// Bytes of [`dropped_code`], the least size of a block's code.
 pub const LOOKUP_BYTES: usize = 15;
+/// Bytes of [`other_code`], the size of an exit without a link.
+const UNLINKED_BYTES: usize = LOOKUP_BYTES + 6;
 
 /// A direct exit of a translation. All places are offsets in the code memory.
 #[derive(Clone, Copy, Debug)]
@@ -34,7 +36,7 @@ pub struct Exit {
     pub jump: usize,
     /// If it leaves the page.
     pub guard: Option<Guard>,
-    /// Its code as long as it isn't linked, or for other contexts: [`LOOKUP_BYTES`].
+    /// Its code as long as it isn't linked, or for other contexts: [`UNLINKED_BYTES`].
     pub unlinked: usize,
 }
 
@@ -59,11 +61,12 @@ pub struct Code {
     pub starts: Vec<(usize, Option<Kind>)>,
 }
 
-/// Code that goes to the translation of `rip`, from where RIPs count, in whatever context: always [`LOOKUP_BYTES`].
-pub fn lookup_code(at: usize, rip: u64, stubs: &Stubs) -> Vec<u8> {
+/// Code of an exit, by its number, to `rip` where its guard fails.
+pub fn other_code(at: usize, number: u32, rip: u64, stubs: &Stubs) -> Vec<u8> {
     let mut e = Emitter::new(at);
     e.mov_imm64(A, rip);
-    e.jmp_to(stubs.lookup);
+    e.mov_imm32(B, number);
+    e.jmp_to(stubs.other);
     e.bytes
 }
 
@@ -363,7 +366,7 @@ impl<'a> Translator<'a> {
                 jumps.into_iter().for_each(|jump| self.e.bind(jump));
                 self.e.mov_imm(A, (first + n) as u64);
                 self.e.jmp_to(self.stubs.link);
-                while self.e.here() < unlinked + LOOKUP_BYTES {
+                while self.e.here() < unlinked + UNLINKED_BYTES {
                     self.e.raw(&[0xcc]);
                 }
                 Exit { unlinked, ..exit }
