@@ -12,6 +12,15 @@ use umbra_arch::rflags;
 use umbra_arch::state::{Activity, Shadow};
 use umbra_arch::{Bus, Exit, Slice, Stopped, VirtualTime};
 
+/// What a block that ended early leaves to be accounted for, in ticks.
+#[derive(Clone, Copy, Debug)]
+pub struct QuietEnd {
+    /// Cost of the operations that didn't run.
+    pub unused: u32,
+    /// What an operation took beyond its cost.
+    pub extra: u64,
+}
+
 impl Interpreter {
     /// Where the [`Core`] lies in an interpreter, in bytes, for generated code.
     pub const CORE_OFFSET: usize = std::mem::offset_of!(Interpreter, core);
@@ -80,31 +89,46 @@ impl Interpreter {
         Ok(c.break_block)
     }
 
-    /// Ends a block whose last operation, by [`run_op`](Self::run_op), said that it ends, if nothing is due before the
-    /// next one: no event, no trap, no stale code, no time to be added. With `room` there is time for an instruction
-    /// more, so that the shadow of STI passes unseen.
+    /// Ends block `number` behind operation `last`, after which, by [`run_op`](Self::run_op), nothing of it may follow,
+    /// or before it if it is to start `again`: if nothing is due before the next block, no event, no trap, no stale
+    /// code. With `room` there is time for an instruction more, so that the shadow of STI passes unseen.
     #[inline]
-    pub fn end_quietly(&mut self, bus: &mut dyn Bus, room: bool) -> bool {
+    pub fn end_quietly(
+        &mut self,
+        bus: &mut dyn Bus,
+        number: u32,
+        last: usize,
+        again: bool,
+        room: bool,
+    ) -> Option<QuietEnd> {
         let c = &mut self.core;
-        let due = c.attention || c.mmu.watcher().is_pending() || c.trap_pending || c.extra_cost != 0;
+        let due = c.attention || c.mmu.watcher().is_pending() || c.trap_pending;
         let shadowed = match c.shadow_next {
             Shadow::None => false,
             Shadow::Sti => !room,
             Shadow::MovSs => true,
         };
         if due || shadowed || !c.code_writes.is_empty() || c.must_look_for_debug() {
-            return false;
+            return None;
         }
         if c.check_events {
             let interrupt = c.s.rflags & rflags::IF != 0 && bus.interrupt_pending();
             if interrupt || c.s.activity != Activity::Running || c.trace.is_some() {
-                return false;
+                return None;
             }
         }
         c.check_events = false;
         c.shadow_next = Shadow::None;
         c.break_block = false;
-        c.after_instruction() == 0
+        if c.after_instruction() != 0 {
+            return None;
+        }
+        let block = self.cache.block(number);
+        let unused = block.ops.get(last + 1).map_or(0, |op| block.cost - op.prefix);
+        if let Some(op) = block.ops.get(if again { last } else { last + 1 }) {
+            c.next_rip = c.block_rip.wrapping_add(u64::from(op.start));
+        }
+        Some(QuietEnd { unused, extra: std::mem::take(&mut c.extra_cost) })
     }
 
     /// The block ended with operation `last`, or because that stopped.

@@ -81,7 +81,7 @@ impl Translator<'_> {
     /// Finds the RIP in [`A`] in the jump table: its slot's address to [`B`]. Where it isn't found the operation's
     /// function checks the target, too.
     fn find(&mut self) {
-        let unknown = compare_slot(&mut self.e);
+        let unknown = compare_slot(&mut self.e, self.half);
         self.searches.push(Search { unknown, back: self.e.here(), slow: self.slow_number() });
     }
 

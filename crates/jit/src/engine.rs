@@ -2,8 +2,8 @@
 
 use crate::emitter::{Emitter, displacement};
 use crate::flags::{logic_clears_af, pack, unpack};
-use crate::frame::{Frame, RELINK, Reason, edges};
-use crate::jumps::{Contexts, Jumps, Place, Places, Slot};
+use crate::frame::{Frame, RELINK, Reason, edges, stamps};
+use crate::jumps::{Contexts, Fetches, Half, Jumps, Place, Places, Slot};
 use crate::listing::{self, Listener, Translated};
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::ranges::{Misses, Saved};
@@ -14,7 +14,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Bus, CpuState, Exit, Gva, Slice, Stopped, Vcpu, VirtualTime};
-use umbra_cpu::op::CODE_BASE;
+use umbra_cpu::op::{CODE_BASE, Stop};
 use umbra_cpu::{EngineError, EngineOptions, Interpreter};
 use umbra_hostexec::{CodeMemory, HostExecError};
 use umbra_memory::{GuestMemory, RamOffset};
@@ -88,6 +88,14 @@ struct Translation {
     offset: u64,
     mode: u64,
     crosses: bool,
+    legacy: bool,
+}
+
+impl Translation {
+    /// Whether it can be found by where its code is.
+    fn is_placed(&self) -> bool {
+        !self.crosses && !self.legacy
+    }
 }
 
 /// A direct exit, and the translation it belongs to.
@@ -110,6 +118,7 @@ pub(crate) struct Engine {
     states: Vec<State>,
     exits: Vec<KnownExit>,
     jumps: Jumps,
+    fetches: Fetches,
     places: Places,
     /// Ranges of other tables.
     saved: Saved,
@@ -162,9 +171,9 @@ impl Jit {
         let mut e = Emitter::new(0);
         let stubs = stubs::emit(&mut e, run_helper as *const () as u64);
         code.append(&e.bytes)?;
-        let (jumps, places) = (Jumps::new(), Places::new());
+        let (jumps, fetches, places) = (Jumps::new(), Fetches::new(), Places::new());
         Ok(Self(Box::new(Engine {
-            frame: Frame::new(ram, jumps.address(), places.address()),
+            frame: Frame::new(ram, [jumps.address(), fetches.address(), places.address()]),
             interp,
             stubs_end: code.used(),
             code,
@@ -172,6 +181,7 @@ impl Jit {
             states: Vec::new(),
             exits: Vec::new(),
             jumps,
+            fetches,
             places,
             saved: Saved::new(),
             misses: Misses::new(),
@@ -207,7 +217,7 @@ impl Jit {
             _ => None,
         });
         let listed = found.map(|(number, entry)| {
-            let (bytes, code) = engine.translated(number, entry);
+            let (bytes, code) = engine.translated(number, entry, Half::of(rip));
             let base = engine.code.address();
             let names = listing::names(&engine.stubs, base);
             Translated::of(engine.interp.blocks().block(number), rip, bytes, &code, base + entry as u64, names)
@@ -330,10 +340,15 @@ impl Engine {
         if !self.look_up || self.pending.is_some() || self.interp.must_interpret() {
             return None;
         }
-        let core = self.interp.core();
-        let (rip, stamp, mode) = (core.next_rip, core.mmu.fetch_stamp(), core.code_mode);
-        let context = self.contexts.number(stamp, mode);
+        let rip = self.interp.core().next_rip;
+        let context = self.context_of(rip);
         self.jumps.find(rip, context)
+    }
+
+    /// The number of the context that the code at `rip` is in.
+    fn context_of(&mut self, rip: u64) -> u32 {
+        let (core, half) = (self.interp.core(), Half::of(rip));
+        self.contexts.number(half, stamps(core)[half as usize], core.code_mode)
     }
 
     /// Translations of dropped blocks become lookups of their RIP; so do those to be made anew.
@@ -355,6 +370,7 @@ impl Engine {
         let State::Translated(old) = std::mem::replace(state, State::Cold(0)) else { return false };
         let code = dropped_code(old.entry, old.rip, &self.stubs);
         self.patch(old.entry, &code);
+        self.fetches.forget(old.offset);
         self.places.forget(old.offset, self.code.address() + old.entry as u64);
         true
     }
@@ -396,7 +412,7 @@ impl Engine {
             return None;
         }
         let (entry, rip) = (self.code.next(), self.interp.core().next_rip);
-        let (bytes, code) = self.translated(number, entry);
+        let (bytes, code) = self.translated(number, entry, Half::of(rip));
         self.code.append(&code.bytes).ok()?;
         if let Some(listener) = &mut self.listener {
             let names = listing::names(&self.stubs, self.code.address());
@@ -414,10 +430,11 @@ impl Engine {
             offset: block.offset(),
             mode: block.mode(),
             crosses: block.crosses(),
+            legacy: block.is_legacy(),
         };
-        if !block.is_legacy() && !block.crosses() && !self.options.off.has(Mechanism::Jumps) {
+        if translation.is_placed() && !self.options.off.has(Mechanism::Jumps) {
             let code = self.code.address() + entry as u64;
-            self.places.enter(Place { offset: block.offset(), mode: block.mode(), code });
+            self.places.enter(Place { offset: block.offset(), code });
         }
         self.states[number as usize] = State::Translated(translation);
         self.interp.keep_block(number);
@@ -425,7 +442,7 @@ impl Engine {
     }
 
     /// A block's bytes, and host code for offset `entry` of the code memory.
-    fn translated(&self, number: u32, entry: usize) -> (Vec<u8>, Code) {
+    fn translated(&self, number: u32, entry: usize, half: Half) -> (Vec<u8>, Code) {
         let block = self.interp.blocks().block(number);
         let mut bytes = Vec::with_capacity(block.bytes() as usize);
         for (offset, len) in block.pieces() {
@@ -435,7 +452,7 @@ impl Engine {
         }
         let off = self.options.off;
         let missing = if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) };
-        let source = Source { block, number, bytes: &bytes, missing, off };
+        let source = Source { block, number, half, bytes: &bytes, missing, off };
         let code = translate(source, entry, self.exits.len(), &self.stubs);
         (bytes, code)
     }
@@ -447,6 +464,7 @@ impl Engine {
         self.exits.clear();
         self.misses.forget_code();
         self.jumps.clear();
+        self.fetches.clear();
         self.places.clear();
         self.pending = None;
         self.stats.emptied += 1;
@@ -465,12 +483,15 @@ impl Engine {
             self.contexts = Contexts::new();
             return self.interp.run_block(bus, number, until);
         }
-        let core = self.interp.core();
-        let (rip, context) = (core.next_rip, self.contexts.number(core.mmu.fetch_stamp(), core.code_mode));
+        let rip = self.interp.core().next_rip;
+        let context = self.context_of(rip);
         let base = rip.wrapping_sub(translation.rip);
         let code = self.code.address() + translation.entry as u64;
         if !self.options.off.has(Mechanism::Jumps) {
             self.jumps.enter(rip, context, code, base);
+            if translation.is_placed() && Half::of(rip) == Half::Upper {
+                self.fetches.enter(rip, context, translation.offset);
+            }
         }
         if let Some((pending, from)) = self.pending.take().filter(|_| !self.options.off.has(Mechanism::Links)) {
             self.link(pending, from, &translation, rip, context);
@@ -512,6 +533,7 @@ impl Engine {
         frame.end = core.clock.0 + budget;
         frame.budget = budget as i64;
         frame.bank = 0;
+        frame.extra = 0;
         frame.bus = Some(bus);
         frame.take_context(core, &mut self.contexts);
         frame.flags = pack(core.flags);
@@ -532,8 +554,8 @@ impl Engine {
             // Its head has charged the block that isn't done.
             left += i64::from(self.interp.blocks().block(number).cost);
         }
-        let ops = (budget - left) as u64;
-        let clock = VirtualTime(self.frame.end - left as u64);
+        let ops = (budget - left) as u64 - self.frame.extra;
+        let clock = VirtualTime(self.frame.end.wrapping_sub(left as u64));
         self.stats.ops_translated += ops;
         let base = self.interp.core().gpr[CODE_BASE as usize];
         let rip = match reason {
@@ -572,7 +594,8 @@ impl Engine {
         let (exit, from) = (known.exit, known.entry);
         let state = self.states.get(known.number as usize);
         let Some(State::Translated(source)) = state.filter(|_| base.wrapping_add(exit.target) == rip) else { return };
-        if source.entry != from {
+        let half = Half::of(source.seen_at);
+        if source.entry != from || half != Half::of(base) || half != Half::of(rip) {
             return;
         }
         let same_page = source.offset >> 12 == to.offset >> 12 && source.mode == to.mode && !to.crosses;
@@ -609,12 +632,14 @@ impl Engine {
         frame.flags = pack(core.flags);
         frame.take_vectors(&core.s);
         frame.take_x87(&core.s);
-        let last = index + 1 == self.interp.blocks().block(number).ops.len();
         // IRET ends the blocking of NMIs, one of which may wait.
-        if flow == Ok(true) && last && !nmi_blocked {
+        if matches!(flow, Ok(true) | Err(Stop::Again)) && !nmi_blocked {
             let room = frame.bank == 0 && frame.budget >= ROOM;
             // SAFETY: as above.
-            if self.interp.end_quietly(unsafe { &mut *bus }, room) {
+            let quiet = self.interp.end_quietly(unsafe { &mut *bus }, number, index, flow.is_err(), room);
+            if let Some(quiet) = quiet {
+                frame.budget += i64::from(quiet.unused) - quiet.extra as i64;
+                frame.extra += quiet.extra;
                 let core = self.interp.core();
                 frame.take_context(core, &mut self.contexts);
                 self.saved.follow(frame, &core.mmu);
@@ -629,7 +654,7 @@ impl Engine {
         }
         let core = self.interp.core();
         self.saved.follow(frame, &core.mmu);
-        if core.check_events || core.mmu.fetch_stamp() != frame.stamp {
+        if core.check_events || stamps(core) != frame.stamps {
             frame.leave_soon();
         }
         Flow::On

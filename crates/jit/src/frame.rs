@@ -2,13 +2,14 @@
 
 use crate::emitter::Mem;
 use crate::engine::Engine;
-use crate::jumps::{self, Contexts};
+use crate::jumps::{self, Contexts, Half};
 use crate::ranges::{self, Ranges};
 use crate::registers::ENGINE;
 use std::mem::offset_of;
 use umbra_arch::control::{Cr0, Cr4};
 use umbra_arch::fpu::{FpState, xcr0};
 use umbra_arch::segment::Segment;
+use umbra_arch::state::Msrs;
 use umbra_arch::{Bus, CpuState};
 use umbra_cpu::op::{CODE_BASE, Stop};
 use umbra_cpu::{Core, Interpreter};
@@ -43,6 +44,8 @@ pub struct Frame {
     /// Ticks left, negative when there is not enough for the next block. In R14 while code runs.
     pub budget: i64,
     pub scratch: u64,
+    /// Where pages of the upper half are fetched from.
+    pub fetches: u64,
     /// The table of translations by place.
     pub places: u64,
     /// Upper halves of linear addresses from which a near branch may reach beyond the canonical ones.
@@ -57,10 +60,10 @@ pub struct Frame {
     pub missed: u32,
     pub missed_gva: u64,
     pub missed_back: u64,
-    /// Number of the fetch stamp and code mode in force.
-    pub context: u32,
-    /// What it changes in the jump table's hash.
-    pub salt: u32,
+    /// Numbers of the fetch stamps and code mode in force, by [`Half`].
+    pub context: [u32; 2],
+    /// What they change in the jump table's hash.
+    pub salt: [u32; 2],
     /// Packed status flags, in RAX while code runs.
     pub flags: u32,
     pub reason: Reason,
@@ -78,6 +81,8 @@ pub struct Frame {
     pub x87_usable: u8,
     /// Not 0: the host's x87 registers hold the guest's FSW, tags and stack, the core's are stale.
     pub x87_live: u8,
+    /// 1: RDTSC can't fault, and no other processor's time has to be looked at.
+    pub tsc_usable: u8,
     /// FCW that Rust code runs with.
     pub host_fcw: u16,
     pub ranges: Ranges,
@@ -88,10 +93,12 @@ pub struct Frame {
     pub end: u64,
     /// Taken from the budget so that the next block's head leaves.
     pub bank: i64,
-    /// The MMU's fetch stamp at entry.
-    pub stamp: u64,
+    /// The MMU's fetch stamps at entry, by [`Half`].
+    pub stamps: [u64; 2],
     /// How the operation of a [`Reason::Op`] stopped.
     pub stop: Option<Stop>,
+    /// Ticks that were taken from the budget and weren't instructions.
+    pub extra: u64,
     /// The bus of the slice, erased: only used while `run` has it.
     pub bus: Option<*mut (dyn Bus + 'static)>,
     /// A panic on its way through generated code.
@@ -133,7 +140,7 @@ static NOTHING: Entry =
     Entry { tag_read: Entry::INVALID, tag_write: Entry::INVALID, tag_fetch: Entry::INVALID, addend: 0 };
 
 impl Frame {
-    pub fn new(ram: u64, jumps: u64, places: u64) -> Self {
+    pub fn new(ram: u64, [jumps, fetches, places]: [u64; 3]) -> Self {
         Self {
             ram,
             slots: 0,
@@ -142,6 +149,7 @@ impl Frame {
             jumps,
             budget: 0,
             scratch: 0,
+            fetches,
             places,
             edges: [0; 2],
             found: 0,
@@ -150,8 +158,8 @@ impl Frame {
             missed: 0,
             missed_gva: 0,
             missed_back: 0,
-            context: 0,
-            salt: 0,
+            context: [0; 2],
+            salt: [0; 2],
             flags: 0,
             reason: Reason::Op,
             site: 0,
@@ -161,13 +169,15 @@ impl Frame {
             vectors_live: 0,
             x87_usable: 0,
             x87_live: 0,
+            tsc_usable: 0,
             host_fcw: FCW_DEFAULT,
             ranges: ranges::NONE,
             table: None,
             end: 0,
             bank: 0,
-            stamp: 0,
+            stamps: [0; 2],
             stop: None,
+            extra: 0,
             bus: None,
             panic: None,
             image: Image([0; 512]),
@@ -227,10 +237,11 @@ impl Frame {
     /// After anything that may have changed what code is fetched and how.
     #[inline]
     pub fn take_context(&mut self, core: &Core, contexts: &mut Contexts) {
-        self.stamp = core.mmu.fetch_stamp();
-        self.context = contexts.number(self.stamp, core.code_mode);
+        self.stamps = stamps(core);
+        self.context = Half::BOTH.map(|half| contexts.number(half, self.stamps[half as usize], core.code_mode));
+        self.salt = self.context.map(jumps::salt);
         self.edges = edges(core.s.linear_bits());
-        self.salt = jumps::salt(self.context);
+        self.tsc_usable = u8::from(core.cpus == 1 && (core.s.cpl == 0 || !core.s.cr4.tsd()));
     }
 
     /// Has the next block's head leave.
@@ -240,6 +251,11 @@ impl Frame {
             self.budget -= BANK;
         }
     }
+}
+
+/// See [`Frame::stamps`].
+pub fn stamps(core: &Core) -> [u64; 2] {
+    [core.mmu.fetch_stamp(), core.mmu.upper_stamp()]
 }
 
 /// See [`Frame::edges`].
@@ -260,6 +276,16 @@ macro_rules! frame_field {
 pub(crate) use frame_field;
 
 const CORE: usize = offset_of!(Engine, interp) + Interpreter::CORE_OFFSET;
+
+/// The context number of a half.
+pub fn context(half: Half) -> Mem {
+    Mem { disp: frame_field!(context).disp + 4 * half as i32, ..frame_field!(context) }
+}
+
+/// What that changes in the jump table's hash.
+pub fn salt(half: Half) -> Mem {
+    Mem { disp: frame_field!(salt).disp + 4 * half as i32, ..frame_field!(salt) }
+}
 
 /// Guest register `n` in the core.
 pub fn gpr(n: u8) -> Mem {
@@ -294,6 +320,16 @@ pub fn cpl() -> Mem {
 /// RFLAGS but for status flags.
 pub fn rflags() -> Mem {
     state(offset_of!(CpuState, rflags))
+}
+
+/// What the TSC is ahead of virtual time.
+pub fn tsc_offset() -> Mem {
+    state(offset_of!(CpuState, msr) + offset_of!(Msrs, tsc_offset))
+}
+
+/// IA32_TSC_AUX.
+pub fn tsc_aux() -> Mem {
+    state(offset_of!(CpuState, msr) + offset_of!(Msrs, tsc_aux))
 }
 
 /// The selector in segment register `n`, as instructions number them.

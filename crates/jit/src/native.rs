@@ -63,7 +63,7 @@ impl Translator<'_> {
                 Ok(())
             }
             Kind::System(system) => {
-                self.system(i, system);
+                self.system(i, op, system);
                 Ok(())
             }
             _ => Ok(()),

@@ -152,6 +152,9 @@ fn any_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
     if let Some(system) = System::of(i).filter(|_| !has_memory(i) || address_fits(i, op)) {
         return Kind::System(system);
     }
+    if is_nop(i) {
+        return Kind::Nop;
+    }
     if !operands_fit(i, op) {
         return Kind::Helper;
     }
@@ -159,9 +162,6 @@ fn any_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
         return Kind::Bits(bits);
     }
     match i.mnemonic() {
-        M::Lfence | M::Mfence | M::Sfence => Kind::Nop,
-        M::Nop | M::Endbr64 | M::Endbr32 | M::Reservednop | M::Prefetchw => Kind::Nop,
-        M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta => Kind::Nop,
         M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Not => Kind::Move,
         M::Bswap | M::Lea if width(i) >= 4 => Kind::Move,
         M::Add | M::Sub | M::Cmp | M::Neg | M::And | M::Or | M::Xor | M::Test => Kind::Arithmetic,
@@ -187,6 +187,14 @@ fn any_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
         M::Leave if i.code() == iced_x86::Code::Leaveq => Kind::Leave,
         _ => branch(i),
     }
+}
+
+/// Nothing happens, whatever the operand.
+fn is_nop(i: &Instruction) -> bool {
+    let nop = matches!(i.mnemonic(), M::Nop | M::Endbr64 | M::Endbr32 | M::Reservednop);
+    let prefetch =
+        matches!(i.mnemonic(), M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta | M::Prefetchw);
+    nop || prefetch || matches!(i.mnemonic(), M::Lfence | M::Mfence | M::Sfence)
 }
 
 fn branch(i: &Instruction) -> Kind {

@@ -9,7 +9,9 @@ pub type Reg = u8;
 
 /// RAX: status flags as LAHF and SETO leave them.
 pub const FLAGS: Reg = 0;
-/// Host RCX, RDX, RBX, RSP, RBP, RSI, RDI.
+/// Home of guest RCX.
+pub const RCX: Reg = 1;
+/// Home of guest RDX.
 pub const RDX: Reg = 2;
 /// The host's stack pointer.
 pub const RSP: Reg = 4;

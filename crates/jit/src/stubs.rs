@@ -1,14 +1,15 @@
 //! The code that all translations share: entering, leaving, calling an operation's function, finding a RIP.
 
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
-use crate::frame::{BANK, Reason, code_base, code_mode, frame_field, gpr, next_rip};
-use crate::jumps::{FOLD, PLACES, Place, SLOT_SHIFT, SLOTS, Slot};
+use crate::frame::{BANK, Reason, code_base, code_mode, context, frame_field, gpr, next_rip, salt};
+use crate::jumps::{FETCHES, FOLD, Fetch, Half, PAIR_SHIFT, PLACES, Place, SLOT_SHIFT, SLOTS, Slot};
 use crate::memory_path::Access;
 use crate::ranges::{self, MARGIN, NAMES, Name, PATIENCE, Range};
 use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, home};
 use crate::translate::LOOKUP_BYTES;
 use crate::{vector_file, x87};
 use std::mem::offset_of;
+use umbra_cpu::core::CODE_SIZE_AT;
 use umbra_mmu::Entry;
 
 /// Offsets of the stubs in the code memory.
@@ -64,6 +65,9 @@ pub enum Flow {
     /// With another block, by the RIP in the core.
     Block,
 }
+
+/// The upper half of a code mode of 64-bit code.
+const MODE_64: u32 = 64 << (CODE_SIZE_AT - 32);
 
 /// Registers that the ABI wants back: RBX, RBP, R12 to R15.
 const SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
@@ -236,12 +240,12 @@ fn reload(e: &mut Emitter) {
     e.rm(false, &[0x0f, 0xae], 2, frame_field!(mxcsr)); // ldmxcsr
 }
 
-/// Hashes the RIP in [`A`]: the slot's address to [`B`].
-pub fn hash(e: &mut Emitter) {
+/// Hashes the RIP in [`A`], of that half: the slot's address to [`B`].
+fn hash(e: &mut Emitter, half: Half) {
     e.mov(B, A);
     e.shr(true, B, FOLD);
     e.alu(Alu::Xor, false, B, A);
-    e.alu_mem(Alu::Xor, false, B, frame_field!(salt));
+    e.alu_mem(Alu::Xor, false, B, salt(half));
     e.alu_imm(Alu::And, false, B, SLOTS as i32 - 1);
     e.shl(false, B, SLOT_SHIFT);
     e.alu_mem(Alu::Add, true, B, frame_field!(jumps));
@@ -251,6 +255,10 @@ pub fn hash(e: &mut Emitter) {
 fn find(e: &mut Emitter) -> usize {
     let here = e.here();
     e.store(next_rip(), A);
+    // Places are those of 64-bit code.
+    let upper_mode = Mem { disp: code_mode().disp + 4, ..code_mode() };
+    e.cmp_mem_imm(upper_mode, MODE_64);
+    let legacy = e.jcc(cc::NOT_EQUAL);
     e.mov(B, A);
     e.shr(true, B, 32);
     let edges = frame_field!(edges);
@@ -258,7 +266,57 @@ fn find(e: &mut Emitter) -> usize {
         e.alu_mem(Alu::Cmp, false, B, edge);
         e.jcc(cc::EQUAL)
     });
-    // Where the MMU's table says that it is fetched from.
+    let mut unknown = vec![legacy];
+    by_half(e, |e, half| {
+        unknown.extend(find_in(e, half));
+        e.raw(&[0xc3]);
+    });
+    at_edge.into_iter().for_each(|jump| e.bind(jump));
+    e.alu(Alu::Or, false, B, B);
+    unknown.into_iter().for_each(|jump| e.bind(jump));
+    e.raw(&[0xc3]);
+    here
+}
+
+/// The RIP in [`A`], which is that in the core, by its place: ZF set and the jump table's slot at [`B`]; or one of the
+/// jumps is taken, with ZF clear.
+fn find_in(e: &mut Emitter, half: Half) -> Vec<Jump> {
+    let unmapped = match half {
+        Half::Lower => find_page(e),
+        Half::Upper => find_upper_page(e),
+    };
+    // The translation of what is there.
+    e.mov(B, A);
+    e.shr(true, B, FOLD);
+    e.alu(Alu::Xor, false, B, A);
+    e.alu_imm(Alu::And, false, B, PLACES as i32 - 1);
+    e.shl(false, B, PAIR_SHIFT);
+    e.alu_mem(Alu::Add, true, B, frame_field!(places));
+    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Place, offset)));
+    let first = e.jcc(cc::EQUAL);
+    e.lea(B, Mem::at(B, size_of::<Place>()));
+    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Place, offset)));
+    let unknown = e.jcc(cc::NOT_EQUAL);
+    e.bind(first);
+    e.load(A, Mem::at(B, offset_of!(Place, code)));
+    e.store(frame_field!(found), A);
+    // The jump table knows it from now on.
+    e.load(A, next_rip());
+    hash(e, half);
+    e.store(Mem::at(B, offset_of!(Slot, rip)), A);
+    e.alu_imm(Alu::And, true, A, -4096);
+    e.store(Mem::at(B, offset_of!(Slot, base)), A);
+    e.load32(A, context(half));
+    e.store(Mem::at(B, offset_of!(Slot, context)), A);
+    e.load(A, frame_field!(found));
+    e.store(Mem::at(B, offset_of!(Slot, code)), A);
+    e.alu(Alu::Cmp, false, A, A);
+    unmapped.into_iter().chain([unknown]).collect()
+}
+
+/// The RAM offset of the RIP in [`A`], which is that in the core, to [`A`], if the MMU's table says where it is fetched
+/// from.
+fn find_page(e: &mut Emitter) -> Vec<Jump> {
     e.mov(B, A);
     e.shr(true, B, 12 - size_of::<Entry>().trailing_zeros() as u8);
     e.alu_mem(Alu::And, true, B, frame_field!(mask));
@@ -266,40 +324,38 @@ fn find(e: &mut Emitter) -> usize {
     e.alu_imm(Alu::And, true, A, -4096);
     e.alu_mem(Alu::Or, true, A, frame_field!(generation));
     e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Entry, tag_fetch)));
-    let unmapped = e.jcc(cc::NOT_EQUAL);
+    let other = e.jcc(cc::NOT_EQUAL);
     e.load(A, next_rip());
     e.alu_mem(Alu::Add, true, A, Mem::at(B, offset_of!(Entry, addend)));
-    // The translation of what is there.
+    vec![other]
+}
+
+/// Likewise if [`Fetches`](crate::jumps::Fetches) says it.
+fn find_upper_page(e: &mut Emitter) -> Vec<Jump> {
     e.mov(B, A);
-    e.shr(true, B, FOLD);
-    e.alu(Alu::Xor, false, B, A);
-    e.alu_imm(Alu::And, false, B, PLACES as i32 - 1);
-    e.shl(false, B, SLOT_SHIFT);
-    e.alu_mem(Alu::Add, true, B, frame_field!(places));
-    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Place, offset)));
-    let unknown = e.jcc(cc::NOT_EQUAL);
-    e.load(A, code_mode());
-    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Place, mode)));
-    let other_mode = e.jcc(cc::NOT_EQUAL);
-    e.load(A, Mem::at(B, offset_of!(Place, code)));
-    e.store(frame_field!(found), A);
-    // The jump table knows it from now on.
-    e.load(A, next_rip());
-    hash(e);
-    e.store(Mem::at(B, offset_of!(Slot, rip)), A);
+    e.shr(true, B, 12);
+    e.alu_mem(Alu::Xor, false, B, salt(Half::Upper));
+    e.alu_imm(Alu::And, false, B, FETCHES as i32 - 1);
+    e.shl(false, B, size_of::<Fetch>().trailing_zeros() as u8);
+    e.alu_mem(Alu::Add, true, B, frame_field!(fetches));
     e.alu_imm(Alu::And, true, A, -4096);
-    e.store(Mem::at(B, offset_of!(Slot, base)), A);
-    e.load32(A, frame_field!(context));
-    e.store(Mem::at(B, offset_of!(Slot, context)), A);
-    e.load(A, frame_field!(found));
-    e.store(Mem::at(B, offset_of!(Slot, code)), A);
-    e.alu(Alu::Cmp, false, A, A);
-    e.raw(&[0xc3]);
-    at_edge.into_iter().for_each(|jump| e.bind(jump));
-    e.alu(Alu::Or, false, B, B);
-    [unmapped, unknown, other_mode].into_iter().for_each(|jump| e.bind(jump));
-    e.raw(&[0xc3]);
-    here
+    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Fetch, page)));
+    let other_page = e.jcc(cc::NOT_EQUAL);
+    e.load32(A, context(Half::Upper));
+    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Fetch, context)));
+    let other_context = e.jcc(cc::NOT_EQUAL);
+    e.load(A, next_rip());
+    e.alu_mem(Alu::Add, true, A, Mem::at(B, offset_of!(Fetch, addend)));
+    vec![other_page, other_context]
+}
+
+/// Code for the RIP in [`A`] by its half; it doesn't come to its end.
+fn by_half(e: &mut Emitter, mut emit: impl FnMut(&mut Emitter, Half)) {
+    e.rr(true, &[0x85], A, A); // test
+    let upper = e.jcc(cc::SIGN);
+    emit(e, Half::Lower);
+    e.bind(upper);
+    emit(e, Half::Upper);
 }
 
 /// The jumps of a [`compare_slot`] that fails.
@@ -308,12 +364,13 @@ pub struct Unknown {
     other_context: Jump,
 }
 
-/// Compares the jump table's slot of the RIP in [`A`], whose address goes to [`B`]. Clobbers [`A`].
-pub fn compare_slot(e: &mut Emitter) -> Unknown {
-    hash(e);
+/// Compares the jump table's slot of the RIP in [`A`], whose address goes to [`B`]; fails if the RIP isn't of that half.
+/// Clobbers [`A`].
+pub fn compare_slot(e: &mut Emitter, half: Half) -> Unknown {
+    hash(e, half);
     e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Slot, rip)));
     let other_rip = e.jcc(cc::NOT_EQUAL);
-    e.load32(A, frame_field!(context));
+    e.load32(A, context(half));
     e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Slot, context)));
     Unknown { other_rip, other_context: e.jcc(cc::NOT_EQUAL) }
 }
@@ -345,10 +402,12 @@ fn lookup(e: &mut Emitter, find: usize, miss: usize, absolute: Jump) -> usize {
     let here = e.here();
     e.alu_mem(Alu::Add, true, A, code_base());
     e.bind(absolute);
-    let unknown = compare_slot(e);
-    go(e);
-    search(e, unknown, find, miss);
-    go(e);
+    by_half(e, |e, half| {
+        let unknown = compare_slot(e, half);
+        go(e);
+        search(e, unknown, find, miss);
+        go(e);
+    });
     here
 }
 
@@ -369,15 +428,17 @@ fn elsewhere(e: &mut Emitter, find: usize, miss: usize) -> usize {
     pop(e, B);
     e.store(frame_field!(scratch), B);
     e.alu_mem(Alu::Add, true, A, code_base());
-    let unknown = compare_slot(e);
-    e.load(A, frame_field!(scratch));
-    e.alu_imm(Alu::Sub, true, A, LOOKUP_BYTES as i32);
-    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Slot, code)));
-    let same = e.jcc(cc::EQUAL);
-    go(e);
-    e.bind(same);
-    search(e, unknown, find, miss);
-    go(e);
+    by_half(e, |e, half| {
+        let unknown = compare_slot(e, half);
+        e.load(A, frame_field!(scratch));
+        e.alu_imm(Alu::Sub, true, A, LOOKUP_BYTES as i32);
+        e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Slot, code)));
+        let same = e.jcc(cc::EQUAL);
+        go(e);
+        e.bind(same);
+        search(e, unknown, find, miss);
+        go(e);
+    });
     here
 }
 

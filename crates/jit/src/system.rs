@@ -1,18 +1,27 @@
 //! Operations of system code: the interrupt flag, selectors.
 
-use crate::emitter::cc;
-use crate::frame::{self, gpr};
-use crate::registers::{A, home};
+use crate::emitter::{Alu, Mem, cc};
+use crate::frame::{self, frame_field, gpr};
+use crate::memory_path::{Access, Address};
+use crate::registers::{A, B, BUDGET, FLAGS, GUEST_RAX, GUEST_RSP, RCX, RDX, guest, home};
 use crate::translate::Translator;
 use iced_x86::{Instruction, Mnemonic as M, OpKind};
 use umbra_arch::rflags;
 use umbra_cpu::decode::register_index;
+use umbra_cpu::op::Op;
+
+/// Where OF is in RFLAGS.
+const OF_BIT: u8 = 11;
 
 /// An operation of system code.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum System {
     /// CLI.
     Cli,
+    /// RDTSC or RDTSCP.
+    TimeStamp { aux: bool },
+    /// PUSHFQ.
+    PushFlags,
     /// MOV from a segment register to a general one of at least 32 bits.
     Selector,
 }
@@ -22,6 +31,9 @@ impl System {
     pub fn of(i: &Instruction) -> Option<Self> {
         match i.mnemonic() {
             M::Cli => Some(Self::Cli),
+            M::Rdtsc => Some(Self::TimeStamp { aux: false }),
+            M::Rdtscp => Some(Self::TimeStamp { aux: true }),
+            M::Pushfq => Some(Self::PushFlags),
             M::Mov
                 if i.op_count() == 2 && i.op1_kind() == OpKind::Register && i.op1_register().is_segment_register() =>
             {
@@ -35,9 +47,11 @@ impl System {
 
 impl Translator<'_> {
     /// An operation of system code. Its slow path is open.
-    pub fn system(&mut self, i: &Instruction, system: System) {
+    pub fn system(&mut self, i: &Instruction, op: &Op, system: System) {
         match system {
             System::Cli => self.cli(),
+            System::TimeStamp { aux } => self.time_stamp(op, aux),
+            System::PushFlags => self.push_flags(),
             System::Selector => self.selector(i),
         }
     }
@@ -51,6 +65,47 @@ impl Translator<'_> {
         self.slow(other);
         self.e.rm(false, &[0x81], 4, frame::rflags()); // and dword
         self.e.raw(&(!(rflags::IF as u32)).to_le_bytes());
+    }
+
+    /// The TSC is the virtual time, which is when the budget ends less what is left of it, and an offset.
+    fn time_stamp(&mut self, op: &Op, aux: bool) {
+        self.host_flags = false;
+        self.e.rm(false, &[0x80], 7, frame_field!(tsc_usable)); // cmp byte
+        self.e.raw(&[1]);
+        let other = self.e.jcc(cc::NOT_EQUAL);
+        self.slow(other);
+        self.e.load(A, frame_field!(end));
+        self.e.alu_mem(Alu::Sub, true, A, frame_field!(bank));
+        self.e.alu_mem(Alu::Add, true, A, frame::tsc_offset());
+        self.e.alu(Alu::Sub, true, A, BUDGET);
+        // The block's head has charged all of it.
+        self.e.alu_imm(Alu::Sub, true, A, (self.block.cost - op.prefix) as i32);
+        self.e.mov32(GUEST_RAX, A);
+        self.e.shr(true, A, 32);
+        self.e.mov(RDX, A);
+        if aux {
+            self.e.load32(RCX, frame::tsc_aux());
+        }
+    }
+
+    /// Status flags from where they are packed, the others from the core; RF and VM read as 0.
+    fn push_flags(&mut self) {
+        self.host_flags = false;
+        self.e.mov32(A, FLAGS);
+        self.e.shr(false, A, 8);
+        self.e.alu_imm(Alu::And, false, A, 0xff);
+        self.e.mov32(B, FLAGS);
+        self.e.alu_imm(Alu::And, false, B, 1);
+        self.e.shl(false, B, OF_BIT);
+        self.e.alu(Alu::Or, false, A, B);
+        self.e.load(B, frame::rflags());
+        self.e.alu_imm(Alu::And, true, B, !((rflags::STATUS | rflags::RF | rflags::VM) as i32));
+        self.e.alu(Alu::Or, true, A, B);
+        self.e.store(frame_field!(scratch), A);
+        let top = self.lookup(&Address::above(guest::RSP, -8), 8, Access::Write);
+        self.e.load(top.free, frame_field!(scratch));
+        self.e.store(top.mem, top.free);
+        self.e.lea(GUEST_RSP, Mem { base: Some(GUEST_RSP), index: None, disp: -8 });
     }
 
     fn selector(&mut self, i: &Instruction) {

@@ -6,7 +6,8 @@
 
 use crate::branch::Search;
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
-use crate::frame::{code_base, frame_field};
+use crate::frame::{code_base, context};
+use crate::jumps::Half;
 use crate::mechanisms::Mechanisms;
 use crate::memory_path::Cold;
 use crate::native::Unencodable;
@@ -112,6 +113,8 @@ pub struct Translator<'a> {
     pub missers: Vec<(usize, usize)>,
     pub searches: Vec<Search>,
     pub stubs: &'a Stubs,
+    /// Where the block is, and all that it is linked to.
+    pub half: Half,
     number: u32,
     slow: Vec<Slow>,
     exits: Vec<(Exit, Vec<Jump>)>,
@@ -124,6 +127,7 @@ pub struct Translator<'a> {
 pub struct Source<'a> {
     pub block: &'a Block,
     pub number: u32,
+    pub half: Half,
     pub bytes: &'a [u8],
     /// Operations, by bits, that ranges are no good for.
     pub missing: u64,
@@ -170,7 +174,7 @@ fn decode(block: &Block, bytes: &[u8]) -> Vec<Instruction> {
 
 impl<'a> Translator<'a> {
     fn new(source: Source<'a>, at: usize, stubs: &'a Stubs) -> Self {
-        let Source { block, number, missing, .. } = source;
+        let Source { block, number, half, missing, .. } = source;
         Self {
             e: Emitter::new(at),
             block,
@@ -183,6 +187,7 @@ impl<'a> Translator<'a> {
             missers: Vec::new(),
             searches: Vec::new(),
             stubs,
+            half,
             number,
             slow: Vec::new(),
             exits: Vec::new(),
@@ -323,7 +328,7 @@ impl<'a> Translator<'a> {
         let page = i32::try_from(target as i64 & !0xfff).ok();
         let guard = page.filter(|_| target >> 12 != self.block.rip >> 12).map(|page| {
             // No context has number 0.
-            let context = self.e.cmp_mem_imm(frame_field!(context), 0);
+            let number = self.e.cmp_mem_imm(context(self.half), 0);
             others.push(self.e.jcc(cc::NOT_EQUAL));
             self.e.mov_imm64(A, 0);
             let base = self.e.here() - 8;
@@ -333,7 +338,7 @@ impl<'a> Translator<'a> {
                 self.e.lea(A, Mem { base: Some(A), index: None, disp: page });
                 self.e.store(code_base(), A);
             }
-            Guard { context, base }
+            Guard { context: number, base }
         });
         let jump = self.e.jmp();
         others.push(jump);

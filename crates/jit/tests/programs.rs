@@ -144,7 +144,7 @@ fn instruction(number: u64) -> Vec<u8> {
     let memory = c.take(3) == 0;
     let reg = c.register();
     let group = [0u8, 1, 2, 3, 4, 5, 6, 7][c.take(8) as usize];
-    match c.take(53) {
+    match c.take(56) {
         0..=3 => c.form(prefix, wide, &[0x01 + 8 * group], reg, memory),
         4..=5 => c.form(prefix, wide, &[0x03 + 8 * group], reg, memory),
         6 => c.form(&[], false, &[8 * group], reg, memory),
@@ -220,6 +220,8 @@ fn instruction(number: u64) -> Vec<u8> {
             bytes
         }
         39..=43 => x87::instruction(&mut c),
+        50 => system(&mut c),
+        51 => repeated(&mut c),
         // CALL of a function behind the next jump.
         _ => {
             let mut bytes = vec![0xe8, 5, 0, 0, 0];
@@ -228,6 +230,32 @@ fn instruction(number: u64) -> Vec<u8> {
             bytes
         }
     }
+}
+
+/// Flags and the time as seen by instructions, NOPs with operands.
+fn system(c: &mut Choice) -> Vec<u8> {
+    const SYSTEM: [&[u8]; 6] = [
+        &[0x9c, 0x58],                                     // pushfq; pop rax
+        &[0x0f, 0x31],                                     // rdtsc
+        &[0x0f, 0x01, 0xf9],                               // rdtscp
+        &[0x66, 0x2e, 0x0f, 0x1f, 0x84, 0x00, 0, 0, 0, 0], // nop word cs:[rax + rax]
+        &[0x0f, 0x1f, 0x40, 0x00],                         // nop dword [rax]
+        &[0x3e, 0x0f, 0x18, 0x08],                         // prefetcht0 ds:[rax]
+    ];
+    SYSTEM[c.take(6) as usize].to_vec()
+}
+
+/// A string instruction with REP between others, now and then across a page's end.
+fn repeated(c: &mut Choice) -> Vec<u8> {
+    // push rdi; push rcx; push rsi; lea rsi, [rdi + 0x100]; lea rdi, [rdi + 0xfe0]; mov ecx, count
+    let mut bytes = vec![0x57, 0x51, 0x56, 0x48, 0x8d, 0xb7, 0, 1, 0, 0, 0x48, 0x8d, 0xbf, 0xe0, 0x0f, 0, 0, 0xb9];
+    bytes.extend((c.take(80) as u32).to_le_bytes());
+    let which: [&[u8]; 6] =
+        [&[0xf3, 0xa4], &[0xf3, 0x48, 0xa5], &[0xf3, 0xaa], &[0xf3, 0x48, 0xab], &[0xf3, 0xa6], &[0xf2, 0xae]];
+    bytes.extend(which[c.take(6) as usize]);
+    // pop rsi; pop rcx; pop rdi
+    bytes.extend([0x5e, 0x59, 0x5f]);
+    bytes
 }
 
 /// Byte operations without REX, so that four of eight registers are the second bytes of others.

@@ -27,7 +27,24 @@ impl Mmu {
             }
         }
         self.audit_hints()?;
+        self.audit_upper_halves()?;
         self.audit_active()
+    }
+
+    /// Roots that share an identity of their upper half have topmost tables that are watched and say the same of it.
+    fn audit_upper_halves(&self) -> Result<(), String> {
+        let roots = || self.roots.slots.iter().flatten();
+        for (at, root) in roots().enumerate() {
+            let Some(other) = roots().take(at).find(|other| other.upper == root.upper) else { continue };
+            let tables = [root, other].map(|root| root.tops[0].and_then(|link| self.shadow.get(link)));
+            let [Some(a), Some(b)] = tables else {
+                return Err("roots share an upper half without a topmost table".to_owned());
+            };
+            if self.upper_entries(a.off) != self.upper_entries(b.off) {
+                return Err(format!("roots of {:?} and {:?} don't agree about the upper half", a.table, b.table));
+            }
+        }
+        Ok(())
     }
 
     fn audit_hints(&self) -> Result<(), String> {

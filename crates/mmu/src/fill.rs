@@ -6,12 +6,13 @@ use crate::format::Decoded;
 use crate::hints::Hint;
 use crate::mmu::{Mmu, Translation};
 use crate::rights::{self, Rights};
+use crate::role::PageRole;
 use crate::shadow::{Fresh, Link, ShadowEntry, rights_of};
 use crate::tables::MemoryTables;
 use crate::walk::{self, Path, Reached, Regime, Step, Top};
 use crate::writers::Full;
 use umbra_arch::paging::{Access, AccessKind, entry};
-use umbra_arch::{Fault, Gpa, Gva};
+use umbra_arch::{Fault, Gpa, GpaPage, Gva};
 use umbra_memory::{Backing, PageFlags, RamOffset};
 
 /// Tables on the longest path.
@@ -233,6 +234,7 @@ impl Mmu {
     fn set_link(&mut self, index: u32, step: &Step, child: Link) -> Option<()> {
         match self.format.decode(step.raw, step.role) {
             Decoded::Table { rights, accessed: true, .. } => {
+                self.shadow.page_mut(child.index).is_child = true;
                 self.shadow.set(index, step.index as usize, ShadowEntry::link(child, rights));
                 Some(())
             }
@@ -252,14 +254,18 @@ impl Mmu {
 
     /// Finds or makes the shadow page of a walked table.
     fn shadow_page_for(&mut self, step: &Step) -> Option<u32> {
-        let off = self.mem.map(step.table.page()).readable()?;
-        let table = step.table.page();
-        if let Some(index) = self.shadow.find(off, table, step.role) {
+        self.shadow_page_of(step.table.page(), step.role)
+    }
+
+    /// Finds or makes the shadow page of a table in a role.
+    pub(crate) fn shadow_page_of(&mut self, table: GpaPage, role: PageRole) -> Option<u32> {
+        let off = self.mem.map(table).readable()?;
+        if let Some(index) = self.shadow.find(off, table, role) {
             return Some(index);
         }
         self.stats.pages_allocated += 1;
-        self.events.note(|| Event::PageAllocated { table, role: step.role });
-        let index = self.shadow.allocate(off, table, step.role);
+        self.events.note(|| Event::PageAllocated { table, role });
+        let index = self.shadow.allocate(off, table, role);
         if self.watcher.claim(off, PageFlags::WATCHED) {
             self.drop_write_tags(off);
         }

@@ -1,5 +1,6 @@
 //! Dropping exactly what was derived from a changed entry.
 
+use crate::adopt::UPPER;
 use crate::event::Event;
 use crate::mmu::Mmu;
 use crate::shadow::{Link, ShadowEntry};
@@ -42,6 +43,9 @@ impl Mmu {
             next = self.shadow.next_of_frame(index);
             let width = self.shadow.page(index).role.format.entry_bytes();
             let written = first_byte / width..(first_byte + bytes).div_ceil(width);
+            if written.end > UPPER as u64 {
+                self.part_upper_half(index);
+            }
             let page = self.shadow.page_mut(index);
             page.idle_writes = page.idle_writes.saturating_add((written.end - written.start) as u32);
             for at in written {
@@ -103,7 +107,11 @@ impl Mmu {
             self.hints.forget();
         }
         if entry.is_executable() && !(entry.is_leaf() && shift == 12 && self.holds_no_code(entry.frame())) {
+            let is_upper = |base: &u64| base.wrapping_add((at as u64) << shift) >> 63 != 0;
             self.renew_stamps(roots);
+            if anywhere || bases.iter().any(is_upper) {
+                self.upper_half_changed(index);
+            }
         }
         if anywhere {
             return self.clear_columns(roots);
@@ -174,10 +182,17 @@ impl Mmu {
     /// Frees a shadow page, with what the contexts hold because of it; its frame may become unwatched.
     pub(crate) fn free_page(&mut self, index: u32) {
         self.hints.forget();
+        // Nobody watches it any more.
+        self.part_upper_half(index);
         let page = self.shadow.page(index);
         let (off, roots, present) = (page.off, page.roots, u64::from(page.present));
         if present != 0 {
+            let page = self.shadow.page(index);
+            let is_upper = page.anywhere || page.bases.iter().any(|base| base >> 63 != 0);
             self.renew_stamps(roots);
+            if is_upper {
+                self.upper_half_changed(index);
+            }
             let cost = present * u64::from(roots.count_ones()) * page_bases(self.shadow.page(index).bases.len());
             let page = self.shadow.page(index);
             if page.role.level == 1 && !page.anywhere && cost <= MAX_SINGLE_CLEARS {
@@ -246,6 +261,7 @@ impl Mmu {
         self.writers.clear();
         self.hints.forget();
         self.renew_stamps(!0);
+        self.part_all_upper_halves();
         let all: Vec<u32> = self.shadow.indices().collect();
         for index in all {
             let page = self.shadow.page(index);

@@ -17,6 +17,7 @@ pub mod stats;
 pub mod walk;
 
 mod active;
+mod adopt;
 mod audit;
 mod context;
 mod fill;

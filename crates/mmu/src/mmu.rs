@@ -281,11 +281,12 @@ impl Mmu {
         if let Some(slot) = self.roots.victim() {
             self.free_root(slot);
         }
-        let stamp = self.next_stamp();
-        self.current =
-            self.roots.insert(Root { regime, tops: [None; 4], columns: Default::default(), existing: 0, stamp });
-        let slot = self.current;
+        let (from, stamp, upper) = (self.current, self.next_stamp(), self.next_stamp());
+        let (tops, columns) = ([None; 4], Default::default());
+        let slot = self.roots.insert(Root { regime, tops, columns, existing: 0, stamp, upper });
+        self.current = slot;
         self.events.note(|| Event::RootMiss { slot, role: regime.role });
+        self.adopt_upper_half(from);
     }
 
     pub(crate) fn free_root(&mut self, slot: usize) {
@@ -344,9 +345,14 @@ impl Mmu {
     /// comes back when a root and view are selected again and nothing executable was dropped meanwhile.
     #[inline(always)]
     pub fn fetch_stamp(&self) -> u64 {
-        let class = if self.view.user { 0 } else { 1 + self.view.smep as u64 };
         let stamp = self.roots.slots[self.current].as_ref().map_or(0, |root| root.stamp);
-        stamp << 8 | (self.current as u64) << 2 | class
+        stamp << 8 | (self.current as u64) << 2 | self.fetch_class()
+    }
+
+    /// What the view says of fetches: 0 to 2.
+    #[inline(always)]
+    pub(crate) fn fetch_class(&self) -> u64 {
+        if self.view.user { 0 } else { 1 + self.view.smep as u64 }
     }
 
     /// Translates one byte and changes nothing: for debuggers.

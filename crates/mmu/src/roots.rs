@@ -18,6 +18,8 @@ pub(crate) struct Root {
     pub existing: u32,
     /// Changes whenever a translation of a fetch may have ended.
     pub stamp: u64,
+    /// Likewise for the upper half; the same in roots whose topmost tables say the same of it.
+    pub upper: u64,
 }
 
 impl Root {

@@ -120,6 +120,8 @@ pub(crate) struct ShadowPage {
     pub roots: u64,
     /// Linear addresses at which it was reached.
     pub bases: SmallVec<[u64; 2]>,
+    /// Some entry has led here: it isn't only a topmost page.
+    pub is_child: bool,
     /// More bases than remembered.
     pub anywhere: bool,
     /// Stores to the table since it was last used for a translation.
@@ -297,6 +299,7 @@ impl ShadowPages {
             present: 0,
             roots: 0,
             bases: SmallVec::new(),
+            is_child: false,
             anywhere: false,
             idle_writes: 0,
             referenced: true,

@@ -47,6 +47,8 @@ counters! {
     root_misses,
     /// Roots made.
     roots_built,
+    /// New roots whose upper half is that of the root in force before.
+    upper_halves_adopted,
     /// Roots given up: evicted, or their table was freed.
     roots_freed,
     /// Shadow pages made.

@@ -19,4 +19,5 @@ mod scenarios_shadow;
 mod sequences;
 mod support;
 mod tlb;
+mod upper_half;
 mod walk;
