@@ -66,6 +66,8 @@ struct Exchange {
     wants_frame: bool,
     /// What native code is entered with.
     context: MaybeUninit<ucontext_t>,
+    /// Signals that are blocked outside.
+    blocked: MaybeUninit<libc::sigset_t>,
     image: Image,
     image_len: usize,
     with_fp: bool,
@@ -85,6 +87,7 @@ unsafe impl Sync for Shared {}
 static EXCHANGE: Shared = Shared(UnsafeCell::new(Exchange {
     wants_frame: false,
     context: MaybeUninit::zeroed(),
+    blocked: MaybeUninit::zeroed(),
     image: Image([0; IMAGE_BYTES]),
     image_len: 0,
     with_fp: false,
@@ -146,6 +149,12 @@ impl Exchange {
             let bytes = bytes.min(IMAGE_BYTES);
             frame.copy_to_nonoverlapping(self.image.0.as_mut_ptr(), bytes);
             (*copy).uc_mcontext.fpregs = self.image.0.as_mut_ptr().cast();
+            self.blocked.write((*copy).uc_sigmask);
+            // A handler of somebody else's could run on the stack that native code has, and change the window.
+            libc::sigfillset(&mut (*copy).uc_sigmask);
+            for signal in SIGNALS {
+                libc::sigdelset(&mut (*copy).uc_sigmask, signal);
+            }
         }
         self.wants_frame = false;
     }
@@ -348,6 +357,7 @@ impl Signals {
                 out("r12") _, out("r13") _, out("r14") _, out("r15") _,
                 clobber_abi("C"),
             );
+            libc::pthread_sigmask(libc::SIG_SETMASK, (*x).blocked.as_ptr(), std::ptr::null_mut());
             THREAD.store(0, Ordering::SeqCst);
             *state = (*x).state.assume_init_read();
             let (vector, code, cr2) = ((*x).vector, (*x).error as u32, (*x).cr2 as u64);
