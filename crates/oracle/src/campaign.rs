@@ -267,7 +267,7 @@ pub fn run(
 }
 
 /// Every engine's look at the memory that it keeps.
-fn settle(engines: &mut [Box<dyn Engine>]) -> Result<(), String> {
+pub(crate) fn settle(engines: &mut [Box<dyn Engine>]) -> Result<(), String> {
     let mut result = Ok(());
     for engine in engines {
         // All of them repair their memory.

@@ -1,7 +1,7 @@
 //! Generators driven by a fuzzer's input: every choice is a byte of it, and the engines have to agree.
 
 use crate::asks_kvm::AsksKvm;
-use crate::campaign::{Verdict, judge};
+use crate::campaign::{Verdict, judge, settle};
 use crate::case::Case;
 use crate::engine::{Answer, Engine};
 use crate::engines::{self, Blank};
@@ -16,7 +16,7 @@ use umbra_mmu::MmuOptions;
 /// Fails with the case as text, ready to be saved and replayed, if they differ.
 fn agree(engines: &mut [Box<dyn Engine>], case: &Case) -> Verdict {
     let verdict = judge(engines, case);
-    let stray = engines.iter_mut().find_map(|engine| engine.settle().err());
+    let stray = settle(engines).err();
     let difference = match (verdict, stray) {
         (Verdict::Different(text), _) | (_, Some(text)) => text,
         (verdict, None) => return verdict,
