@@ -196,6 +196,8 @@ fn doctor_says_whether_it_can_run() {
     assert_eq!(output.status.code(), Some(if json["can_run"] == true { 0 } else { 125 }));
     assert!(json["cpu_models"].as_array().unwrap().iter().any(|model| model["name"] == "umbra-v2"));
     assert!(text(&umbra(&["doctor"]).stdout).contains("/dev/kvm"));
+    let kvm = &json["kvm"];
+    assert_eq!(kvm["split_irqchip"].is_boolean(), kvm["problem"].is_null(), "both need KVM: {kvm}");
 }
 
 #[test]

@@ -21,6 +21,8 @@ struct Findings {
     backend: Backend,
     /// What KVM can't offer of the default CPU model, or why it can't be used.
     lost: Result<Vec<String>, String>,
+    /// Whether KVM has a local APIC for a machine that keeps its I/O APIC and 8259s.
+    split_irqchip: Option<bool>,
     features: Vec<(&'static str, bool)>,
     models: Vec<(&'static str, Option<String>)>,
     memory_kib: Option<u64>,
@@ -54,6 +56,7 @@ fn look() -> Findings {
         kvm: kvm(),
         backend: Backend::of_kvm(),
         lost: lost(&host),
+        split_irqchip: umbra_accel::kvm::offers_split_irqchip().ok(),
         features: umbra_hostexec::host_features().iter().collect(),
         models: PROFILE_NAMES.iter().map(model).collect(),
         memory_kib: kib_of(&meminfo, "MemTotal:"),
@@ -130,6 +133,12 @@ impl Findings {
                 let _ = writeln!(out, "--accel kvm:      {why}");
             }
         }
+        let irqchip = match self.split_irqchip {
+            Some(true) => "offered by KVM and not used: interrupts come from Umbra's own APICs, one CPU",
+            Some(false) => "not offered by KVM",
+            None => "unknown",
+        };
+        let _ = writeln!(out, "split irqchip:    {irqchip}");
         let has: Vec<&str> = self.features.iter().filter(|(_, has)| *has).map(|&(name, _)| name).collect();
         let _ = writeln!(out, "CPU features:     {}", has.join(" "));
         let _ = writeln!(out, "missing:          {missing}");
@@ -158,7 +167,7 @@ impl Findings {
             "can_run": self.can_run(),
             "engine": "interpreter",
             "kvm": { "device": self.kvm, "backend": self.backend.label(), "hardware": self.backend.is_hardware(),
-                "lost_features": self.lost.as_ref().ok(), "problem": self.lost.as_ref().err() },
+                "lost_features": self.lost.as_ref().ok(), "problem": self.lost.as_ref().err(), "split_irqchip": self.split_irqchip },
             "cpu_features": self.features.iter().filter(|(_, has)| *has).map(|(name, _)| name).collect::<Vec<_>>(),
             "missing_features": self.missing(),
             "cpu_models": models,
