@@ -131,9 +131,11 @@ impl Block {
         std::iter::once((self.offset, self.len)).chain(second)
     }
 
-    /// Numbers of the pages of RAM it was decoded from.
+    /// Numbers of the pages of RAM it was decoded from, each once: an instruction across two linear pages may lie in one.
     fn pages(&self) -> impl Iterator<Item = u64> + use<> {
-        self.pieces().map(|(offset, _)| offset >> 12)
+        let first = self.offset >> 12;
+        let second = self.second.as_ref().map(|second| second.offset >> 12);
+        std::iter::once(first).chain(second.filter(|&second| second != first))
     }
 }
 
