@@ -53,7 +53,8 @@ impl Mmu {
         // Watched from here on, so that no later store is missed.
         let index = self.shadow_page_of(table.page(), role)?;
         let ours = self.upper_entries(self.shadow.page(index).off);
-        let untouched = |raw: u64| raw & entry::P == 0 || raw & entry::A != 0;
+        let unmarked = cfg!(umbra_mutant = "upper-half-adopted-without-a-bits");
+        let untouched = |raw: u64| raw & entry::P == 0 || raw & entry::A != 0 || unmarked;
         (theirs == ours && ours.iter().all(|raw| untouched(u64::from_le_bytes(*raw)))).then_some(index)
     }
 
@@ -67,7 +68,7 @@ impl Mmu {
     /// other about that.
     pub(crate) fn part_upper_half(&mut self, index: u32) {
         let role = self.shadow.page(index).role;
-        if role.format != EntryFormat::Long || role.level < 4 {
+        if role.format != EntryFormat::Long || role.level < 4 || cfg!(umbra_mutant = "top-table-stores-part-nothing") {
             return;
         }
         let link = self.shadow.link_of(index);
@@ -95,6 +96,9 @@ impl Mmu {
     /// A translation of a fetch in the upper half may have ended in some root: in all, as one may know of it by others
     /// that agree with it, or did.
     fn renew_upper_halves(&mut self) {
+        if cfg!(umbra_mutant = "upper-half-never-renewed") {
+            return;
+        }
         let mut renewed: SmallVec<[(u64, u64); 8]> = SmallVec::new();
         for slot in self.roots.used() {
             let stamp = self.next_stamp();
