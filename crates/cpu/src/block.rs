@@ -8,7 +8,7 @@
 
 mod aging;
 
-use crate::core::{CODE_SIZE_AT, CodeSize, Core};
+use crate::core::{CodeSize, Core, code_bits};
 use crate::decode::{DecodeError, decode, resolve};
 use crate::isa::{self, Ends};
 use crate::op::{Flow, Op, Stop};
@@ -108,7 +108,7 @@ impl Block {
 
     /// Code size: 16, 32 or 64.
     pub fn bits(&self) -> u32 {
-        (self.mode >> CODE_SIZE_AT) as u32 & 0x7f
+        code_bits(self.mode)
     }
 
     /// Whether it is 16- or 32-bit code.

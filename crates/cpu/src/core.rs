@@ -46,6 +46,11 @@ pub enum CodeSize {
 /// Where the code size is in [`Core::code_mode`].
 pub const CODE_SIZE_AT: u32 = 40;
 
+/// The code size in a [`Core::code_mode`]: 16, 32 or 64.
+pub const fn code_bits(mode: u64) -> u32 {
+    (mode >> CODE_SIZE_AT) as u32 & 0x7f
+}
+
 /// One virtual CPU as the engine sees it.
 pub struct Core {
     /// General registers 0..16; 16 is always 0, 17 is [`CODE_BASE`](crate::op::CODE_BASE); the rest pads to a power of

@@ -202,10 +202,8 @@ impl Emitter {
 
     /// The shortest form that loads `value`. Leaves flags alone.
     pub fn mov_imm(&mut self, to: Reg, value: u64) {
-        if u32::try_from(value).is_ok() {
-            self.rex(false, 0, 0, to);
-            self.byte(0xb8 | to & 7);
-            self.imm32(value as i32);
+        if let Ok(small) = u32::try_from(value) {
+            self.mov_imm32(to, small);
         } else if i32::try_from(value as i64).is_ok() {
             self.rr(true, &[0xc7], 0, to);
             self.imm32(value as i32);
@@ -214,15 +212,14 @@ impl Emitter {
         }
     }
 
-    /// The ten-byte form.
-    /// Always six bytes for the upper registers.
+    /// The form with four bytes of immediate: six bytes for the upper registers.
     pub fn mov_imm32(&mut self, to: Reg, value: u32) {
-        if to >= 8 {
-            self.raw(&[0x41]);
-        }
-        self.raw(&[0xb8 | to & 7]);
-        self.raw(&value.to_le_bytes());
+        self.rex(false, 0, 0, to);
+        self.byte(0xb8 | to & 7);
+        self.imm32(value as i32);
     }
+
+    /// The ten-byte form.
     pub fn mov_imm64(&mut self, to: Reg, value: u64) {
         self.rex(true, 0, 0, to);
         self.byte(0xb8 | to & 7);

@@ -14,6 +14,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Bus, CpuState, Exit, Gva, Slice, Stopped, Vcpu, VirtualTime};
+use umbra_cpu::core::code_bits;
 use umbra_cpu::op::{CODE_BASE, Stop};
 use umbra_cpu::{EngineError, EngineOptions, Interpreter};
 use umbra_hostexec::{CodeMemory, HostExecError};
@@ -80,7 +81,7 @@ enum State {
 struct Translation {
     /// Offset in the code memory.
     entry: usize,
-    /// RIP from where those in the translation count.
+    /// RIP of its first instruction, from [`CODE_BASE`].
     rip: u64,
     /// RIP when it was made.
     seen_at: u64,
@@ -88,13 +89,12 @@ struct Translation {
     offset: u64,
     mode: u64,
     crosses: bool,
-    legacy: bool,
 }
 
 impl Translation {
     /// Whether it can be found by where its code is.
     fn is_placed(&self) -> bool {
-        !self.crosses && !self.legacy
+        !self.crosses && code_bits(self.mode) == 64
     }
 }
 
@@ -430,7 +430,6 @@ impl Engine {
             offset: block.offset(),
             mode: block.mode(),
             crosses: block.crosses(),
-            legacy: block.is_legacy(),
         };
         if translation.is_placed() && !self.options.off.has(Mechanism::Jumps) {
             let code = self.code.address() + entry as u64;
