@@ -137,6 +137,10 @@ impl Segment {
     pub const fn null(selector: u16) -> Self {
         Self { base: 0, limit: 0, attr: Attr::UNUSABLE, selector }
     }
+    /// The null stack segment of ring `cpl` in 64-bit mode.
+    pub const fn null_stack(cpl: u8) -> Self {
+        Self { attr: Attr::UNUSABLE.with_dpl(cpl), ..Self::null(cpl as u16) }
+    }
     /// Requested privilege level: the selector's low two bits.
     #[inline]
     pub const fn rpl(&self) -> u8 {

@@ -106,7 +106,7 @@ impl Core {
         let place = self.find_place(op, lin, W::BYTES, AccessKind::Write)?;
         if let Place::One(t @ Translation { backing: Backing::Ram(off), .. }) = place {
             self.mem.store::<W>(off, W::of(value));
-            self.stored(off, t, W::BYTES as u32);
+            self.stored_in_page(off, t, W::BYTES as u32);
             return Ok(());
         }
         self.store_place(bus, op, place, W::BYTES, value);
@@ -206,7 +206,7 @@ impl Core {
     }
 
     #[inline(always)]
-    fn system_address(&self, lin: u64) -> u64 {
+    pub(crate) fn system_address(&self, lin: u64) -> u64 {
         if self.s.efer.lma() { lin } else { lin & 0xffff_ffff }
     }
 
@@ -363,6 +363,12 @@ impl Core {
     /// After a slow-path store to RAM: watched tables and code lines learn of it at once.
     fn stored(&mut self, off: RamOffset, t: Translation, len: u32) {
         self.mem.note_store(off, u64::from(len));
+        self.stored_in_page(off, t, len);
+    }
+
+    /// As [`stored`](Self::stored), after a store in the page that was translated, and thereby marked dirty.
+    #[inline]
+    fn stored_in_page(&mut self, off: RamOffset, t: Translation, len: u32) {
         let flags = self.mem.page_flags(off);
         if !flags.intersects(PageFlags::REPORTED) {
             return;

@@ -120,6 +120,8 @@ pub struct Core {
     pub recent: crate::trace::Recent,
     /// The page claimed for MONITOR.
     pub(crate) monitored: Option<RamOffset>,
+    /// Segments loaded lately.
+    pub loaded: crate::loaded::LoadedSegments,
     /// What is traced, if anything.
     pub trace: Option<Box<crate::trace::Trace>>,
     /// Code bytes lines: which 64-byte lines of a RAM page hold decoded code.
@@ -173,6 +175,7 @@ impl Core {
             mem,
             recent: crate::trace::Recent::default(),
             monitored: None,
+            loaded: crate::loaded::LoadedSegments::default(),
             trace: None,
             code_lines: hashbrown::HashMap::new(),
             s,
@@ -232,6 +235,7 @@ impl Core {
     }
 
     /// Replaces RFLAGS; the caller has masked what may change.
+    #[inline]
     pub fn set_rflags(&mut self, value: u64) {
         self.flags = Flags::from_rflags(value);
         self.set_system_flags(value);
@@ -245,7 +249,8 @@ impl Core {
         if changed & rflags::AC != 0 {
             self.view_changed();
         }
-        if changed & (rflags::IF | rflags::TF | rflags::VM | rflags::RF) != 0 || value & rflags::TF != 0 {
+        // RF is looked at with each block.
+        if changed & (rflags::IF | rflags::TF | rflags::VM) != 0 || value & rflags::TF != 0 {
             self.check_events = true;
             self.break_block = true;
         }

@@ -3,6 +3,7 @@
 use crate::core::Core;
 use crate::debug::DR7_GD;
 use crate::frame::Frame;
+use crate::loaded::{Place, Rules};
 use crate::op::{Flow, Stop};
 use crate::segments::selector_code;
 use crate::taskswitch::Cause;
@@ -63,30 +64,39 @@ impl Core {
     /// Delivers `event` with return address `rip`; follows double faults. On success `next_rip` is the
     /// handler's address.
     pub fn deliver(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
-        let mut rip = self.resume_at.take().unwrap_or(rip);
+        let rip = self.resume_at.take().unwrap_or(rip);
         let start = (self.s.segment(Seg::Cs).base, rip);
-        let mut event = event;
+        match self.attempt(bus, event, rip) {
+            Err(Stop::Fault) => self.deliver_fault_of(bus, event, start),
+            flow => flow,
+        }
+    }
+
+    #[inline(always)]
+    fn attempt(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
+        if let Event::Fault(Fault { vector: vector::PF, address, .. }) = event {
+            self.s.cr2 = address;
+        }
+        if self.trace.is_some() {
+            self.trace_event(event, rip);
+        }
+        self.deliver_once(bus, event, rip)?;
+        self.clock = self.clock.plus(DELIVERY_COST);
+        Ok(())
+    }
+
+    /// Delivering `event`, due at `start`, has faulted: delivers that fault, or a double fault.
+    #[cold]
+    fn deliver_fault_of(&mut self, bus: &mut dyn Bus, event: Event, start: (u64, u64)) -> Flow {
+        let (mut event, mut rip) = (event, start.1);
         let mut chain: [Option<Fault>; 2] = [None, None];
         loop {
+            rip = self.resume_at.take().unwrap_or(rip);
+            let second = self.fault;
             let now = match event {
                 Event::Fault(f) | Event::Trap(f) => Some(f),
                 _ => None,
             };
-            if let Some(fault) = now.filter(|f| f.vector == vector::PF) {
-                self.s.cr2 = fault.address;
-            }
-            if self.trace.is_some() {
-                self.trace_event(event, rip);
-            }
-            match self.deliver_once(bus, event, rip) {
-                Ok(()) => {
-                    self.clock = self.clock.plus(DELIVERY_COST);
-                    return Ok(());
-                }
-                Err(Stop::Fault) => rip = self.resume_at.take().unwrap_or(rip),
-                Err(stop) => return Err(stop),
-            }
-            let second = self.fault;
             let first = now.unwrap_or(Fault { vector: event.vector(), code: None, address: 0 });
             if first.vector == vector::DF && now.is_some() {
                 let triple = TripleFault {
@@ -105,6 +115,10 @@ impl Core {
             } else {
                 Event::Fault(second)
             };
+            match self.attempt(bus, event, rip) {
+                Err(Stop::Fault) => {}
+                flow => return flow,
+            }
         }
     }
 
@@ -139,6 +153,7 @@ impl Core {
         }
     }
 
+    #[inline(always)]
     fn deliver_once(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
         if !self.s.cr0.pe() {
             return self.deliver_real(bus, event.vector(), rip);
@@ -149,16 +164,26 @@ impl Core {
         {
             return self.raise(Fault::GP0);
         }
-        let gate = self.read_gate(bus, event)?;
-        if gate.attr.kind() == system::TASK_GATE {
-            self.through_task_gate(bus, event, gate, rip)?;
+        if self.s.efer.lma() {
+            let gate = self.read_gate::<true>(bus, event)?;
+            self.through_gate::<true>(bus, event, gate, rip)?;
         } else {
-            self.through_gate(bus, event, gate, rip)?;
+            self.deliver_legacy(bus, event, rip)?;
         }
-        if event.vector() == vector::DB && !matches!(event, Event::Software(_) | Event::External(_)) {
+        if let Event::Fault(Fault::DEBUG) | Event::Trap(Fault::DEBUG) | Event::Icebp = event {
             self.s.dr7 &= !DR7_GD;
         }
         Ok(())
+    }
+
+    #[inline(never)]
+    fn deliver_legacy(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
+        let gate = self.read_gate::<false>(bus, event)?;
+        if gate.attr.kind() == system::TASK_GATE {
+            self.through_task_gate(bus, event, gate, rip)
+        } else {
+            self.through_gate::<false>(bus, event, gate, rip)
+        }
     }
 
     /// Leaves the engine with "this guest needs what isn't implemented".
@@ -188,27 +213,29 @@ impl Core {
         Ok(())
     }
 
-    fn read_gate(&mut self, bus: &mut dyn Bus, event: Event) -> Result<Gate, Stop> {
+    /// The gate of `event`, checked; `LONG` is IA-32e mode.
+    #[inline(always)]
+    fn read_gate<const LONG: bool>(&mut self, bus: &mut dyn Bus, event: Event) -> Result<Gate, Stop> {
         let v = event.vector();
         let code = u32::from(v) * 8 + 2 + event.ext();
-        let long = self.s.efer.lma();
-        let size = if long { 16 } else { 8 };
+        let size = if LONG { 16 } else { 8 };
         let at = u64::from(v) * size;
         if at + size - 1 > u64::from(self.s.idtr.limit) {
             return self.raise(Fault::gp(code));
         }
         let base = self.s.idtr.base.wrapping_add(at);
-        let gate = if !long {
+        let gate = if !LONG {
             Gate::legacy(self.read_system::<u64>(bus, base)?)
         } else if let Some(off) = self.mmu.lookup_system_read(umbra_arch::Gva::new(base), 16) {
-            Gate::long(self.mem.load::<u64>(off), self.mem.load::<u64>(off.add(8)))
+            let [low, high] = self.mem.load_words(off);
+            Gate::long(low, high)
         } else {
             let low = self.read_system::<u64>(bus, base)?;
             Gate::long(low, self.read_system::<u64>(bus, base.wrapping_add(8))?)
         };
         let fits = match gate.attr.kind() {
             system::INTERRUPT_GATE | system::TRAP_GATE => true,
-            system::INTERRUPT_GATE16 | system::TRAP_GATE16 | system::TASK_GATE => !long,
+            system::INTERRUPT_GATE16 | system::TRAP_GATE16 | system::TASK_GATE => !LONG,
             _ => false,
         };
         let refused = matches!(event, Event::Software(_) | Event::Short(_)) && gate.attr.dpl() < self.s.cpl;
@@ -221,52 +248,51 @@ impl Core {
         Ok(gate)
     }
 
-    fn through_gate(&mut self, bus: &mut dyn Bus, event: Event, gate: Gate, rip: u64) -> Flow {
+    #[inline(always)]
+    fn through_gate<const LONG: bool>(&mut self, bus: &mut dyn Bus, event: Event, gate: Gate, rip: u64) -> Flow {
         let ext = event.ext();
-        let long = self.s.efer.lma();
         let cs = self.handler_segment(bus, gate.selector, ext)?;
         let old_cpl = self.s.cpl;
         let new_cpl = if cs.attr.is_conforming() { old_cpl } else { cs.attr.dpl() };
-        let v86 = self.s.is_v86();
+        let v86 = !LONG && self.s.is_v86();
         if v86 && new_cpl != 0 {
             return self.raise(Fault::gp(selector_code(gate.selector) | ext));
         }
-        let old = (*self.s.segment(Seg::Ss), self.gpr[reg::RSP], self.rflags());
-        let inner = new_cpl < old_cpl;
-        let (mut frame, new_ss) = if long {
-            let frame = self.long_stack(bus, gate.ist, new_cpl, inner, ext)?;
-            let null = Segment {
-                attr: umbra_arch::segment::Attr::UNUSABLE.with_dpl(new_cpl),
-                ..Segment::null(u16::from(new_cpl))
-            };
-            (frame, inner.then_some(null))
-        } else if inner {
-            let (frame, ss) = self.inner_stack(bus, new_cpl, ext)?;
-            (frame, Some(ss))
-        } else {
-            (Frame::on_current_stack(self), None)
-        };
-        let size = if long {
-            8
-        } else if gate.attr.kind() & 8 != 0 {
-            4
-        } else {
-            2
-        };
-        if v86 {
-            for seg in [Seg::Gs, Seg::Fs, Seg::Ds, Seg::Es] {
-                let selector = self.s.segment(seg).selector;
-                frame.push(self, bus, size, u64::from(selector))?;
-            }
-        }
         let resume = if matches!(event, Event::Fault(_)) { rflags::RF } else { 0 };
-        let cs_selector = self.s.segment(Seg::Cs).selector.into();
+        let values = [
+            u64::from(self.s.segment(Seg::Ss).selector),
+            self.gpr[reg::RSP],
+            self.rflags() | resume,
+            u64::from(self.s.segment(Seg::Cs).selector),
+            rip,
+        ];
         let code = event.code();
-        let values = [old.0.selector.into(), old.1, old.2 | resume, cs_selector, rip, code.unwrap_or(0).into()];
-        let first = if long || inner { 0 } else { 2 };
-        let last = if code.is_some() { 6 } else { 5 };
-        frame.push_all(self, bus, size, &values[first..last])?;
-        let reachable = if long {
+        let inner = new_cpl < old_cpl;
+        let (rsp, ss) = if LONG {
+            let rsp = self.long_stack(bus, gate.ist, new_cpl, inner, ext)?;
+            let rsp = self.push_long_frame(bus, rsp, new_cpl, &values, code)?;
+            (rsp, inner.then(|| Segment::null_stack(new_cpl)))
+        } else {
+            let (mut frame, ss) = if inner {
+                let (frame, ss) = self.inner_stack(bus, new_cpl, ext)?;
+                (frame, Some(ss))
+            } else {
+                (Frame::on_current_stack(self), None)
+            };
+            let size = if gate.attr.kind() & 8 != 0 { 4 } else { 2 };
+            if v86 {
+                for seg in [Seg::Gs, Seg::Fs, Seg::Ds, Seg::Es] {
+                    let selector = self.s.segment(seg).selector;
+                    frame.push(self, bus, size, u64::from(selector))?;
+                }
+            }
+            frame.push_all(self, bus, size, if inner { &values } else { &values[2..] })?;
+            if let Some(code) = code {
+                frame.push(self, bus, size, u64::from(code))?;
+            }
+            (frame.pointer & frame.mask, ss)
+        };
+        let reachable = if LONG {
             umbra_arch::Gva::new(gate.offset).is_canonical(self.s.linear_bits())
         } else {
             gate.offset <= u64::from(cs.limit)
@@ -274,12 +300,7 @@ impl Core {
         if !reachable {
             return self.raise(Fault::gp(ext));
         }
-        self.enter_handler(gate, cs, new_cpl, new_ss, frame, v86);
-        Ok(())
-    }
-
-    /// Nothing can fail any more: commits stack, segments, flags and RIP.
-    fn enter_handler(&mut self, gate: Gate, cs: Segment, cpl: u8, ss: Option<Segment>, frame: Frame, v86: bool) {
+        // Nothing can fail any more.
         if let Some(ss) = ss {
             self.s.seg[Seg::Ss as usize] = ss;
         }
@@ -288,24 +309,33 @@ impl Core {
                 self.s.seg[seg as usize] = Segment::null(0);
             }
         }
-        self.s.seg[Seg::Cs as usize] = Segment { selector: cs.selector & !3 | u16::from(cpl), ..cs };
-        let inner = self.s.cpl != cpl;
-        self.s.cpl = cpl;
+        self.s.seg[Seg::Cs as usize] = Segment { selector: cs.selector & !3 | u16::from(new_cpl), ..cs };
+        self.s.cpl = new_cpl;
         let mut clear = rflags::TF | rflags::NT | rflags::RF | rflags::VM;
         if gate.attr.kind() & 1 == 0 {
             clear |= rflags::IF;
         }
         self.set_system_flags(self.s.rflags & !clear);
         self.segments_changed();
-        frame.commit_pointer(self);
+        self.set_stack_pointer(rsp);
         if inner {
             self.view_changed();
         }
         self.next_rip = gate.offset;
-        self.break_block = true;
+        Ok(())
     }
 
+    #[inline(always)]
     fn handler_segment(&mut self, bus: &mut dyn Bus, selector: u16, ext: u32) -> Result<Segment, Stop> {
+        let place = match self.loaded_before(selector, Rules::Handler(self.s.cpl)) {
+            Some(place) => place,
+            None => self.read_handler_segment(bus, selector, ext)?,
+        };
+        Ok(*self.loaded.at(place))
+    }
+
+    #[inline(never)]
+    fn read_handler_segment(&mut self, bus: &mut dyn Bus, selector: u16, ext: u32) -> Result<Place, Stop> {
         if selector & 0xfffc == 0 {
             return self.raise(Fault::gp(ext));
         }
@@ -324,11 +354,11 @@ impl Core {
             return self.raise(Fault::np(code));
         }
         self.mark_descriptor(bus, selector, d, crate::segments::ACCESSED)?;
-        Ok(umbra_arch::descriptor::Descriptor(d.0 | crate::segments::ACCESSED).segment(selector))
+        Ok(self.loads(selector, d, Rules::Handler(self.s.cpl)))
     }
 
     /// "64-Bit Mode Stack Frame", "Interrupt Stack Table": the new RSP, aligned to 16 bytes.
-    fn long_stack(&mut self, bus: &mut dyn Bus, ist: u8, cpl: u8, inner: bool, ext: u32) -> Result<Frame, Stop> {
+    fn long_stack(&mut self, bus: &mut dyn Bus, ist: u8, cpl: u8, inner: bool, ext: u32) -> Result<u64, Stop> {
         let rsp = if ist != 0 {
             self.tss_pointer(bus, 0x24 + 8 * u64::from(ist - 1), ext)?
         } else if inner {
@@ -336,7 +366,7 @@ impl Core {
         } else {
             self.gpr[reg::RSP]
         };
-        Ok(Frame { pointer: rsp & !15, base: 0, mask: u64::MAX, cpl, limit: None })
+        Ok(rsp & !15)
     }
 
     fn tss_pointer(&mut self, bus: &mut dyn Bus, offset: u64, ext: u32) -> Result<u64, Stop> {

@@ -208,9 +208,7 @@ impl Core {
                 return self.raise(Fault::ts(selector_code(tr.selector)));
             }
             let pointer = self.read_system::<u64>(bus, tr.base.wrapping_add(at))?;
-            let null =
-                Segment { attr: umbra_arch::segment::Attr::UNUSABLE.with_dpl(cpl), ..Segment::null(u16::from(cpl)) };
-            (Frame { pointer, base: 0, mask: u64::MAX, cpl, limit: None }, null)
+            (Frame { pointer, base: 0, mask: u64::MAX, cpl, limit: None }, Segment::null_stack(cpl))
         } else {
             self.inner_stack(bus, cpl, 0)?
         };

@@ -20,6 +20,7 @@ pub struct Flags {
 
 impl Flags {
     /// From RFLAGS' status bits.
+    #[inline]
     pub fn from_rflags(value: u64) -> Self {
         let cf = value & rflags::CF;
         let of = value >> 11 & 1;

@@ -1,7 +1,7 @@
 //! Frames that far transfers and events push.
 
 use crate::core::Core;
-use crate::op::Flow;
+use crate::op::{Flow, Stop};
 use umbra_arch::paging::{Access, AccessKind};
 use umbra_arch::segment::{Seg, Segment};
 use umbra_arch::state::reg;
@@ -55,22 +55,8 @@ impl Frame {
         Ok(())
     }
 
-    /// Pushes `values`, the first one first. In a 64-bit frame that lies in one page they are found by one lookup.
-    #[inline]
+    /// Pushes `values`, the first one first.
     pub fn push_all(&mut self, c: &mut Core, bus: &mut dyn Bus, bytes: u64, values: &[u64]) -> Flow {
-        let total = 8 * values.len() as u64;
-        let at = self.pointer.wrapping_sub(total);
-        if bytes == 8
-            && self.limit.is_none()
-            && self.cpl < 3
-            && let Some(off) = c.mmu.lookup_system_write(Gva::new(at), total)
-        {
-            for (n, &value) in values.iter().rev().enumerate() {
-                c.mem.store::<u64>(off.add(8 * n as u64), value);
-            }
-            self.pointer = at;
-            return Ok(());
-        }
         values.iter().try_for_each(|&value| self.push(c, bus, bytes, value))
     }
 
@@ -81,6 +67,37 @@ impl Frame {
 }
 
 impl Core {
+    /// Pushes `values`, the first one first, and an error code as an event in IA-32e mode does; `pointer` is aligned. The
+    /// new stack pointer. A frame that lies in one page is found by one lookup.
+    #[inline(always)]
+    pub(crate) fn push_long_frame(
+        &mut self,
+        bus: &mut dyn Bus,
+        pointer: u64,
+        cpl: u8,
+        values: &[u64; 5],
+        code: Option<u32>,
+    ) -> Result<u64, Stop> {
+        let below = if code.is_some() { 8 } else { 0 };
+        let bottom = pointer.wrapping_sub(40 + below);
+        if cpl < 3
+            && let Some(off) = self.mmu.lookup_system_write(Gva::new(bottom), 40 + below)
+        {
+            if let Some(code) = code {
+                self.mem.store::<u64>(off, u64::from(code));
+            }
+            let [ss, rsp, flags, cs, rip] = *values;
+            self.mem.store_words(off.add(below), &[rip, cs, flags, rsp, ss]);
+            return Ok(bottom);
+        }
+        let mut frame = Frame { pointer, base: 0, mask: u64::MAX, cpl, limit: None };
+        frame.push_all(self, bus, 8, values)?;
+        if let Some(code) = code {
+            frame.push(self, bus, 8, u64::from(code))?;
+        }
+        Ok(frame.pointer)
+    }
+
     /// A push by privilege level `cpl`: below 3 it is an implicit supervisor access.
     fn write_as(&mut self, bus: &mut dyn Bus, lin: u64, bytes: u64, value: u64, cpl: u8) -> Flow {
         if cpl == 3 {

@@ -20,8 +20,6 @@ pub struct Interpreter {
     pub(crate) retired: u64,
     /// TF or a shadow: run one instruction at a time.
     pub(crate) single: bool,
-    /// RF is set: clear it behind the next instruction.
-    pub(crate) resuming: bool,
     /// End of the running slice.
     until: VirtualTime,
 }
@@ -38,14 +36,7 @@ impl Interpreter {
         options: &EngineOptions,
     ) -> Result<Self, EngineError> {
         let core = Core::new(mem, profile, apic_id, options)?;
-        Ok(Self {
-            core,
-            cache: BlockCache::default(),
-            retired: 0,
-            single: false,
-            resuming: false,
-            until: VirtualTime(0),
-        })
+        Ok(Self { core, cache: BlockCache::default(), retired: 0, single: false, until: VirtualTime(0) })
     }
 
     /// The MMU's counters.
@@ -175,10 +166,20 @@ impl Interpreter {
         let c = &mut self.core;
         c.enter_block(block);
         c.break_block = false;
-        if self.single || self.resuming || c.clock.plus(u64::from(block.cost)) > until {
+        if self.single || c.clock.plus(u64::from(block.cost)) > until {
             return Err(self.part(bus, number, until));
         }
-        for (done, op) in block.ops.iter().enumerate() {
+        let mut ops = block.ops.iter().enumerate();
+        if c.resumes()
+            && let Some((first, op)) = ops.next()
+        {
+            let flow = (op.exec)(c, bus, op);
+            if flow.is_err() || c.break_block {
+                return Err(self.ended(bus, number, first, flow.err()));
+            }
+            c.s.rflags &= !rflags::RF;
+        }
+        for (done, op) in ops {
             let flow = (op.exec)(c, bus, op);
             if flow.is_err() || c.break_block {
                 return Err(self.ended(bus, number, done, flow.err()));
@@ -187,12 +188,12 @@ impl Interpreter {
         self.retired += block.ops.len() as u64;
         c.clock = c.clock.plus(u64::from(block.cost));
         if c.check_events {
-            return Err(self.after(bus, None, 0));
+            return Err(self.after(bus));
         }
         if c.clock >= until { Err(None) } else { Ok(()) }
     }
 
-    /// Runs a block only as far as the budget reaches, or one instruction of it, with RF for the first one only.
+    /// Runs a block only as far as the budget reaches, or one instruction of it.
     #[inline(never)]
     fn part(&mut self, bus: &mut dyn Bus, number: u32, until: VirtualTime) -> Option<Exit> {
         let block = self.cache.block(number);
@@ -206,9 +207,7 @@ impl Interpreter {
         for (done, op) in block.ops[..most].iter().enumerate() {
             let flow = (op.exec)(c, bus, op);
             if flow.is_err() || c.break_block || done + 1 == most {
-                let exit = self.ended(bus, number, done, flow.err());
-                self.resuming = self.core.resumes();
-                return exit;
+                return self.ended(bus, number, done, flow.err());
             }
             c.s.rflags &= !rflags::RF;
         }
@@ -227,12 +226,18 @@ impl Interpreter {
         let next = if stop.is_none() { last + 1 } else { last };
         let rip = block.ops.get(next).map_or(c.next_rip, |op| c.block_rip.wrapping_add(u64::from(op.start)));
         c.next_rip = rip;
-        self.after(bus, stop.filter(|s| *s != Stop::Again), rip)
+        self.after_block(bus, stop.filter(|s| *s != Stop::Again), rip)
+    }
+
+    /// After a block that ran to its end: shadows, traps, attention.
+    #[inline(never)]
+    pub(crate) fn after(&mut self, bus: &mut dyn Bus) -> Option<Exit> {
+        self.after_block(bus, None, 0)
     }
 
     /// After a block: shadows, traps, faults, attention.
-    #[inline(never)]
-    pub(crate) fn after(&mut self, bus: &mut dyn Bus, stop: Option<Stop>, rip: u64) -> Option<Exit> {
+    #[inline(always)]
+    fn after_block(&mut self, bus: &mut dyn Bus, stop: Option<Stop>, rip: u64) -> Option<Exit> {
         let shadow = std::mem::take(&mut self.core.shadow_next);
         if stop == Some(Stop::Absent) {
             // It starts again under the shadow that it started under.
@@ -355,7 +360,6 @@ impl Interpreter {
         }
         let c = &mut self.core;
         self.single = c.must_step() || c.traces_instructions();
-        self.resuming = c.resumes();
         c.trap_pending = c.s.rflags & rflags::TF != 0;
         c.check_events = self.single;
         None
@@ -410,7 +414,7 @@ impl Vcpu for Interpreter {
         // What happened to memory before concerns the old state.
         self.memory_changed();
         self.core.set_state(state);
-        (self.single, self.resuming) = (false, false);
+        self.single = false;
     }
 
     fn retired(&self) -> u64 {

@@ -20,6 +20,7 @@ pub mod flags;
 pub mod frame;
 pub mod interp;
 pub mod isa;
+pub mod loaded;
 pub mod msr;
 pub mod op;
 pub mod operand;

@@ -2,9 +2,9 @@
 
 use crate::core::Core;
 use crate::far::Transfer;
+use crate::loaded::{Place, Rules};
 use crate::op::{Flow, Op, Stop};
 use crate::segments::{ACCESSED, selector_code};
-use umbra_arch::descriptor::Descriptor;
 use umbra_arch::segment::{Seg, Segment};
 use umbra_arch::state::reg;
 use umbra_arch::{Bus, Fault, Gva, rflags};
@@ -48,7 +48,17 @@ impl Core {
     }
 
     /// The code segment that a return goes to: its RPL is the new CPL.
+    #[inline(always)]
     fn return_segment(&mut self, bus: &mut dyn Bus, selector: u16) -> Result<Segment, Stop> {
+        let place = match self.loaded_before(selector, Rules::Return(self.s.cpl)) {
+            Some(place) => place,
+            None => self.read_return_segment(bus, selector)?,
+        };
+        Ok(*self.loaded.at(place))
+    }
+
+    #[inline(never)]
+    fn read_return_segment(&mut self, bus: &mut dyn Bus, selector: u16) -> Result<Place, Stop> {
         if selector & 0xfffc == 0 {
             return self.raise(Fault::GP0);
         }
@@ -64,10 +74,11 @@ impl Core {
             return self.raise(Fault::np(code));
         }
         self.mark_descriptor(bus, selector, d, ACCESSED)?;
-        Ok(Descriptor(d.0 | ACCESSED).segment(selector))
+        Ok(self.loads(selector, d, Rules::Return(self.s.cpl)))
     }
 
     /// Commits a return to an outer (or, by IRET in 64-bit mode, the same) level with a new stack.
+    #[inline(always)]
     fn return_outer(&mut self, bus: &mut dyn Bus, cs: Segment, rip: u64, ss: u16, rsp: u64, bytes: u64) -> Flow {
         let cpl = cs.rpl();
         let stack = if ss & 0xfffc == 0 {
@@ -75,7 +86,7 @@ impl Core {
             if !long || cpl == 3 || (ss & 3) as u8 != cpl {
                 return self.raise(Fault::GP0);
             }
-            Segment { attr: umbra_arch::segment::Attr::UNUSABLE.with_dpl(cpl), ..Segment::null(ss) }
+            Segment::null_stack(cpl)
         } else {
             self.stack_segment(bus, ss, cpl, Fault::gp)?
         };
@@ -97,6 +108,7 @@ impl Core {
     /// Data segments that the new level may not use become null ("RET-Return From Procedure"). From 64-bit mode,
     /// which doesn't look at them, only the selectors do: a kernel that goes on to legacy mode without
     /// reloading DS finds its flat segment there, as it does under other emulators.
+    #[inline(never)]
     fn drop_inner_segments(&mut self, from64: bool) {
         for seg in [Seg::Es, Seg::Ds, Seg::Fs, Seg::Gs] {
             let s = &mut self.s.seg[seg as usize];
@@ -136,6 +148,13 @@ impl Core {
             self.after_return(flags, mask);
             return Ok(());
         }
+        self.return_by_parts(bus, op, bytes)
+    }
+
+    /// IRET in protected mode and IA-32e mode, its frame read value by value.
+    #[inline(never)]
+    fn return_by_parts(&mut self, bus: &mut dyn Bus, op: &Op, bytes: u64) -> Flow {
+        let from64 = self.s.is_64bit_code();
         let rip = self.pop_value(bus, op, bytes, 0)?;
         let selector = self.pop_value(bus, op, bytes, bytes)? as u16;
         let flags = self.pop_value(bus, op, bytes, 2 * bytes)?;
@@ -163,7 +182,7 @@ impl Core {
     /// What IRETQ takes off the stack in 64-bit mode, if one lookup finds all of it.
     fn interrupt_frame(&self) -> Option<[u64; 5]> {
         let off = self.mmu.lookup_read(Gva::new(self.gpr[reg::RSP]), 40)?;
-        Some(std::array::from_fn(|n| self.mem.load::<u64>(off.add(8 * n as u64))))
+        Some(self.mem.load_words(off))
     }
 
     /// RFLAGS bits that IRET changes at the present CPL: all status flags and some others.
@@ -184,6 +203,7 @@ impl Core {
         mask
     }
 
+    #[inline(always)]
     fn after_return(&mut self, flags: u64, mask: u64) {
         self.set_rflags(self.s.rflags & !mask | flags & mask);
         self.watch.keep_rf = true;

@@ -1,6 +1,7 @@
 //! Segment limits and types outside 64-bit mode, and loading segment registers.
 
 use crate::core::Core;
+use crate::loaded::{Place, Rules};
 use crate::op::Stop;
 use umbra_arch::descriptor::{Descriptor, system};
 use umbra_arch::paging::AccessKind;
@@ -170,6 +171,7 @@ impl Core {
 
     /// Checks and reads a stack segment for privilege level `cpl`; bad ones raise `fault` (#GP, or #TS on
     /// stack switches). A null selector is allowed in 64-bit mode below ring 3.
+    #[inline(always)]
     pub fn stack_segment(
         &mut self,
         bus: &mut dyn Bus,
@@ -177,16 +179,28 @@ impl Core {
         cpl: u8,
         fault: fn(u32) -> Fault,
     ) -> Result<Segment, Stop> {
-        let rpl = (selector & 3) as u8;
         if selector & 0xfffc == 0 {
-            if self.s.is_64bit_code() && cpl < 3 && rpl == cpl {
-                return Ok(Segment {
-                    attr: umbra_arch::segment::Attr::UNUSABLE.with_dpl(cpl),
-                    ..Segment::null(selector)
-                });
+            if self.s.is_64bit_code() && cpl < 3 && (selector & 3) as u8 == cpl {
+                return Ok(Segment::null_stack(cpl));
             }
             return self.raise(fault(0));
         }
+        let place = match self.loaded_before(selector, Rules::Stack(cpl)) {
+            Some(place) => place,
+            None => self.read_stack_segment(bus, selector, cpl, fault)?,
+        };
+        Ok(*self.loaded.at(place))
+    }
+
+    #[inline(never)]
+    fn read_stack_segment(
+        &mut self,
+        bus: &mut dyn Bus,
+        selector: u16,
+        cpl: u8,
+        fault: fn(u32) -> Fault,
+    ) -> Result<Place, Stop> {
+        let rpl = (selector & 3) as u8;
         let code = selector_code(selector);
         let d = self.read_descriptor(bus, selector, fault)?;
         let attr = d.attr();
@@ -197,7 +211,7 @@ impl Core {
             return self.raise(Fault::ss(code));
         }
         self.mark_descriptor(bus, selector, d, ACCESSED)?;
-        Ok(Descriptor(d.0 | ACCESSED).segment(selector))
+        Ok(self.loads(selector, d, Rules::Stack(cpl)))
     }
 
     /// LLDT ("LLDT-Load Local Descriptor Table Register").

@@ -64,7 +64,7 @@ impl Interpreter {
 
     /// Whether instructions have to be looked at one by one, so that only [`run_block`](Self::run_block) will do.
     pub fn must_interpret(&self) -> bool {
-        self.single || self.resuming || self.core.check_events || self.core.trace.is_some()
+        self.single || self.core.resumes() || self.core.check_events || self.core.trace.is_some()
     }
 
     /// Interprets one block, or as much of it as `until` allows.
@@ -140,7 +140,7 @@ impl Interpreter {
     pub fn ran_blocks(&mut self, bus: &mut dyn Bus, ops: u64, clock: VirtualTime, rip: u64) -> Option<Exit> {
         self.count(ops, clock);
         self.core.next_rip = rip;
-        if self.core.check_events { self.after(bus, None, 0) } else { None }
+        if self.core.check_events { self.after(bus) } else { None }
     }
 
     /// Whole blocks of `ops` operations have run until `clock`.

@@ -209,6 +209,18 @@ impl GuestMemory {
         self.host.store(off, value);
     }
 
+    /// Loads words of 8 bytes, one after the other; zeros when any of them is outside the mapping.
+    #[inline(always)]
+    pub fn load_words<const N: usize>(&self, off: RamOffset) -> [u64; N] {
+        self.host.load_words(off)
+    }
+
+    /// Stores words of 8 bytes; nothing when any of them is outside the mapping. Sets no flag.
+    #[inline(always)]
+    pub fn store_words<const N: usize>(&self, off: RamOffset, words: &[u64; N]) {
+        self.host.store_words(off, words);
+    }
+
     /// Loads bytes; zeros when any of them is outside the mapping.
     pub fn load_bytes(&self, off: RamOffset, into: &mut [u8]) {
         self.host.load_bytes(off, into);

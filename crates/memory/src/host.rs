@@ -85,9 +85,29 @@ impl HostMapping {
         }
     }
 
+    #[inline(always)]
     fn range(&self, off: RamOffset, len: usize) -> Option<*mut u8> {
         let end = off.raw().checked_add(len as u64)?;
         if end <= self.bytes { self.pointer(off) } else { None }
+    }
+
+    /// Loads words of 8 bytes one after the other.
+    #[inline(always)]
+    pub(crate) fn load_words<const N: usize>(&self, off: RamOffset) -> [u64; N] {
+        match self.range(off, 8 * N) {
+            // SAFETY: the whole range was checked; packed needs no alignment.
+            Some(p) => std::array::from_fn(|n| unsafe { ptr::read_volatile(p.cast::<Unaligned<u64>>().add(n)).0 }),
+            None => [0; N],
+        }
+    }
+
+    /// Stores words of 8 bytes.
+    #[inline(always)]
+    pub(crate) fn store_words<const N: usize>(&self, off: RamOffset, words: &[u64; N]) {
+        if let Some(p) = self.range(off, 8 * N) {
+            // SAFETY: the whole range was checked; `words` is the caller's own memory, and packed needs no alignment.
+            unsafe { ptr::copy_nonoverlapping(words.as_ptr().cast(), p, 8 * N) }
+        }
     }
 
     pub(crate) fn load_bytes(&self, off: RamOffset, into: &mut [u8]) {

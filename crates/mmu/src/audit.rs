@@ -179,6 +179,9 @@ impl Mmu {
         if !self.reads_for_system(column) {
             return Err("implicit accesses read another column than theirs".to_owned());
         }
+        if self.fetch_stamp() != self.current_stamp() {
+            return Err("the fetch stamp is another root's or view's".to_owned());
+        }
         Ok(())
     }
 }

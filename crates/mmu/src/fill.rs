@@ -3,7 +3,7 @@
 use crate::context::{ALLOWED, FETCH, READ, WRITE};
 use crate::event::Event;
 use crate::format::Decoded;
-use crate::hints::Hint;
+use crate::hints::{Hint, Hints};
 use crate::mmu::{Mmu, Translation};
 use crate::rights::{self, Rights};
 use crate::role::PageRole;
@@ -32,16 +32,6 @@ impl Found {
     }
 }
 
-/// What the shadow tree answers.
-enum Looked {
-    /// It knows.
-    Leaf(Found),
-    /// Nothing beyond this page.
-    EndsAt(Hint),
-    /// Nothing at all.
-    Nothing,
-}
-
 impl Mmu {
     /// Translates one byte: sets A and D bits, marks the page of a write dirty, fills the fast tables.
     /// `gva` is canonical, in legacy modes of 32 bits. An explicit access to an absent page is answered
@@ -52,42 +42,75 @@ impl Mmu {
     pub fn translate(&mut self, gva: Gva, access: Access) -> Result<Translation, Fault> {
         self.check_memory_map();
         self.maybe_drop();
-        let from = match self.look_in_shadow(gva.raw()) {
-            Looked::Leaf(found) => {
-                rights::check(found.rights, access, &self.view).map_err(|code| Fault::page(gva.raw(), code))?;
-                if access.kind != AccessKind::Write || is_written(&found) {
-                    return Ok(self.finish(gva, access, &found));
-                }
-                self.hints.get(gva.raw(), self.current).copied()
+        let Some(place) = self.last_page(gva.raw()) else { return self.translate_from_top(gva, access) };
+        let Some(found) = self.leaf_at(gva.raw(), place) else {
+            let hint = *self.hints.at(place);
+            if self.guest_lacks(hint.index, gva.raw()) {
+                return Err(self.not_present(gva, access));
             }
-            Looked::EndsAt(hint) => Some(hint),
-            Looked::Nothing => None,
+            return self.translate_by_walk(gva, access, Some(hint));
         };
-        self.translate_by_walk(gva, access, from)
+        rights::check(found.rights, access, &self.view).map_err(|code| Fault::page(gva.raw(), code))?;
+        if access.kind == AccessKind::Write && !is_written(&found) {
+            let hint = *self.hints.at(place);
+            return self.translate_by_walk(gva, access, Some(hint));
+        }
+        Ok(self.finish(gva, access, &found))
     }
 
-    /// Looks `gva` up under the current root and notes that its contexts may hold it from now on.
-    #[inline]
-    fn look_in_shadow(&mut self, gva: u64) -> Looked {
-        let Some(root) = &self.roots.slots[self.current] else { return Looked::Nothing };
-        if root.regime.top == Top::Direct {
-            return Looked::Leaf(Found { gpa: Gpa::new(gva & 0xffff_ffff), rights: Rights::ALL, dirty: true });
+    /// Finds the last shadow page on the way to `gva` under the current root, which notes that its contexts may hold what
+    /// the page says from now on: the place of its hint.
+    #[inline(always)]
+    fn last_page(&mut self, gva: u64) -> Option<usize> {
+        let place = Hints::place(gva);
+        match self.hints.get(gva, self.current) {
+            Some(hint) if !self.shadow.page(hint.index).entry_for(gva).is_link() => Some(place),
+            _ => self.follow_links(gva).then_some(place),
         }
-        let hint = match self.hints.get(gva, self.current) {
-            Some(&hint) if !self.shadow.page(hint.index).entry_for(gva).is_link() => hint,
-            _ => {
-                let Some(hint) = self.find_end(gva, self.current) else { return Looked::Nothing };
-                self.note_path(gva, hint);
-                hint
-            }
-        };
+    }
+
+    #[inline(never)]
+    fn follow_links(&mut self, gva: u64) -> bool {
+        let end = self.find_end(gva, self.current);
+        if let Some(hint) = end {
+            self.note_path(gva, hint);
+        }
+        end.is_some()
+    }
+
+    /// What the last shadow page on the way, by its hint's place, says of `gva`, if it has a leaf for it.
+    #[inline(always)]
+    fn leaf_at(&mut self, gva: u64, place: usize) -> Option<Found> {
+        let hint = self.hints.at(place);
         let page = self.shadow.page_mut(hint.index);
         let entry = page.entry_for(gva);
         if !entry.is_leaf() {
-            return Looked::EndsAt(hint);
+            return None;
         }
         page.used();
-        Looked::Leaf(found_at(gva, page.shift, entry, hint.above))
+        Some(found_at(gva, page.shift, entry, hint.above))
+    }
+
+    /// The shadow tree knows nothing of `gva`, or there is none.
+    #[cold]
+    fn translate_from_top(&mut self, gva: Gva, access: Access) -> Result<Translation, Fault> {
+        let Some(root) = &self.roots.slots[self.current] else { return Err(Fault::GP0) };
+        if root.regime.top != Top::Direct {
+            return self.translate_by_walk(gva, access, None);
+        }
+        let gpa = Gpa::new(gva.raw() & 0xffff_ffff);
+        rights::check(Rights::ALL, access, &self.view).map_err(|code| Fault::page(gva.raw(), code))?;
+        Ok(self.finish(gva, access, &Found { gpa, rights: Rights::ALL, dirty: true }))
+    }
+
+    /// The fault of a walk that ends at an entry without P in the last table, all of whose way is in the shadow tree.
+    #[inline]
+    fn not_present(&mut self, gva: Gva, access: Access) -> Fault {
+        self.stats.walks += 1;
+        self.stats.entries_read += 1;
+        let fault = Fault::page(gva.raw(), rights::attempt_code(access, &self.view));
+        self.events.note(|| Event::walk(gva, access, 1, Err(fault)));
+        fault
     }
 
     /// Follows a root's shadow pages to the last one on the way to `gva`: it holds the leaf, or lacks the next entry.
@@ -125,14 +148,6 @@ impl Mmu {
     #[inline(never)]
     fn translate_by_walk(&mut self, gva: Gva, access: Access, from: Option<Hint>) -> Result<Translation, Fault> {
         self.stats.walks += 1;
-        if let Some(hint) = from
-            && self.guest_lacks(hint.index, gva.raw())
-        {
-            self.stats.entries_read += 1;
-            let fault = Fault::page(gva.raw(), rights::attempt_code(access, &self.view));
-            self.events.note(|| Event::walk(gva, access, 1, Err(fault)));
-            return Err(fault);
-        }
         let Some(root) = &self.roots.slots[self.current] else { return Err(Fault::GP0) };
         let (regime, above) = match from {
             // The entries above are in the shadow tree, so they say the same as the guest's.
@@ -155,14 +170,14 @@ impl Mmu {
                 self.shadow.page_mut(hint.index).used();
                 self.set_leaf(hint.index, step).map(|()| Found::at(&reached))
             }
-            _ => self.install(gva, &path, from.is_none()).and_then(|()| match self.look_in_shadow(gva.raw()) {
-                Looked::Leaf(found) => Some(found),
-                Looked::EndsAt(_) | Looked::Nothing => None,
-            }),
+            _ => self
+                .install(gva, &path, from.is_none())
+                .and_then(|()| self.last_page(gva.raw()))
+                .and_then(|place| self.leaf_at(gva.raw(), place)),
         };
         Ok(match found {
             Some(found) => self.finish(gva, access, &found),
-            None => self.answer(reached.gpa, access),
+            None => self.reach(reached.gpa, access).0,
         })
     }
 
@@ -193,10 +208,13 @@ impl Mmu {
     }
 
     /// Makes a present entry agree with the guest's, or drops it. True if it was dropped.
+    #[inline(always)]
     pub(crate) fn refresh_entry(&mut self, index: u32, at: usize) -> bool {
-        if !self.shadow.page(index).entries[at].is_present() {
-            return false;
-        }
+        self.shadow.page(index).entries[at].is_present() && self.refresh_present_entry(index, at)
+    }
+
+    #[inline(never)]
+    fn refresh_present_entry(&mut self, index: u32, at: usize) -> bool {
         let raw = self.shadow.guest_entry(&self.mem, index, at);
         let stale = self.shadow.refresh(index, at, raw, &self.format) == Fresh::Stale;
         if stale {
@@ -272,27 +290,30 @@ impl Mmu {
         Some(index)
     }
 
-    #[inline]
-    fn answer(&mut self, gpa: Gpa, access: Access) -> Translation {
+    /// What lies at `gpa`, marked dirty by a write, and the flags of its page of RAM.
+    #[inline(always)]
+    fn reach(&mut self, gpa: Gpa, access: Access) -> (Translation, PageFlags) {
         let page = gpa.page();
         let backing = if access.implicit { self.mem.map(page) } else { self.mem.locate(page) }.at(gpa.offset());
-        let mut absent = false;
-        if let Backing::Ram(off) = backing {
-            absent = !access.implicit && is_away(self.mem.page_flags(off));
-            if access.kind == AccessKind::Write && !absent {
-                self.mem.note_store(off, 1);
-            }
+        let Backing::Ram(off) = backing else {
+            return (Translation { gpa, backing, absent: false }, PageFlags::NONE);
+        };
+        let mut flags = self.mem.page_flags(off);
+        let absent = !access.implicit && is_away(flags);
+        if access.kind == AccessKind::Write && !absent && !flags.contains(PageFlags::DIRTY) {
+            self.mem.note_store(off, 1);
+            flags = flags.union(PageFlags::DIRTY);
         }
-        Translation { gpa, backing, absent }
+        (Translation { gpa, backing, absent }, flags)
     }
 
-    #[inline]
+    #[inline(always)]
     fn finish(&mut self, gva: Gva, access: Access, found: &Found) -> Translation {
-        let translation = self.answer(found.gpa, access);
+        let (translation, flags) = self.reach(found.gpa, access);
         match translation.backing {
-            Backing::Ram(off) if is_away(self.mem.page_flags(off)) => {}
+            Backing::Ram(_) if is_away(flags) => {}
             Backing::Ram(off) => {
-                let writable = is_written(found) && is_quiet(self.mem.page_flags(off));
+                let writable = is_written(found) && is_quiet(flags);
                 // A store to a table or to code: what can be cached is cached.
                 if access.kind != AccessKind::Write || writable || self.lookup_read(gva, 1).is_none() {
                     self.fill(gva, found, off, writable);
@@ -305,7 +326,7 @@ impl Mmu {
     }
 
     /// Writes all columns of the current root from the raw rights.
-    #[inline]
+    #[inline(never)]
     fn fill(&mut self, gva: Gva, found: &Found, off: RamOffset, writable: bool) {
         let page = gva.raw() & !0xfff;
         let Rights { write, user, exec, key } = found.rights;

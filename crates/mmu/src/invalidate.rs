@@ -41,8 +41,9 @@ impl Mmu {
         self.stats.table_writes += 1;
         while let Some(index) = next {
             next = self.shadow.next_of_frame(index);
-            let width = self.shadow.page(index).role.format.entry_bytes();
-            let written = first_byte / width..(first_byte + bytes).div_ceil(width);
+            // Of 4 or 8 bytes.
+            let shift = self.shadow.page(index).role.format.entry_bytes().trailing_zeros();
+            let written = first_byte >> shift..((first_byte + bytes - 1) >> shift) + 1;
             if written.end > UPPER as u64 {
                 self.part_upper_half(index);
             }
@@ -89,7 +90,7 @@ impl Mmu {
     pub(crate) fn drop_entry(&mut self, index: u32, at: usize) {
         let page = self.shadow.page(index);
         let entry = page.entries[at];
-        let (roots, anywhere, bases) = (page.roots, page.anywhere, page.bases.clone());
+        let (roots, anywhere) = (page.roots, page.anywhere);
         let format = if cfg!(umbra_mutant = "format-from-the-mode-in-force") {
             self.cpu_role().root_page_role(false).format
         } else {
@@ -109,14 +110,16 @@ impl Mmu {
         if entry.is_executable() && !(entry.is_leaf() && shift == 12 && self.holds_no_code(entry.frame())) {
             let is_upper = |base: &u64| base.wrapping_add((at as u64) << shift) >> 63 != 0;
             self.renew_stamps(roots);
-            if anywhere || bases.iter().any(is_upper) {
+            if anywhere || self.shadow.page(index).bases.iter().any(is_upper) {
                 self.upper_half_changed(index);
             }
         }
         if anywhere {
             return self.clear_columns(roots);
         }
-        for base in bases {
+        let mut known = 0;
+        while let Some(&base) = self.shadow.page(index).bases.get(known) {
+            known += 1;
             let gva = base.wrapping_add((at as u64) << shift);
             if entry.is_leaf() {
                 self.clear_range(roots, gva, 1 << (shift - 12));
@@ -177,6 +180,7 @@ impl Mmu {
         // Several roots may share it: `fetch_stamp` adds the slot.
         let stamp = self.next_stamp();
         self.roots.for_each_in(roots, |root| root.stamp = stamp);
+        self.sync_fetch_stamp();
     }
 
     /// Frees a shadow page, with what the contexts hold because of it; its frame may become unwatched.

@@ -97,6 +97,7 @@ pub struct Mmu {
     random: u64,
     mem_generation: u64,
     last_stamp: u64,
+    fetch_stamp: u64,
 }
 
 impl Mmu {
@@ -142,6 +143,7 @@ impl Mmu {
             options,
             random,
             last_stamp: 0,
+            fetch_stamp: 0,
         };
         mmu.select_root();
         mmu
@@ -316,6 +318,7 @@ impl Mmu {
     #[inline]
     pub(crate) fn select_view(&mut self) {
         self.view = self.full_view();
+        self.sync_fetch_stamp();
         let column = column_of(&self.view);
         let restricted = self.restricted;
         let Some(root) = &self.roots.slots[self.current] else { return };
@@ -345,6 +348,18 @@ impl Mmu {
     /// comes back when a root and view are selected again and nothing executable was dropped meanwhile.
     #[inline(always)]
     pub fn fetch_stamp(&self) -> u64 {
+        self.fetch_stamp
+    }
+
+    /// After anything that selects a root or view, or renews roots' stamps.
+    #[inline]
+    pub(crate) fn sync_fetch_stamp(&mut self) {
+        self.fetch_stamp = self.current_stamp();
+    }
+
+    /// What [`fetch_stamp`](Self::fetch_stamp) is made of.
+    #[inline]
+    pub(crate) fn current_stamp(&self) -> u64 {
         let stamp = self.roots.slots[self.current].as_ref().map_or(0, |root| root.stamp);
         stamp << 8 | (self.current as u64) << 2 | self.fetch_class()
     }
