@@ -3,6 +3,7 @@
 use crate::HostExecError;
 use memmap2::{Mmap, MmapOptions, MmapRaw};
 use std::fs::File;
+use std::ops::Range;
 
 /// A file's first page mapped executable, which is how profilers find a file that tells of generated code.
 pub struct ProfilerMark(#[allow(dead_code, reason = "kept for its mapping")] Mmap);
@@ -18,11 +19,14 @@ impl ProfilerMark {
     }
 }
 
-/// Code memory: appended to, patched, and cut back when what it holds is no longer used.
+/// Code memory: appended to, patched, and cut back when what it holds is no longer used. It can have a second part for
+/// rarely executed code, so that what is executed often lies close together.
 pub struct CodeMemory {
     writable: MmapRaw,
     executable: Mmap,
     used: usize,
+    /// Where the second part begins and what is in use of it ends.
+    rare: Range<usize>,
 }
 
 impl CodeMemory {
@@ -31,6 +35,16 @@ impl CodeMemory {
     /// # Errors
     /// What the host refuses.
     pub fn new(size: usize) -> Result<Self, HostExecError> {
+        Self::in_parts(size, 0)
+    }
+
+    /// As [`new`](Self::new) with `rare` bytes more for rarely executed code.
+    ///
+    /// # Errors
+    /// What the host refuses.
+    pub fn in_parts(size: usize, rare: usize) -> Result<Self, HostExecError> {
+        let begin = size;
+        let size = size + rare;
         let fd =
             rustix::fs::memfd_create("umbra-stubs", rustix::fs::MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
         let file = File::from(fd);
@@ -38,27 +52,45 @@ impl CodeMemory {
         let writable = MmapOptions::new().len(size).map_raw(&file)?;
         // SAFETY: the file is anonymous, and only this object, through `writable`, changes it.
         let executable = unsafe { MmapOptions::new().len(size).map_exec(&file)? };
-        Ok(Self { writable, executable, used: 0 })
+        Ok(Self { writable, executable, used: 0, rare: begin..begin })
     }
 
-    /// Appends `code` at a 32-byte boundary; returns its address in the executable view.
+    /// Appends `code` at a 16-byte boundary; returns its address in the executable view.
     ///
     /// # Errors
     /// [`HostExecError::Full`].
     pub fn append(&mut self, code: &[u8]) -> Result<*const u8, HostExecError> {
         let start = self.next();
-        let end = start + code.len();
-        if end > self.writable.len() {
+        if start + code.len() > self.rare.start {
             return Err(HostExecError::Full);
         }
-        // SAFETY: start..end lies within the mapping, which no reference covers: `executable` is only ever
-        // used as a raw pointer and for calls. x86 keeps instruction fetch coherent with these stores.
-        unsafe {
-            std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_mut_ptr().add(start), code.len());
-        }
-        self.used = end;
-        // SAFETY: as above, within the mapping.
+        self.write(start, code);
+        self.used = start + code.len();
+        // SAFETY: within the mapping.
         Ok(unsafe { self.executable.as_ptr().add(start) })
+    }
+
+    /// Appends `code` to the part for rarely executed code.
+    ///
+    /// # Errors
+    /// [`HostExecError::Full`].
+    pub fn append_rare(&mut self, code: &[u8]) -> Result<(), HostExecError> {
+        if code.len() > self.writable.len() - self.rare.end {
+            return Err(HostExecError::Full);
+        }
+        self.write(self.rare.end, code);
+        self.rare.end += code.len();
+        Ok(())
+    }
+
+    /// `code` fits in there.
+    fn write(&mut self, at: usize, code: &[u8]) {
+        assert!(at + code.len() <= self.writable.len(), "code beyond the code memory");
+        // SAFETY: it lies within the mapping, which no reference covers: `executable` is only ever used as a raw
+        // pointer and for calls. x86 keeps instruction fetch coherent with these stores.
+        unsafe {
+            std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_mut_ptr().add(at), code.len());
+        }
     }
 
     /// Replaces bytes from offset `at` on, all of them in use.
@@ -66,24 +98,33 @@ impl CodeMemory {
     /// # Errors
     /// [`HostExecError::Full`] beyond what is in use.
     pub fn patch(&mut self, at: usize, code: &[u8]) -> Result<(), HostExecError> {
-        if at.checked_add(code.len()).is_none_or(|end| end > self.used) {
+        let limit = if at < self.rare.start { self.used } else { self.rare.end };
+        if at.checked_add(code.len()).is_none_or(|end| end > limit) {
             return Err(HostExecError::Full);
         }
-        // SAFETY: the range lies within the mapping, as in `append`.
-        unsafe {
-            std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_mut_ptr().add(at), code.len());
-        }
+        self.write(at, code);
         Ok(())
     }
 
     /// Offset at which the next [`append`](Self::append) puts its code.
     pub fn next(&self) -> usize {
-        self.used.next_multiple_of(32)
+        self.used.next_multiple_of(16)
     }
 
-    /// Forgets everything from offset `used` on.
+    /// Offset at which the next [`append_rare`](Self::append_rare) puts its code.
+    pub fn next_rare(&self) -> usize {
+        self.rare.end
+    }
+
+    /// Forgets everything from offset `used` on, and all rarely executed code.
     pub fn truncate(&mut self, used: usize) {
         self.used = self.used.min(used);
+        self.rare.end = self.rare.start;
+    }
+
+    /// Bytes that can still be appended to the fuller part.
+    pub fn room(&self) -> usize {
+        (self.rare.start - self.used).min(self.writable.len() - self.rare.end)
     }
 
     /// Address of the first byte in the executable view.
@@ -93,6 +134,6 @@ impl CodeMemory {
 
     /// Bytes in use.
     pub fn used(&self) -> usize {
-        self.used
+        self.used + self.rare.len()
     }
 }

@@ -59,10 +59,8 @@ impl Translator<'_> {
             self.e.restore_flags();
         }
         // iced-x86 numbers conditions as encodings do, from 1 on.
-        let taken = self.e.jcc(i.condition_code() as u8 - 1);
+        self.exit_if(i.condition_code() as u8 - 1, target);
         self.exit(next);
-        self.e.bind(taken);
-        self.exit(target);
     }
 
     /// The target RIP to [`A`].

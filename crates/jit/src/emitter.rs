@@ -46,20 +46,38 @@ pub mod cc {
 #[must_use]
 pub struct Jump(pub usize);
 
-/// Code to be placed at offset `base` of the code memory.
+/// Code to be placed at offset `base` of the code memory, what is rarely executed elsewhere.
 pub struct Emitter {
     pub bytes: Vec<u8>,
     base: usize,
+    /// Bytes that go to `base`, and the offset that those behind them go to.
+    rare: Option<(usize, usize)>,
 }
 
 impl Emitter {
     pub fn new(base: usize) -> Self {
-        Self { bytes: Vec::with_capacity(1024), base }
+        Self { bytes: Vec::with_capacity(1024), base, rare: None }
+    }
+
+    /// What follows goes to offset `at`.
+    pub fn go_on_at(&mut self, at: usize) {
+        self.rare = Some((self.bytes.len(), at));
     }
 
     /// Offset in the code memory of the next byte.
     pub fn here(&self) -> usize {
-        self.base + self.bytes.len()
+        match self.rare {
+            Some((split, at)) => at + self.bytes.len() - split,
+            None => self.base + self.bytes.len(),
+        }
+    }
+
+    /// The index in `bytes` of what goes to an offset.
+    fn index(&self, offset: usize) -> usize {
+        match self.rare {
+            Some((split, at)) if offset >= at => offset - at + split,
+            _ => offset - self.base,
+        }
     }
 
     fn byte(&mut self, byte: u8) {
@@ -264,7 +282,7 @@ impl Emitter {
 
     /// Lets `jump` go to `target`.
     pub fn point(&mut self, jump: Jump, target: usize) {
-        let at = jump.0 - self.base;
+        let at = self.index(jump.0);
         self.bytes[at..at + 4].copy_from_slice(&displacement(jump.0, target));
     }
 

@@ -9,7 +9,7 @@ use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::ranges::{Misses, Saved};
 use crate::stats::JitStats;
 use crate::stubs::{self, Flow, Stubs};
-use crate::translate::{Code, Exit as DirectExit, OP_BITS, Source, dropped_code, other_code, translate};
+use crate::translate::{Code, Exit as DirectExit, OP_BITS, Offsets, Source, dropped_code, other_code, translate};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
@@ -167,7 +167,8 @@ impl Jit {
         }
         let ram = interp.core().mem.mapping_address();
         interp.watch_blocks();
-        let mut code = CodeMemory::new(jit.code_bytes.max(4 * LARGEST))?;
+        let part = jit.code_bytes.max(8 * LARGEST) / 2;
+        let mut code = CodeMemory::in_parts(part, part)?;
         let mut e = Emitter::new(0);
         let stubs = stubs::emit(&mut e, run_helper as *const () as u64);
         code.append(&e.bytes)?;
@@ -217,10 +218,11 @@ impl Jit {
             _ => None,
         });
         let listed = found.map(|(number, entry)| {
-            let (bytes, code) = engine.translated(number, entry, Half::of(rip));
+            let at = Offsets { often: entry, ..engine.next() };
+            let (bytes, code) = engine.translated(number, at, Half::of(rip));
             let base = engine.code.address();
             let names = listing::names(&engine.stubs, base);
-            Translated::of(engine.interp.blocks().block(number), rip, bytes, &code, base + entry as u64, names)
+            Translated::of(engine.interp.blocks().block(number), rip, bytes, &code, (base, at), names)
         });
         listed.collect()
     }
@@ -400,7 +402,7 @@ impl Engine {
         if self.stats.translated >= self.options.limit {
             return None;
         }
-        if self.code.used() + LARGEST > self.options.code_bytes || self.exits.len() > 1 << 30 {
+        if self.code.room() < LARGEST || self.exits.len() > 1 << 30 {
             self.forget_everything();
         }
         let block = self.interp.blocks().block(number);
@@ -411,12 +413,15 @@ impl Engine {
         if !self.options.legacy && block.is_legacy() {
             return None;
         }
-        let (entry, rip) = (self.code.next(), self.interp.core().next_rip);
-        let (bytes, code) = self.translated(number, entry, Half::of(rip));
-        self.code.append(&code.bytes).ok()?;
+        let (at, rip) = (self.next(), self.interp.core().next_rip);
+        let entry = at.often;
+        let (bytes, code) = self.translated(number, at, Half::of(rip));
+        let (often, rare) = code.bytes.split_at(code.often);
+        self.code.append(often).ok()?;
+        self.code.append_rare(rare).ok()?;
         if let Some(listener) = &mut self.listener {
             let names = listing::names(&self.stubs, self.code.address());
-            listener(&Translated::of(block, rip, bytes, &code, self.code.address() + entry as u64, names));
+            listener(&Translated::of(block, rip, bytes, &code, (self.code.address(), at), names));
         }
         self.stats.translated += 1;
         self.stats.translated_ops += block.ops.len() as u64;
@@ -440,8 +445,13 @@ impl Engine {
         Some(translation)
     }
 
-    /// A block's bytes, and host code for offset `entry` of the code memory.
-    fn translated(&self, number: u32, entry: usize, half: Half) -> (Vec<u8>, Code) {
+    /// Where the next translation goes.
+    fn next(&self) -> Offsets {
+        Offsets { often: self.code.next(), rare: self.code.next_rare() }
+    }
+
+    /// A block's bytes, and host code for these offsets of the code memory.
+    fn translated(&self, number: u32, at: Offsets, half: Half) -> (Vec<u8>, Code) {
         let block = self.interp.blocks().block(number);
         let mut bytes = Vec::with_capacity(block.bytes() as usize);
         for (offset, len) in block.pieces() {
@@ -452,7 +462,7 @@ impl Engine {
         let off = self.options.off;
         let missing = if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) };
         let source = Source { block, number, half, bytes: &bytes, missing, off };
-        let code = translate(source, entry, self.exits.len(), &self.stubs);
+        let code = translate(source, at, self.exits.len(), &self.stubs);
         (bytes, code)
     }
 

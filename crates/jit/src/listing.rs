@@ -4,7 +4,7 @@ use crate::engine::Engine;
 use crate::memory_path::Access;
 use crate::ranges::{NAMES, Name};
 use crate::stubs::Stubs;
-use crate::translate::Code;
+use crate::translate::{Code, Offsets};
 use iced_x86::{
     Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, OpKind, Register, SymbolResolver, SymbolResult,
 };
@@ -28,8 +28,12 @@ pub struct Translated {
     pub guest: Vec<u8>,
     /// Its host code; exits aren't linked yet.
     pub host: Vec<u8>,
+    /// How many bytes of it lie at `address`; the others lie at `rare_address`.
+    pub often: usize,
     /// Address of the host code.
     pub address: u64,
+    /// Address of that which is rarely executed.
+    pub rare_address: u64,
     /// The instructions, in order.
     pub parts: Vec<Part>,
     /// Shared code, by address.
@@ -71,13 +75,13 @@ pub(crate) fn names(stubs: &Stubs, base: u64) -> Vec<(u64, String)> {
 }
 
 impl Translated {
-    /// A block at `rip` with these bytes whose code is at `address`.
+    /// A block at `rip` with these bytes whose code is at these offsets from an address.
     pub(crate) fn of(
         block: &Block,
         rip: u64,
         guest: Vec<u8>,
         code: &Code,
-        address: u64,
+        (base, at): (u64, Offsets),
         stubs: Vec<(u64, String)>,
     ) -> Self {
         let ends = code.starts.iter().skip(1).map(|(end, _)| *end);
@@ -86,7 +90,9 @@ impl Translated {
             host: *start..end,
             way: kind.map_or_else(String::new, |kind| format!("{kind:?}")),
         });
-        Self { rip, bits: block.bits(), parts: parts.collect(), guest, host: code.bytes.clone(), address, stubs }
+        let (address, rare_address) = (base + at.often as u64, base + at.rare as u64);
+        let (bits, parts) = (block.bits(), parts.collect());
+        Self { rip, bits, parts, guest, host: code.bytes.clone(), often: code.often, address, rare_address, stubs }
     }
 
     fn guest_text(&self, part: &Part) -> String {
@@ -101,11 +107,13 @@ impl Translated {
     /// Host instructions of a range, a line each.
     fn host_text(&self, range: Range<usize>, out: &mut String) {
         let bytes = self.host.get(range.clone()).unwrap_or_default();
-        let start = self.address + range.start as u64;
-        let names = Names { stubs: self.stubs.clone(), inside: self.address..self.address + self.host.len() as u64 };
+        let inside = [(0..self.often, self.address), (self.often..self.host.len(), self.rare_address)];
+        let start = inside.iter().find(|(part, _)| part.contains(&range.start));
+        let Some(start) = start.map(|(part, address)| address + (range.start - part.start) as u64) else { return };
+        let names = Names { stubs: self.stubs.clone(), inside };
         let mut formatter = numbers(IntelFormatter::with_options(Some(Box::new(names)), None));
         for i in &mut Decoder::with_ip(64, bytes, start, DecoderOptions::NONE) {
-            let _ = write!(out, "  {:4x}    ", i.ip() - self.address);
+            let _ = write!(out, "  {:4x}    ", i.ip() - start + range.start as u64);
             formatter.format(&i, out);
             out.push('\n');
         }
@@ -148,7 +156,20 @@ impl fmt::Display for Translated {
 /// Names what host code addresses: fields of the engine, stubs, places in the translation.
 struct Names {
     stubs: Vec<(u64, String)>,
-    inside: Range<u64>,
+    /// Parts of the translation and their addresses.
+    inside: [(Range<usize>, u64); 2],
+}
+
+impl Names {
+    /// The place in the translation that has an address.
+    fn place(&self, address: u64) -> Option<usize> {
+        let place = |(part, start): &(Range<usize>, u64)| address.wrapping_sub(*start) as usize + part.start;
+        self.inside
+            .iter()
+            .map(|inside| (place(inside), inside))
+            .find(|(at, (part, _))| part.contains(at))
+            .map(|(at, _)| at)
+    }
 }
 
 impl SymbolResolver for Names {
@@ -162,10 +183,10 @@ impl SymbolResolver for Names {
     ) -> Option<SymbolResult<'_>> {
         let name = match i.op_kind(operand) {
             OpKind::Memory if i.memory_base() == Register::R15 => field(i.memory_displacement64() as usize)?,
-            OpKind::NearBranch64 if self.inside.contains(&address) => format!("{:#x}", address - self.inside.start),
-            OpKind::NearBranch64 => match self.stubs.iter().find(|(stub, _)| *stub == address) {
-                Some((_, name)) => name.clone(),
-                None => "shared_code".to_owned(),
+            OpKind::NearBranch64 => match (self.place(address), self.stubs.iter().find(|(stub, _)| *stub == address)) {
+                (Some(place), _) => format!("{place:#x}"),
+                (None, Some((_, name))) => name.clone(),
+                (None, None) => "shared_code".to_owned(),
             },
             _ => return None,
         };

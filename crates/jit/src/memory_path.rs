@@ -3,7 +3,7 @@
 use crate::emitter::{Alu, Jump, Mem, cc};
 use crate::frame::{frame_field, gpr, seg_base};
 use crate::ranges::{self, ABSOLUTE, Name, SEGMENT};
-use crate::registers::{A, B, Reg, home};
+use crate::registers::{A, B, Reg, guest, home};
 use crate::translate::Translator;
 use std::mem::offset_of;
 use umbra_arch::segment::Seg;
@@ -100,7 +100,7 @@ impl Translator<'_> {
     pub fn lookup(&mut self, address: &Address, bytes: u32, access: Access) -> Place {
         self.host_flags = false;
         let slow = self.slow_number();
-        if self.missing >> self.op_of(slow) & 1 != 0 {
+        if !self.is_ranged(address) || self.missing >> self.op_of(slow) & 1 != 0 {
             return self.lookup_in_table(address, bytes, access);
         }
         let name = address.range();
@@ -128,7 +128,13 @@ impl Translator<'_> {
         place
     }
 
-    /// As [`lookup`](Self::lookup) for an operation that ranges have been no good for.
+    /// Whether a range register is worth a try: for the stack, arrays, and in loops. Pointers to structures lead
+    /// anywhere.
+    fn is_ranged(&self, address: &Address) -> bool {
+        self.closes_loop || address.index.is_some() || address.base == Some(guest::RSP)
+    }
+
+    /// As [`lookup`](Self::lookup) where a range is no good.
     fn lookup_in_table(&mut self, address: &Address, bytes: u32, access: Access) -> Place {
         let index_in_memory = address.index.is_some_and(|(n, _)| home(n).is_none());
         self.linear(address);

@@ -53,6 +53,8 @@ pub struct Guard {
 /// A translation to be placed where its emitter was told.
 pub struct Code {
     pub bytes: Vec<u8>,
+    /// How many of the bytes are executed often; where the others are to be placed was told, too.
+    pub often: usize,
     pub exits: Vec<Exit>,
     /// Where stubs of ranges go back to, and the sites there.
     pub missers: Vec<(usize, u32)>,
@@ -109,6 +111,8 @@ pub struct Translator<'a> {
     pub cold: Vec<Cold>,
     /// Operations, by bits, that ranges are no good for.
     pub missing: u64,
+    /// The block ends with a branch a little back.
+    pub closes_loop: bool,
     /// Where stubs of ranges go back to, and the operations there.
     pub missers: Vec<(usize, usize)>,
     pub searches: Vec<Search>,
@@ -120,6 +124,7 @@ pub struct Translator<'a> {
     exits: Vec<(Exit, Vec<Jump>)>,
     /// Jumps to where an operation and all that follow are done by their functions.
     by_function: Vec<(usize, Jump)>,
+    rare: usize,
 }
 
 /// What is to be translated.
@@ -135,8 +140,15 @@ pub struct Source<'a> {
     pub off: Mechanisms,
 }
 
-/// Translates for offset `at` of the code memory. The numbers of the exits begin with `first_exit`.
-pub fn translate(source: Source<'_>, at: usize, first_exit: usize, stubs: &Stubs) -> Code {
+/// Where code goes in the code memory: what is executed often, and what is not.
+#[derive(Clone, Copy)]
+pub struct Offsets {
+    pub often: usize,
+    pub rare: usize,
+}
+
+/// Translates for these offsets of the code memory. The numbers of the exits begin with `first_exit`.
+pub fn translate(source: Source<'_>, at: Offsets, first_exit: usize, stubs: &Stubs) -> Code {
     let block = source.block;
     let instructions = decode(block, source.bytes);
     let steps = plan(&instructions, &block.ops, source.off);
@@ -147,6 +159,7 @@ pub fn translate(source: Source<'_>, at: usize, first_exit: usize, stubs: &Stubs
         let all = Translator::new(source, at, stubs).run(&[], &helpers, first_exit);
         all.unwrap_or(Code {
             bytes: Vec::new(),
+            often: 0,
             exits: Vec::new(),
             missers: Vec::new(),
             helpers: 0,
@@ -172,11 +185,21 @@ fn decode(block: &Block, bytes: &[u8]) -> Vec<Instruction> {
     instructions
 }
 
+/// Bytes of a loop's code at most.
+const LOOP_BYTES: u64 = 256;
+
+/// Whether a block ends with a branch that goes to its beginning or a little further back.
+fn closes_loop(block: &Block, steps: &[Step]) -> bool {
+    let branches = steps.last().is_some_and(|step| matches!(step.kind, Kind::Jcc | Kind::Jmp));
+    branches && block.ops.last().is_some_and(|op| block.rip.wrapping_sub(op.imm) < LOOP_BYTES)
+}
+
 impl<'a> Translator<'a> {
-    fn new(source: Source<'a>, at: usize, stubs: &'a Stubs) -> Self {
+    fn new(source: Source<'a>, at: Offsets, stubs: &'a Stubs) -> Self {
         let Source { block, number, half, missing, .. } = source;
         Self {
-            e: Emitter::new(at),
+            e: Emitter::new(at.often),
+            rare: at.rare,
             block,
             host_flags: false,
             encoder: Encoder::new(64),
@@ -184,6 +207,7 @@ impl<'a> Translator<'a> {
             x87: x87::Place::default(),
             cold: Vec::new(),
             missing,
+            closes_loop: false,
             missers: Vec::new(),
             searches: Vec::new(),
             stubs,
@@ -196,6 +220,7 @@ impl<'a> Translator<'a> {
     }
 
     fn run(mut self, instructions: &[Instruction], steps: &[Step], first_exit: usize) -> Result<Code, Unencodable> {
+        self.closes_loop = closes_loop(self.block, steps);
         self.e.alu_imm(Alu::Sub, true, BUDGET, self.block.cost as i32);
         let spent = self.e.jcc(cc::SIGN);
         let mut starts = Vec::with_capacity(steps.len() + 1);
@@ -215,6 +240,12 @@ impl<'a> Translator<'a> {
             }
         }
         starts.push((self.e.bytes.len(), None));
+        // A dropped block's code must have room.
+        while self.e.bytes.len() < LOOKUP_BYTES {
+            self.e.raw(&[0xcc]);
+        }
+        let often = self.e.bytes.len();
+        self.e.go_on_at(self.rare);
         self.e.bind(spent);
         self.e.mov_imm(A, u64::from(self.number << OP_BITS));
         self.e.jmp_to(self.stubs.budget);
@@ -228,7 +259,7 @@ impl<'a> Translator<'a> {
         let helpers = steps.iter().filter(|step| step.kind == Kind::Helper).count();
         let site = |op| self.number << OP_BITS | op as u32;
         let missers = self.missers.into_iter().map(|(back, op)| (back, site(op))).collect();
-        Ok(Code { bytes: self.e.bytes, exits, missers, helpers, starts })
+        Ok(Code { bytes: self.e.bytes, often, exits, missers, helpers, starts })
     }
 
     fn native(&mut self, at: usize, i: &Instruction, step: Step) -> Result<(), Unencodable> {
@@ -326,7 +357,7 @@ impl<'a> Translator<'a> {
     pub fn exit(&mut self, target: u64) {
         let mut others = Vec::new();
         let page = i32::try_from(target as i64 & !0xfff).ok();
-        let guard = page.filter(|_| target >> 12 != self.block.rip >> 12).map(|page| {
+        let guard = page.filter(|_| self.leaves_page(target)).map(|page| {
             // No context has number 0.
             let number = self.e.cmp_mem_imm(context(self.half), 0);
             others.push(self.e.jcc(cc::NOT_EQUAL));
@@ -343,6 +374,22 @@ impl<'a> Translator<'a> {
         let jump = self.e.jmp();
         others.push(jump);
         self.exits.push((Exit { target, jump: jump.0, guard, unlinked: 0 }, others));
+    }
+
+    fn leaves_page(&self, target: u64) -> bool {
+        target >> 12 != self.block.rip >> 12
+    }
+
+    /// Goes on at `target` where `condition` holds, else behind.
+    pub fn exit_if(&mut self, condition: u8, target: u64) {
+        if self.leaves_page(target) {
+            let not = self.e.jcc(condition ^ 1);
+            self.exit(target);
+            self.e.bind(not);
+        } else {
+            let jump = self.e.jcc(condition);
+            self.exits.push((Exit { target, jump: jump.0, guard: None, unlinked: 0 }, vec![jump]));
+        }
     }
 
     /// `jump` is taken, with the x87 state in the core, where operation `op` and those behind it must be done by

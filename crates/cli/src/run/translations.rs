@@ -101,25 +101,27 @@ impl JitDump {
         bytes
     }
 
-    fn record(&self, translated: &Translated) -> Vec<u8> {
-        let name = format!("guest_{:x}\0", translated.rip);
-        let size = Self::RECORD + name.len() + translated.host.len();
+    fn record(&mut self, name: &str, address: u64, code: &[u8]) -> Vec<u8> {
+        let size = Self::RECORD + name.len() + code.len();
         let mut bytes: Vec<u8> = [Self::LOAD, size as u32].iter().flat_map(|word| word.to_le_bytes()).collect();
         bytes.extend(now().to_le_bytes());
         bytes.extend([process::id(), process::id()].iter().flat_map(|word| word.to_le_bytes()));
-        let numbers = [translated.address, translated.address, translated.host.len() as u64, self.index];
+        let numbers = [address, address, code.len() as u64, self.index];
+        self.index += 1;
         bytes.extend(numbers.iter().flat_map(|word| word.to_le_bytes()));
         bytes.extend(name.as_bytes());
-        bytes.extend(&translated.host);
+        bytes.extend(code);
         bytes
     }
 }
 
 impl Reader for JitDump {
     fn read(&mut self, translated: &Translated) -> std::io::Result<()> {
-        let record = self.record(translated);
-        self.index += 1;
-        self.file.write_all(&record)?;
+        let (often, rare) = translated.host.split_at(translated.often);
+        let often = self.record(&format!("guest_{:x}\0", translated.rip), translated.address, often);
+        let rare = self.record(&format!("rare_{:x}\0", translated.rip), translated.rare_address, rare);
+        self.file.write_all(&often)?;
+        self.file.write_all(&rare)?;
         self.file.flush()
     }
 }
