@@ -4,15 +4,17 @@
 mod address_spaces;
 mod legacy;
 mod rights;
+mod rings;
 mod tables;
+mod trips;
 
 use crate::Rom;
 use crate::embedded::protected::{change_efer, clear_lme};
 use crate::embedded::tables::{ABSENT, DEMAND_FRAME, root, root_leaves};
-use crate::link::Code;
+use crate::link::{Code, Linker};
 use crate::pc::STACK_TOP;
 use crate::report::{check, check_page_fault, check_raises, section};
-use crate::stages::{Done, Stages, build, no_data, nothing};
+use crate::stages::{Done, Stages, build, nothing};
 use iced_x86::code_asm::*;
 use umbra_arch::control::Efer;
 use umbra_arch::fault::vector;
@@ -25,7 +27,7 @@ pub const ROM: Rom = Rom {
     build: || build(&STAGES),
 };
 
-const STAGES: Stages = Stages { title: "Umbra scenarios", real: nothing, protected, long, data: no_data };
+const STAGES: Stages = Stages { title: "Umbra scenarios", real: nothing, protected, long, data };
 
 /// The page whose entry the checks change.
 const PAGE: u32 = ABSENT;
@@ -59,13 +61,21 @@ fn protected(c: &mut Code<'_>) -> Done {
     }
     change_efer(c, 0, Efer::NXE)?;
     legacy::all(c)?;
+    trips::protected(c)?;
     clear_lme(c)
 }
 
 fn long(c: &mut Code<'_>) -> Done {
     rights::all(c)?;
     address_spaces::all(c)?;
-    tables::all(c)
+    tables::all(c)?;
+    trips::long(c)?;
+    rings::all(c)
+}
+
+fn data(l: &mut Linker) -> Done {
+    trips::data(l)?;
+    rings::data(l)
 }
 
 /// Writes an entry's low half, then its high one, by way of no present entry.

@@ -1,6 +1,7 @@
 //! Edits of tables: of every width, of upper levels, of pages that are tables twice or no longer.
 
 use super::*;
+use umbra_arch::control::Cr0;
 
 const GIB_PAGES: u32 = 1 << 26;
 /// The second 2 MiB, which the directory of root 0 doesn't map otherwise.
@@ -17,6 +18,7 @@ pub fn all(c: &mut Code<'_>) -> Done {
     section(c, "60, 68: tables that come, go and come back", come_and_go)?;
     section(c, "64: one directory by two ways", two_ways)?;
     section(c, "65, 66: a large page and a table in turn", large_or_table)?;
+    section(c, "10: two large pages of one frame", two_large)?;
     section(c, "67: entries written in pieces", pieces)?;
     section(c, "69: a table that maps itself", recursive)?;
     section(c, "74: reserved bits above and below", reserved)?;
@@ -117,6 +119,33 @@ fn large_or_table(c: &mut Code<'_>) -> Done {
     // A write by the small page shows in the large one of the same frame.
     set(c, SPARE[0] + (FRAME >> 12) * 8, 0, 0)?;
     set(c, LARGE_ENTRY, 0, 0)?;
+    reload(c)
+}
+
+/// Read-only and clean, both; a write by either marks its own entry.
+fn two_large(c: &mut Code<'_>) -> Done {
+    const FIRST: u32 = LARGE + OTHER_FRAME;
+    const SECOND: u32 = 2 * LARGE + OTHER_FRAME;
+    for _ in 0..2 {
+        for entry in [LARGE_ENTRY, LARGE_ENTRY + 8] {
+            set(c, entry, LARGE | P | PS, 0)?;
+        }
+        reload(c)?;
+        for (now, other, value) in [(FIRST, SECOND, 1), (SECOND, FIRST, 2)] {
+            check_page_fault(c, 3, now, |c| Ok(c.mov(dword_ptr(now), 0)?))?;
+            cr0_bits(c, Cr0::WP, 0)?;
+            c.mov(dword_ptr(now), value)?;
+            marks(c, LARGE_ENTRY + if now == FIRST { 0 } else { 8 }, A | D)?;
+            reads(c, other, value)?;
+            cr0_bits(c, 0, Cr0::WP)?;
+            if now == FIRST {
+                marks(c, LARGE_ENTRY + 8, A)?;
+            }
+        }
+    }
+    for entry in [LARGE_ENTRY, LARGE_ENTRY + 8] {
+        set(c, entry, 0, 0)?;
+    }
     reload(c)
 }
 

@@ -40,6 +40,25 @@ const ALSO: [(&str, &str, &[u32]); 12] = [
     ("test-roms/src/pages.rs", "matrix", &[5, 6, 7, 15, 16, 17, 18, 20]),
 ];
 
+/// Sections of the test ROM `scenarios`, titled by numbers as in `"24, 26: ..."` and `"34-36: ..."`.
+const ROM: [&str; 6] = ["address_spaces", "legacy", "rights", "rings", "tables", "trips"];
+
+/// Why no section of it shows a scenario.
+const NOT_IN_THE_ROM: [(&[u32], &str); 9] = [
+    (&[1, 2, 57], "a guest sees no counts; the ROMs `embedded` and `costs` do the work that is counted"),
+    (&[9], "about emulated writes beside others: here there is one way for all"),
+    (&[43], "no profile offers CET: to a guest CR4.CET is reserved"),
+    (&[25], "needs a 16-bit TSS and CS.L outside IA-32e mode; the tests of `arch` have all combinations"),
+    (&[46, 47, 48, 76, 77], "what the host does between runs: registers, INIT, CPUID, the memory map"),
+    (
+        &[29, 70, 71, 73],
+        "about which roots and entries are kept, which a guest sees no more of than in the sections it has",
+    ),
+    (&[78, 81, 82], "SMM and nested guests are not offered"),
+    (&[79, 80], "asynchronous page faults need memory that arrives on demand"),
+    (&[83, 84], "several CPUs and random sequences are other tests'"),
+];
+
 /// The numbers in a test's name.
 fn numbers(name: &str) -> BTreeSet<u32> {
     let words: Vec<&str> = name.split('_').collect();
@@ -80,6 +99,34 @@ fn what_proves_a_scenario_elsewhere_exists() {
         let text = std::fs::read_to_string(top.join(file)).unwrap_or_else(|error| panic!("{file}: {error}"));
         assert!(text.contains(&format!("fn {function}(")), "{file} has no {function}");
     }
+}
+
+/// The numbers in a section's title.
+fn titled(title: &str) -> Vec<u32> {
+    let Some((numbers, _)) = title.split_once(':') else { return Vec::new() };
+    let mut found = Vec::new();
+    for part in numbers.split(", ") {
+        let mut ends = part.split('-').map(str::parse::<u32>);
+        match (ends.next(), ends.next()) {
+            (Some(Ok(n)), None) => found.push(n),
+            (Some(Ok(first)), Some(Ok(last))) => found.extend(first..=last),
+            _ => return Vec::new(),
+        }
+    }
+    found
+}
+
+#[test]
+fn every_scenario_has_a_section_of_the_rom_or_a_reason() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../test-roms/src/scenarios");
+    let text = |name: &str| std::fs::read_to_string(folder.join(name).with_extension("rs")).expect("a file of the ROM");
+    let texts: Vec<String> = ROM.iter().map(|name| text(name)).collect();
+    let shown: BTreeSet<u32> = texts.iter().flat_map(|text| text.split('"')).flat_map(titled).collect();
+    let reasons: BTreeSet<u32> = NOT_IN_THE_ROM.iter().flat_map(|(numbers, _)| numbers.iter().copied()).collect();
+    for n in 1..=LAST {
+        assert!(shown.contains(&n) != reasons.contains(&n), "scenario {n}: a section, or a reason, and not both");
+    }
+    assert_eq!(shown.len() + reasons.len(), LAST as usize);
 }
 
 #[test]
