@@ -1,6 +1,6 @@
 //! The two borders of an engine: [`Vcpu`] towards the machine, [`Bus`] towards devices.
 
-use crate::{CpuState, Exit, Fault, Gpa, GpaPage, VirtualTime};
+use crate::{ApicBus, CpuState, Exit, Fault, Gpa, GpaPage, VirtualTime};
 
 /// Width of one device access.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -121,6 +121,10 @@ pub trait Bus {
     /// PAUSE: this CPU probably waits for another.
     fn pause(&mut self, _now: VirtualTime) -> Reply<()> {
         Reply::quiet(())
+    }
+    /// The interrupt controllers, for an accelerator with a local APIC of its own. `None` where it can't be lent.
+    fn apic_bus(&mut self) -> Option<&mut dyn ApicBus> {
+        None
     }
     /// Whether A20 is enabled; physical bit 20 is masked where it is not.
     fn a20(&self) -> bool {

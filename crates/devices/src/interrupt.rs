@@ -38,6 +38,19 @@ impl DeliveryMode {
             _ => return None,
         })
     }
+
+    /// The field of the mode.
+    pub const fn field(self) -> u32 {
+        match self {
+            Self::Fixed => 0,
+            Self::LowestPriority => 1,
+            Self::Smi => 2,
+            Self::Nmi => 4,
+            Self::Init => 5,
+            Self::StartUp => 6,
+            Self::ExtInt => 7,
+        }
+    }
 }
 
 /// One interrupt message on the APIC bus.
@@ -77,6 +90,13 @@ impl InterruptMessage {
             assert: data & 0x8000 == 0 || data & 0x4000 != 0,
         })
     }
+
+    /// The write, address and data, that makes this message; its destination has 8 bits.
+    pub const fn to_msi(&self) -> (u64, u32) {
+        let address = 0xfee0_0000 | (self.destination as u64 & 0xff) << 12 | (self.logical as u64) << 2;
+        let level = (self.level as u32) << 15 | ((self.level && self.assert) as u32) << 14;
+        (address, level | self.mode.field() << 8 | self.vector as u32)
+    }
 }
 
 /// Destination shorthand of the ICR.
@@ -115,5 +135,16 @@ mod tests {
         assert_eq!(m.mode, DeliveryMode::LowestPriority);
         assert_eq!(InterruptMessage::of_msi(0xfeef_f000, 0).unwrap().destination, BROADCAST);
         assert_eq!(InterruptMessage::of_msi(0xfee0_0000, 0x300), None);
+    }
+
+    #[test]
+    fn msi_and_back() {
+        for address in (0..=0xffu64).flat_map(|id| [0, 4].map(|logical| 0xfee0_0000 | id << 12 | logical)) {
+            for data in (0..0x800).flat_map(|low| [0, 0x8000, 0xc000].map(|level| level | low)) {
+                if let Some(message) = InterruptMessage::of_msi(address, data) {
+                    assert_eq!(message.to_msi(), (address, data), "{message:?}");
+                }
+            }
+        }
     }
 }

@@ -74,19 +74,28 @@ impl IoApic {
 
     /// The next message to deliver. Ask until `None` after each change of a line, write and EOI.
     pub fn take_message(&mut self) -> Option<InterruptMessage> {
+        self.take_from_pin().map(|(_, message)| message)
+    }
+
+    /// As [`take_message`](Self::take_message), with the pin that sends it.
+    pub fn take_from_pin(&mut self) -> Option<(usize, InterruptMessage)> {
         loop {
             let pin = (0..PINS).find(|&pin| self.wants_to_send(pin))?;
-            let value = self.entries[pin];
             if self.is_level(pin) {
                 self.entries[pin] |= entry::REMOTE_IRR;
             } else {
                 self.edges &= !(1 << pin);
             }
-            // A reserved delivery mode sends nothing.
-            if let Some(mode) = DeliveryMode::of_field((value >> 8) as u32) {
-                return Some(self.message(value, mode, pin));
+            if let Some(message) = self.message(pin) {
+                return Some((pin, message));
             }
         }
+    }
+
+    /// The level-triggered messages that were sent and wait for their EOI, with their pins.
+    pub fn unfinished(&self) -> impl Iterator<Item = (usize, InterruptMessage)> + '_ {
+        let waiting = (0..PINS).filter(|&pin| self.entries[pin] & entry::REMOTE_IRR != 0);
+        waiting.filter_map(|pin| Some((pin, self.message(pin)?)))
     }
 
     /// EOI of a level-triggered vector, broadcast by a local APIC.
@@ -98,16 +107,19 @@ impl IoApic {
         }
     }
 
-    fn message(&self, value: u64, mode: DeliveryMode, pin: usize) -> InterruptMessage {
+    /// What the pin's entry sends; nothing with a reserved delivery mode.
+    fn message(&self, pin: usize) -> Option<InterruptMessage> {
+        let value = self.entries[pin];
+        let mode = DeliveryMode::of_field((value >> 8) as u32)?;
         let logical = value & entry::LOGICAL != 0;
-        InterruptMessage {
+        Some(InterruptMessage {
             destination: InterruptMessage::destination8((value >> entry::DESTINATION_SHIFT) as u8, logical),
             logical,
             mode,
             vector: value as u8,
             level: self.is_level(pin),
             assert: true,
-        }
+        })
     }
 
     /// NMI, INIT and ExtINT are edge-triggered whatever the entry says; the rest goes by it.
@@ -285,6 +297,14 @@ mod tests {
             assert_eq!((m.destination, m.logical, m.mode, m.level), expected);
             assert_eq!(a.take_message(), None);
         }
+        let mut a = IoApic::new(0);
+        write(&mut a, 0x14, 0x8831);
+        a.set_line(2, true);
+        assert_eq!(a.unfinished().count(), 0);
+        let sent = a.take_from_pin().unwrap();
+        assert_eq!((sent.0, a.unfinished().collect::<Vec<_>>()), (2, vec![sent]));
+        a.eoi(0x31);
+        assert_eq!(a.unfinished().count(), 0);
         let mut a = IoApic::new(0);
         write(&mut a, 0x14, 0x331);
         a.set_line(2, true);

@@ -37,6 +37,9 @@ pub enum SnapshotError {
     /// A section's contents make no sense.
     #[error("section {0:?} of the save file is damaged")]
     Damaged(String),
+    /// The local APIC is in the kernel.
+    #[error("an accelerator has the local APIC: hand over to Umbra's own engine first")]
+    ApicLent,
     /// The save file is of another machine.
     #[error("the save file is of a machine with {what} {saved}, this one has {here}: start with the same options")]
     OtherMachine {
@@ -104,8 +107,12 @@ impl<V: Vcpu> Machine<V> {
     /// The whole machine as bytes. The same machine state always gives the same bytes.
     ///
     /// # Errors
-    /// [`SnapshotError::Damaged`] names a section that can't be encoded.
+    /// [`SnapshotError::Damaged`] names a section that can't be encoded; [`SnapshotError::ApicLent`] while an
+    /// accelerator has the local APIC.
     pub fn save(&self) -> Result<Vec<u8>, SnapshotError> {
+        if self.pc.is_apic_lent() {
+            return Err(SnapshotError::ApicLent);
+        }
         let header = Header {
             ram_bytes: self.memory.ram_bytes(),
             profile: self.profile.name.clone(),
@@ -148,6 +155,9 @@ impl<V: Vcpu> Machine<V> {
     /// # Errors
     /// [`SnapshotError`] says what is wrong with the file; the machine is unchanged then.
     pub fn restore(&mut self, file: &[u8]) -> Result<(), SnapshotError> {
+        if self.pc.is_apic_lent() {
+            return Err(SnapshotError::ApicLent);
+        }
         let sections = Sections::parse(file)?;
         let header: Header = decode("header", sections.one("header")?)?;
         self.check(&header)?;

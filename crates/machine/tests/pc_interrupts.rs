@@ -1,7 +1,8 @@
 //! Interrupt lines and messages on their way from devices to the CPU, seen through the bus.
 
 use umbra_arch::cpuid::CpuidProfile;
-use umbra_arch::{AccessWidth, Bus, Gpa, VirtualTime};
+use umbra_arch::{AccessWidth, ApicMessage, Bus, Gpa, VirtualTime};
+use umbra_devices::test_device;
 use umbra_machine::pc::{Pc, PcConfig, Request};
 
 const LAPIC: u64 = 0xfee0_0000;
@@ -68,9 +69,9 @@ impl Bench {
             self.out(command + 1, mask);
         }
     }
-    /// Routes an I/O APIC pin to `vector`, fixed, edge-triggered, CPU 0.
-    fn route(&mut self, pin: u32, vector: u8) {
-        for (register, value) in [(0x11 + pin * 2, 0), (0x10 + pin * 2, u32::from(vector))] {
+    /// Routes an I/O APIC pin to CPU 0 with `entry`'s low half: a vector, fixed, edge-triggered, and what else is set.
+    fn route(&mut self, pin: u32, entry: u32) {
+        for (register, value) in [(0x11 + pin * 2, 0), (0x10 + pin * 2, entry)] {
             self.write(IOAPIC, register);
             self.write(IOAPIC + 0x10, value);
         }
@@ -252,4 +253,47 @@ fn hpet_edge_waits_at_the_8259_until_it_is_taken() {
         b.out(0x20, 0x20);
         assert!(!b.pending(), "one edge, one interrupt");
     }
+}
+
+#[test]
+fn messages_wait_for_a_local_apic_that_is_away_and_nothing_gets_lost() {
+    let mut b = Bench::new();
+    b.initialise_pics(1 << 4);
+    b.write(LAPIC + SVR, 0x1ff);
+    b.write(LAPIC + INITIAL_COUNT, 1_000_000);
+    b.route(11, 0x8000 | 0x71);
+    b.route(4, 0x51);
+    b.out(test_device::LINES_PORT + 11, 1);
+    assert_eq!(b.acknowledge(), Some(0x71), "in service when the APIC goes");
+    let lent = |b: &mut Bench| b.bus(|bus, now| (bus.apic_bus().unwrap().lend(now), false));
+    let loan = lent(&mut b);
+    let pin11 = ApicMessage { address: 0xfee0_0000, data: 0xc071, pin: Some(11) };
+    assert_eq!(loan.unfinished, [pin11]);
+    assert_eq!(loan.apic.registers[0x13], 1 << (0x71 % 32), "ISR");
+    assert_eq!(b.read(LAPIC + 0x30), u32::MAX, "no registers there");
+    assert!(b.pc.next_event().is_none_or(|at| at > b.now.plus(2_000_000)), "nor a timer");
+    assert!(!b.pending());
+    b.out(0x3fc, 8);
+    b.out(0x3f9, 2);
+    assert!(b.pending() && !b.attention, "a sleeper has to look, one that runs does so anyway");
+    let next = |b: &mut Bench| b.bus(|bus, _| (bus.apic_bus().unwrap().next_message(), false));
+    assert_eq!(next(&mut b), Some(ApicMessage { address: 0xfee0_0000, data: 0x51, pin: Some(4) }));
+    assert_eq!(next(&mut b), None);
+    let intr = |b: &mut Bench| b.bus(|bus, _| (bus.apic_bus().unwrap().intr(), false));
+    assert!(intr(&mut b) && b.pending(), "the same line at the 8259");
+    assert_eq!(b.bus(|bus, now| (bus.apic_bus().unwrap().acknowledge_intr(now), false)), 0x24);
+    assert!(!intr(&mut b) && !b.pending());
+    b.bus(|bus, now| ((), bus.apic_bus().unwrap().end_of_interrupt(now, 0x71).attention));
+    b.pc.message_signalled(0xfee0_0000, 0x61);
+    assert_eq!(next(&mut b), Some(pin11), "its line is still up");
+    b.bus(|bus, now| {
+        bus.apic_bus().unwrap().take_back(now, &loan.apic);
+        ((), false)
+    });
+    assert!(b.pc.next_event().is_some_and(|at| at <= b.now.plus(2_000_000)), "the timer again");
+    assert!(!b.pending(), "61h waits for the end of 71h, which is in service again");
+    b.write(LAPIC + EOI, 0);
+    assert_eq!((b.acknowledge(), b.acknowledge()), (Some(0x71), None), "sent again, as no end came for what was taken");
+    b.write(LAPIC + EOI, 0);
+    assert_eq!(b.acknowledge(), Some(0x71));
 }

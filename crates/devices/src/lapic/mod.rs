@@ -5,6 +5,7 @@
 //! delivery goes to the lowest processor priority, among equals to the lowest-numbered vCPU.
 
 mod delivery;
+mod exchange;
 mod msr;
 mod registers;
 mod timer;

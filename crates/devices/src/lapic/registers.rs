@@ -176,11 +176,7 @@ impl Lapic {
         }
         let value = *entry;
         match index {
-            index::LVT_TIMER => self.timer.set_mode(match (value & lvt::TIMER_MODE) >> 17 {
-                0 => Mode::OneShot,
-                1 => Mode::Periodic,
-                _ => Mode::TscDeadline,
-            }),
+            index::LVT_TIMER => self.timer.set_mode(Mode::of_lvt(value)),
             index::LVT_LINT0 => self.raise_level_lint(0),
             index::LVT_LINT1 => self.raise_level_lint(1),
             _ => {}

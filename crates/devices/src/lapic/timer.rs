@@ -1,6 +1,7 @@
 //! The local APIC's timer ("APIC Timer").
 
 use super::LAPIC_HZ;
+use super::registers::lvt;
 use serde::{Deserialize, Serialize};
 use umbra_arch::VirtualTime;
 use umbra_arch::time::TSC_HZ;
@@ -18,6 +19,16 @@ pub enum Mode {
     TscDeadline,
 }
 
+/// What the timer's registers say.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Registers {
+    pub mode: Mode,
+    pub initial: u32,
+    pub current: u32,
+    pub divide: u32,
+    pub deadline: u64,
+}
+
 /// The timer's count, all times in ticks since virtual time 0 so that periods never drift.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Timer {
@@ -32,10 +43,33 @@ pub struct Timer {
     tsc_offset: u64,
 }
 
+impl Mode {
+    /// The mode in the LVT timer register `value`.
+    pub fn of_lvt(value: u32) -> Self {
+        match (value & lvt::TIMER_MODE) >> 17 {
+            0 => Self::OneShot,
+            1 => Self::Periodic,
+            _ => Self::TscDeadline,
+        }
+    }
+}
+
 impl Timer {
     /// A timer after reset with the TSC at `tsc_offset` from virtual time.
     pub fn new(tsc_offset: u64) -> Self {
         Self { mode: Mode::OneShot, initial: 0, divide: 0, expires: None, deadline: 0, tsc_offset }
+    }
+
+    /// A timer as its registers say: a count of 0 with an initial one is a shot that was fired, or the whole period.
+    pub fn of_registers(now: VirtualTime, registers: &Registers, tsc_offset: u64) -> Self {
+        let Registers { mode, initial, current, divide, deadline } = *registers;
+        let mut timer = Self { mode, initial, divide: divide & 0xb, ..Self::new(tsc_offset) };
+        match mode {
+            Mode::TscDeadline => timer.set_deadline(now, deadline),
+            Mode::Periodic if current == 0 => timer.start(now, initial),
+            Mode::Periodic | Mode::OneShot => timer.start(now, current),
+        }
+        timer
     }
 
     /// Goes on to `now`; true if the timer fired, once however often it did.

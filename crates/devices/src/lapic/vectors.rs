@@ -29,6 +29,12 @@ impl VectorSet {
         Some((64 * word as u32 + 63 - bits.leading_zeros()) as u8)
     }
 
+    /// The set whose registers, in order, are these.
+    pub fn of_dwords(dwords: &[u32; 8]) -> Self {
+        let words = dwords.as_chunks::<2>().0;
+        Self(std::array::from_fn(|n| u64::from(words[n][0]) | u64::from(words[n][1]) << 32))
+    }
+
     /// Vectors `32 * n` to `32 * n + 31` as the register shows them; `n` is 0..8.
     pub fn dword(&self, n: usize) -> u32 {
         (self.0[(n / 2) & 3] >> (32 * (n & 1))) as u32
@@ -48,6 +54,7 @@ mod tests {
                 s.set(a, true);
                 assert_eq!(s.highest(), Some(a));
                 assert_eq!(s.dword(usize::from(a) / 32) >> (a % 32) & 1, 1);
+                assert_eq!(VectorSet::of_dwords(&std::array::from_fn(|n| s.dword(n))), s);
                 s.set(a, false);
                 assert_eq!(s.highest(), (a != b).then_some(b));
                 assert_eq!(s.contains(b), a != b);

@@ -5,8 +5,8 @@ use super::ports::PORT_NS;
 use crate::events::Source;
 use crate::memory_map::{HPET_BASE, IOAPIC_BASE};
 use umbra_arch::msr::kvm_feature;
-use umbra_arch::{AccessWidth, Bus, Fault, Gpa, GpaPage, PAGE_SIZE, PageAnswer, PageContext, Reply, VirtualTime};
-use umbra_devices::{InterruptMessage, MmioDevice, hpet, lapic, test_device};
+use umbra_arch::{AccessWidth, ApicBus, Bus, Fault, Gpa, GpaPage, PAGE_SIZE, PageAnswer, PageContext, Reply, VirtualTime};
+use umbra_devices::{InterruptMessage, MmioDevice, hpet, test_device};
 
 /// Virtual time of an access to a local APIC, in nanoseconds.
 const LAPIC_NS: u32 = 20;
@@ -20,8 +20,8 @@ const MSI_WINDOW: std::ops::Range<u64> = 0xfee0_0000..0xfef0_0000;
 /// [`Pc`] lent to virtual CPU `vcpu` for one slice.
 #[derive(Debug)]
 pub struct PcBus<'a> {
-    pc: &'a mut Pc,
-    vcpu: usize,
+    pub(super) pc: &'a mut Pc,
+    pub(super) vcpu: usize,
 }
 
 /// What a physical address outside RAM belongs to.
@@ -40,13 +40,13 @@ impl<'a> PcBus<'a> {
 
     /// Devices see one order of time, whoever touches them.
     #[inline]
-    fn time(&mut self, now: VirtualTime) -> VirtualTime {
+    pub(super) fn time(&mut self, now: VirtualTime) -> VirtualTime {
         self.pc.latest = self.pc.latest.max(now);
         self.pc.latest
     }
 
     #[inline]
-    fn reply<T>(&mut self, value: T, cost: u32) -> Reply<T> {
+    pub(super) fn reply<T>(&mut self, value: T, cost: u32) -> Reply<T> {
         Reply { value, cost, attention: std::mem::take(&mut self.pc.attention) }
     }
 
@@ -54,7 +54,8 @@ impl<'a> PcBus<'a> {
     fn region(&self, gpa: Gpa) -> Region {
         let gpa = gpa.raw();
         let inside = |base: u64| gpa.checked_sub(base).filter(|&offset| offset < PAGE_SIZE);
-        let lapic = self.pc.devices.lapics.get(self.vcpu).and_then(|lapic| lapic.mmio_base());
+        let lapic = self.pc.devices.lapics.get(self.vcpu).filter(|_| !self.pc.is_apic_lent());
+        let lapic = lapic.and_then(|lapic| lapic.mmio_base());
         if let Some(offset) = lapic.and_then(inside) {
             Region::Lapic(offset)
         } else if let Some(offset) = inside(IOAPIC_BASE) {
@@ -179,6 +180,11 @@ impl Bus for PcBus<'_> {
         self.reply((), 0)
     }
 
+    /// Only the only CPU's local APIC is lent: what one CPU sends to another doesn't leave the kernel.
+    fn apic_bus(&mut self) -> Option<&mut dyn ApicBus> {
+        if self.pc.devices.lapics.len() == 1 { Some(self) } else { None }
+    }
+
     #[inline]
     fn interrupt_pending(&mut self) -> bool {
         self.pc.interrupt_pending(self.vcpu)
@@ -231,7 +237,7 @@ impl Pc {
             return;
         }
         if let Some(message) = InterruptMessage::of_msi(address, data) {
-            lapic::deliver(&mut self.devices.lapics, &message);
+            self.send(&message, None);
             self.settle_interrupts();
         }
     }

@@ -66,7 +66,7 @@ impl Pc {
             }
             Source::Lapic(n) => {
                 self.settle_interrupts();
-                self.devices.lapics.get(n as usize).and_then(Device::next_event)
+                self.devices.lapics.get(n as usize).and_then(Device::next_event).filter(|_| !self.is_apic_lent())
             }
             Source::Pages => devices.arrivals.next_event(),
             Source::HostInput => return,
@@ -160,9 +160,14 @@ impl Pc {
                 devices.ioapic.eoi(vector);
             }
         }
-        while let Some(message) = devices.ioapic.take_message() {
-            lapic::deliver(&mut devices.lapics, &message);
+        while let Some((pin, message)) = self.devices.ioapic.take_from_pin() {
+            self.send(&message, Some(pin));
         }
+        if let Some(waiting) = self.has_waiting_interrupts() {
+            // The accelerator looks for itself after each access, and between slices only a sleeper has to be woken.
+            return self.pending.fill(waiting);
+        }
+        let devices = &mut self.devices;
         let intr = devices.pic.intr();
         for (lapic, pending) in devices.lapics.iter_mut().zip(&mut self.pending) {
             lapic.set_lint(LINT0, intr);

@@ -4,6 +4,7 @@
 //! [`Bus`](umbra_arch::Bus). After each access the outputs of the device that was touched are read
 //! and passed on; nothing calls back.
 
+mod apic_loan;
 mod bus;
 mod interrupts;
 mod lazy;
@@ -102,6 +103,8 @@ pub struct Pc {
     held: u32,
     /// RAM, where it arrives on demand.
     pub(crate) lazy: Option<LazyRam>,
+    /// While an accelerator has the local APIC: the messages for it.
+    lent: Option<apic_loan::Waiting>,
     /// Per CPU: an interrupt waits.
     pending: Vec<bool>,
     /// End of the running slice: an event before it needs attention.
@@ -154,6 +157,7 @@ impl Pc {
             lines: 0,
             held: 0,
             lazy: None,
+            lent: None,
             pending,
             slice_end: VirtualTime(0),
             attention: false,
