@@ -102,8 +102,31 @@ pub const SYSRET_SHUTDOWN: Defect = Defect {
     what: "SYSRET to 64-bit code at selector 43h ends in a shutdown; a processor returns",
 };
 
+/// Ends of interrupts in KVM's own local APIC.
+pub const APIC_ENDS_INTERRUPTS: Defect = Defect {
+    name: "apic-ends-interrupts",
+    backend: Backend::KvmPvm,
+    what: "KVM's own local APIC ends each interrupt as it delivers it: no vector is in service in its handler, lower ones \
+           get in, and the I/O APIC is told of the end (KVM_EXIT_IOAPIC_EOI) before the handler has quietened its device",
+};
+
+/// Interrupts of KVM's own local APIC in ring 0.
+pub const APIC_DELIVERS_LATE: Defect = Defect {
+    name: "apic-delivers-late",
+    backend: Backend::KvmPvm,
+    what: "ring-0 code goes on for hundreds of instructions with RFLAGS.IF set while an interrupt waits in KVM's own \
+           local APIC",
+};
+
+/// What keeps a backend's local APIC from being used unless it is asked for.
+pub fn of_split_irqchip(backend: Backend) -> Option<&'static Defect> {
+    [&APIC_ENDS_INTERRUPTS].into_iter().find(|defect| defect.backend == backend)
+}
+
 /// All of them.
-pub const DEFECTS: [Defect; 12] = [
+pub const DEFECTS: [Defect; 14] = [
+    APIC_ENDS_INTERRUPTS,
+    APIC_DELIVERS_LATE,
     LEGACY_PAGING,
     IRET_KEEPS_SEGMENTS,
     EVENT_CLEARS_AC,

@@ -2,6 +2,40 @@
 
 use crate::{Reply, VirtualTime};
 
+/// Register indices ("Local APIC Register Address Map").
+#[allow(missing_docs, reason = "the names are the manual's")]
+pub mod index {
+    pub const ID: u16 = 0x02;
+    pub const VERSION: u16 = 0x03;
+    pub const TPR: u16 = 0x08;
+    pub const APR: u16 = 0x09;
+    pub const PPR: u16 = 0x0a;
+    pub const EOI: u16 = 0x0b;
+    pub const RRD: u16 = 0x0c;
+    pub const LDR: u16 = 0x0d;
+    pub const DFR: u16 = 0x0e;
+    pub const SVR: u16 = 0x0f;
+    pub const ISR0: u16 = 0x10;
+    pub const ISR7: u16 = 0x17;
+    pub const TMR0: u16 = 0x18;
+    pub const TMR7: u16 = 0x1f;
+    pub const IRR0: u16 = 0x20;
+    pub const IRR7: u16 = 0x27;
+    pub const ESR: u16 = 0x28;
+    pub const ICR_LOW: u16 = 0x30;
+    pub const ICR_HIGH: u16 = 0x31;
+    pub const LVT_TIMER: u16 = 0x32;
+    pub const LVT_THERMAL: u16 = 0x33;
+    pub const LVT_PERFORMANCE: u16 = 0x34;
+    pub const LVT_LINT0: u16 = 0x35;
+    pub const LVT_LINT1: u16 = 0x36;
+    pub const LVT_ERROR: u16 = 0x37;
+    pub const INITIAL_COUNT: u16 = 0x38;
+    pub const CURRENT_COUNT: u16 = 0x39;
+    pub const DIVIDE: u16 = 0x3e;
+    pub const SELF_IPI: u16 = 0x3f;
+}
+
 /// Registers in the page of a local APIC.
 pub const APIC_REGISTERS: usize = 64;
 

@@ -99,12 +99,18 @@ pub enum CliError {
     Kvm(#[from] KvmError),
     /// Several CPUs under KVM.
     #[error(
-        "--accel kvm runs one CPU only, as interrupts come from Umbra's own devices: leave out --smp, or use --accel soft"
+        "--accel kvm runs one CPU only, as all of a machine's CPUs share a host thread: leave out --smp, or use --accel soft"
     )]
     AccelCpus,
     /// A hand-over without an accelerator.
     #[error("--handover-at needs --accel kvm: there is nothing to hand over from")]
     NeedsAccel,
+    /// A local APIC for no accelerator.
+    #[error("--irqchip needs --accel kvm: Umbra's own engine has Umbra's local APICs")]
+    IrqchipNeedsAccel,
+    /// No local APIC in the kernel.
+    #[error("--irqchip split: this host's KVM doesn't offer it: leave it away")]
+    NoSplitIrqchip,
     /// The translator can't be made.
     #[error("--engine jit: {0}")]
     Jit(#[from] JitError),

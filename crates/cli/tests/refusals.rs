@@ -186,6 +186,8 @@ fn help_lists_every_exit_code() {
 fn hand_overs_without_an_accelerator_and_accelerated_machines_of_many() {
     refused(&["run", "--handover-at", "refusal"], &["--handover-at", "--accel kvm"]);
     refused(&["rom", "run", "strings", "--handover-at", "0x1000"], &["--handover-at", "--accel kvm"]);
+    refused(&["run", "--irqchip", "split"], &["--irqchip", "--accel kvm"]);
+    refused(&["rom", "run", "strings", "--irqchip", "user"], &["--irqchip", "--accel kvm"]);
     refused(&["run", "--accel", "kvm", "--smp", "2"], &["--accel kvm", "--smp"]);
     refused(&["run", "--accel", "kvm", "--handover-at", "later"], &["later", "refusal"]);
 }

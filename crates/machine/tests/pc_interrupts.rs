@@ -260,6 +260,7 @@ fn messages_wait_for_a_local_apic_that_is_away_and_nothing_gets_lost() {
     let mut b = Bench::new();
     b.initialise_pics(1 << 4);
     b.write(LAPIC + SVR, 0x1ff);
+    b.write(LAPIC + LVT_TIMER, 0x40);
     b.write(LAPIC + INITIAL_COUNT, 1_000_000);
     b.route(11, 0x8000 | 0x71);
     b.route(4, 0x51);

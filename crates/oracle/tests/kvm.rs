@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use umbra_accel::HandOver;
 use umbra_accel::handover::{Reason, Side, Switch};
-use umbra_accel::kvm::{Fitted, KvmVcpu, fit};
+use umbra_accel::kvm::{Fitted, Irqchip, KvmVcpu, fit};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_cpu::{EngineOptions, Interpreter};
 use umbra_machine::{End, Host, Machine, MachineConfig, boot, guest_memory};
@@ -16,7 +16,11 @@ use umbra_test_roms::{MEASUREMENT_PORT, Rom};
 
 /// What KVM can be here; `None`, loudly, where there is none.
 fn kvm() -> Option<Fitted> {
-    match fit(&CpuidProfile::default()) {
+    kvm_with(Irqchip::User)
+}
+
+fn kvm_with(irqchip: Irqchip) -> Option<Fitted> {
+    match fit(&CpuidProfile::default(), irqchip) {
         Ok(fitted) => Some(fitted),
         Err(error) => {
             eprintln!("SKIPPED, nothing was tested: {error}");
@@ -79,12 +83,13 @@ fn ping_pong(rom: &Rom, fitted: &Fitted) -> (String, End, Vec<Switch>) {
 
 #[test]
 fn a_rom_passes_while_it_changes_sides_both_ways() {
-    let Some(fitted) = kvm() else { return };
-    for name in ["segments", "exceptions"] {
+    let offered = Irqchip::offered().unwrap_or(Irqchip::User);
+    for (name, irqchip) in [("segments", Irqchip::User), ("exceptions", Irqchip::User), ("segments", offered)] {
+        let Some(fitted) = kvm_with(irqchip) else { return };
         let rom = umbra_test_roms::rom(name).unwrap();
         let (report, end, switches) = ping_pong(rom, &fitted);
         let to = |side| switches.iter().filter(|switch| switch.to == side).count();
-        eprintln!("{name}: {} switches to soft, {} back", to(Side::Soft), to(Side::Accelerator));
+        eprintln!("{name}, irqchip {irqchip}: {} switches to soft, {} back", to(Side::Soft), to(Side::Accelerator));
         assert_eq!(end, End::PowerOff, "{report}");
         assert!(report.contains(rom.expect), "{report}\n{switches:#?}");
         assert!(to(Side::Accelerator) > 0 && to(Side::Soft) > 0);

@@ -2,6 +2,7 @@
 
 use super::cpuid::Fitted;
 use super::error::KvmError;
+use super::irqchip::Irqchip;
 use super::vcpu::KvmVcpu;
 use crate::Backend;
 use crate::handover::{Accelerator, StopAt};
@@ -61,12 +62,13 @@ pub struct CaseRunner {
 
 impl CaseRunner {
     /// A runner of cases for CPUs of the profile [`fit`](super::fit) passed, on `memory`, which may have other
-    /// users while no case runs.
+    /// users while no case runs. Cases have no local APIC: their end is a HLT, which wouldn't end KVM_RUN with one.
     ///
     /// # Errors
     /// [`KvmError`] when there is no usable KVM.
     pub fn new(memory: Arc<GuestMemory>, fitted: &Fitted) -> Result<Self, KvmError> {
-        Ok(Self { vcpu: KvmVcpu::new(Arc::clone(&memory), fitted)?, memory })
+        let fitted = Fitted { irqchip: Irqchip::User, ..fitted.clone() };
+        Ok(Self { vcpu: KvmVcpu::new(Arc::clone(&memory), &fitted)?, memory })
     }
 
     /// What executes the cases; results are to be labelled with it.

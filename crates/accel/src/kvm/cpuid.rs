@@ -1,16 +1,17 @@
 //! CPUID: what of a profile KVM can hold, and its leaves.
 
 use super::error::{KvmError, failed};
+use super::irqchip::Irqchip;
 use super::probe;
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Cap, Kvm};
 use umbra_arch::control::Cr4;
 use umbra_arch::cpuid::{CpuidDynamic, CpuidProfile, Feature, HostOffer, xsave};
 use umbra_arch::fpu::xcr0;
 use umbra_arch::msr::MONITOR_ENABLED;
 
-/// Features that need KVM's own local APIC, or a TSC of our frequency: never offered.
-const NOT_WITHOUT_IRQCHIP: [Feature; 3] = [Feature::X2apic, Feature::TscDeadline, Feature::InvariantTsc];
+/// Features that need KVM's own local APIC.
+const NOT_WITHOUT_IRQCHIP: [Feature; 2] = [Feature::X2apic, Feature::TscDeadline];
 /// Features that are ours alone to give, whatever KVM lists.
 const OURS: [Feature; 3] = [Feature::Apic, Feature::Arat, Feature::Hypervisor];
 /// Leaves that describe the TSC's frequency, which is the host's.
@@ -28,6 +29,8 @@ pub struct Fitted {
     /// What KVM doesn't list as supported and the guest sees nevertheless: a backend without a way to intercept
     /// CPUID shows the host's features.
     pub shown: Vec<Feature>,
+    /// Where the local APIC is.
+    pub irqchip: Irqchip,
     /// What KVM is told to offer.
     pub(super) offered: CpuidProfile,
 }
@@ -39,19 +42,20 @@ impl Fitted {
     }
 
     /// A profile that a guest is taken to see as it is.
-    pub(super) fn exactly(profile: CpuidProfile) -> Self {
-        Self { offered: profile.clone(), profile, dropped: Vec::new(), shown: Vec::new() }
+    pub(super) fn exactly(profile: CpuidProfile, irqchip: Irqchip) -> Self {
+        Self { offered: profile.clone(), profile, dropped: Vec::new(), shown: Vec::new(), irqchip }
     }
 }
 
-/// Takes out of `profile` what KVM on this host doesn't have.
+/// Takes out of `profile` what KVM on this host doesn't have, with such a local APIC.
 ///
 /// # Errors
 /// [`KvmError`] when there is no usable KVM.
-pub fn fit(profile: &CpuidProfile) -> Result<Fitted, KvmError> {
+pub fn fit(profile: &CpuidProfile, irqchip: Irqchip) -> Result<Fitted, KvmError> {
     let kvm = Kvm::new().map_err(|error| KvmError::Open(error.into()))?;
+    let has_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
-    let mut fitted = fit_to(profile, &answers(supported.as_slice()));
+    let mut fitted = fit_to(profile, &answers(supported.as_slice()), irqchip, has_deadline);
     fitted.profile.features = probe::seen(&fitted.offered)?;
     fitted.shown = fitted.profile.features.iter().filter(|feature| !fitted.offered.has(*feature)).collect();
     fitted.dropped = profile.features.iter().filter(|feature| !fitted.profile.has(*feature)).collect();
@@ -64,7 +68,7 @@ fn answers(entries: &[kvm_cpuid_entry2]) -> Vec<Answer> {
     entries.iter().map(|e| ((e.function, e.index), [e.eax, e.ebx, e.ecx, e.edx])).collect()
 }
 
-fn fit_to(profile: &CpuidProfile, supported: &[Answer]) -> Fitted {
+fn fit_to(profile: &CpuidProfile, supported: &[Answer], irqchip: Irqchip, has_deadline: bool) -> Fitted {
     let answer = |leaf, subleaf| {
         supported.iter().find(|(at, _)| *at == (leaf, subleaf)).map_or([0; 4], |(_, registers)| *registers)
     };
@@ -72,13 +76,19 @@ fn fit_to(profile: &CpuidProfile, supported: &[Answer]) -> Fitted {
     // With XSAVE the guest sees the processor's own layout of the area.
     let same_layout = xsave::component(9).is_none_or(|pkru| answer(0xd, 9)[1] == pkru.offset);
     let lacks = |feature: Feature| {
-        NOT_WITHOUT_IRQCHIP.contains(&feature)
-            || !OURS.contains(&feature) && !offer.features.has(feature)
-            || feature == Feature::Pku && !same_layout
+        irqchip == Irqchip::User && NOT_WITHOUT_IRQCHIP.contains(&feature)
+            || match feature {
+                // Older kernels list it elsewhere only.
+                Feature::TscDeadline => !has_deadline,
+                // A TSC of our frequency: never.
+                Feature::InvariantTsc => true,
+                Feature::Pku if !same_layout => true,
+                _ => !OURS.contains(&feature) && !offer.features.has(feature),
+            }
     };
     let mut fitted = profile.clone();
     profile.features.iter().filter(|feature| lacks(*feature)).for_each(|feature| fitted.features.remove(feature));
-    Fitted::exactly(fitted)
+    Fitted::exactly(fitted, irqchip)
 }
 
 /// The leaves of a profile, for KVM_SET_CPUID2. KVM itself keeps the bits that mirror control registers.

@@ -19,6 +19,9 @@ pub enum KvmError {
     /// Something that every supported kernel offers is missing.
     #[error("this kernel's KVM lacks {0}: use a kernel of 5.5 or later, or --accel soft")]
     Missing(&'static str),
+    /// Several CPUs, or a bus with no APICs at all.
+    #[error("this machine can't lend its local APIC to KVM: use --irqchip user")]
+    NoLoan,
     /// A case's memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),

@@ -18,6 +18,8 @@ pub(super) enum Event {
     Kicked,
     /// HLT.
     Halted,
+    /// The I/O APIC was told of an interrupt's end.
+    EndOfInterrupt,
     /// Interrupts can be taken now.
     Window,
     /// A single step or a breakpoint; DR6 tells.
@@ -52,6 +54,14 @@ fn decode(run: &mut kvm_run, bus: &mut dyn Bus, now: VirtualTime) -> Event {
         KVM_EXIT_MMIO => mmio(run, bus, now),
         KVM_EXIT_SET_TPR => Event::Device { attention: true },
         KVM_EXIT_HLT => Event::Halted,
+        KVM_EXIT_IOAPIC_EOI => {
+            // SAFETY: the exit reason says that this is the member which the kernel filled in.
+            let vector = unsafe { run.__bindgen_anon_1.eoi.vector };
+            if let Some(apics) = bus.apic_bus() {
+                apics.end_of_interrupt(now, vector);
+            }
+            Event::EndOfInterrupt
+        }
         KVM_EXIT_IRQ_WINDOW_OPEN => Event::Window,
         KVM_EXIT_INTR => Event::Kicked,
         KVM_EXIT_SHUTDOWN => Event::Shutdown,

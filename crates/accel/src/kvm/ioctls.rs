@@ -36,12 +36,15 @@ pub(super) fn set_sregs2(vcpu: &VcpuFd, sregs: &kvm_sregs2) -> Result<(), KvmErr
     checked(result, "KVM_SET_SREGS2")
 }
 
-/// Queues an external interrupt, with no interrupt controller in the kernel.
-pub(super) fn interrupt(vcpu: &VcpuFd, vector: u8) -> Result<(), KvmError> {
+/// Queues an interrupt of controllers outside the kernel; false if another one still waits.
+pub(super) fn interrupt(vcpu: &VcpuFd, vector: u8) -> Result<bool, KvmError> {
     let interrupt = kvm_interrupt { irq: vector.into() };
     // SAFETY: as in `set_sregs2`.
     let result = unsafe { libc::ioctl(vcpu.as_raw_fd(), INTERRUPT, &raw const interrupt) };
-    checked(result, "KVM_INTERRUPT")
+    match checked(result, "KVM_INTERRUPT") {
+        Err(KvmError::Request { source, .. }) if source.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        result => result.map(|()| true),
+    }
 }
 
 fn checked(result: libc::c_int, request: &'static str) -> Result<(), KvmError> {

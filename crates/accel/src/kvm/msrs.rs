@@ -81,6 +81,18 @@ impl MsrList {
     }
 }
 
+/// Arms the timer of a local APIC in the kernel, whose mode has been set.
+pub(super) fn set_tsc_deadline(vcpu: &VcpuFd, deadline: u64) -> Result<(), KvmError> {
+    vcpu.set_msrs(&batch(&[(IA32_TSC_DEADLINE, deadline)])?).map(|_| ()).map_err(failed("KVM_SET_MSRS"))
+}
+
+/// IA32_TSC_DEADLINE of a local APIC in the kernel.
+pub(super) fn tsc_deadline(vcpu: &VcpuFd) -> Result<u64, KvmError> {
+    let mut read = batch(&[(IA32_TSC_DEADLINE, 0)])?;
+    vcpu.get_msrs(&mut read).map_err(failed("KVM_GET_MSRS"))?;
+    Ok(read.as_slice().first().map_or(0, |entry| entry.data))
+}
+
 fn batch(values: &[(u32, u64)]) -> Result<MsrBatch, KvmError> {
     let entry = |&(index, data): &(u32, u64)| kvm_msr_entry { index, data, ..Default::default() };
     let entries: Vec<_> = values.iter().map(entry).collect();

@@ -3,6 +3,7 @@
 use super::case::{CaseLimit, CaseRunner};
 use super::cpuid::Fitted;
 use super::error::KvmError;
+use super::irqchip::Irqchip;
 use std::sync::Arc;
 use std::time::Duration;
 use umbra_arch::cpuid::{CpuidProfile, FeatureSet, HostOffer};
@@ -20,7 +21,7 @@ const LIMIT: CaseLimit = CaseLimit { instructions: None, time: Duration::from_se
 pub(super) fn seen(profile: &CpuidProfile) -> Result<FeatureSet, KvmError> {
     let memory = Arc::new(GuestMemory::new(RAM)?);
     memory.write(Gpa::new(AT), &PROGRAM);
-    let mut runner = CaseRunner::new(memory, &Fitted::exactly(profile.clone()))?;
+    let mut runner = CaseRunner::new(memory, &Fitted::exactly(profile.clone(), Irqchip::User))?;
     let mut problem = None;
     let offer = HostOffer::from_cpuid(|leaf, subleaf| {
         answer(&mut runner, leaf, subleaf).unwrap_or_else(|error| {

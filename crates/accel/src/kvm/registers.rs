@@ -6,12 +6,14 @@ use super::cpuid;
 use super::error::{KvmError, failed};
 use super::exits::{self, Event};
 use super::ioctls;
-use super::msrs::MsrList;
+use super::lapic_page;
+use super::msrs::{self, MsrList};
 use super::vm::Vm;
-use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_sregs2};
+use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_sregs2};
 use kvm_ioctls::VcpuFd;
-use umbra_arch::cpuid::CpuidProfile;
-use umbra_arch::{Bus, CpuState, Gpa, VirtualTime};
+use umbra_arch::cpuid::{CpuidProfile, Feature};
+use umbra_arch::state::Activity;
+use umbra_arch::{Bus, CpuState, Gpa, LocalApic, VirtualTime};
 
 /// Longest instruction.
 const LONGEST: u64 = 15;
@@ -22,6 +24,7 @@ pub(super) struct Registers {
     msrs: MsrList,
     /// State components that the guest may enable.
     components: u64,
+    has_deadline: bool,
     has_sregs2: bool,
 }
 
@@ -41,6 +44,7 @@ impl Registers {
             fd,
             msrs: MsrList::of(profile),
             components: profile.xcr0_supported(),
+            has_deadline: profile.has(Feature::TscDeadline),
             has_sregs2: vm.kvm.check_extension_raw(ioctls::CAP_SREGS2) > 0,
         })
     }
@@ -68,13 +72,19 @@ impl Registers {
         self.fd.set_sregs(&convert::old_sregs(sregs)).map_err(failed("KVM_SET_SREGS"))
     }
 
-    /// Replaces everything. `tsc` is the time-stamp counter's value.
+    /// Replaces everything but a local APIC in the kernel, for which `apic` is `None`. `tsc` is the time-stamp
+    /// counter's value.
     ///
     /// # Errors
     /// [`KvmError::Request`] names the part that KVM doesn't take.
-    pub(super) fn set(&self, s: &CpuState, apic: ApicCopy, tsc: u64) -> Result<(), KvmError> {
-        let running = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
-        self.fd.set_mp_state(running).map_err(failed("KVM_SET_MP_STATE"))?;
+    pub(super) fn set(&self, s: &CpuState, apic: Option<ApicCopy>, tsc: u64) -> Result<(), KvmError> {
+        let halted = apic.is_none() && s.activity == Activity::Halted;
+        let mp_state = if halted { KVM_MP_STATE_HALTED } else { KVM_MP_STATE_RUNNABLE };
+        self.fd.set_mp_state(kvm_mp_state { mp_state }).map_err(failed("KVM_SET_MP_STATE"))?;
+        let apic = match apic {
+            Some(copy) => copy,
+            None => self.sregs().map(|sregs| ApicCopy { cr8: sregs.cr8 as u8, base: sregs.apic_base })?,
+        };
         let sregs = convert::sregs_of(s, apic.cr8, apic.base);
         self.set_sregs(&sregs)?;
         if let Some(text) = convert::control_difference(&sregs, &self.sregs()?) {
@@ -129,6 +139,43 @@ impl Registers {
     pub(super) fn set_apic_base(&self, base: u64) -> Result<(), KvmError> {
         let sregs = self.sregs()?;
         if sregs.apic_base == base { Ok(()) } else { self.set_sregs(&kvm_sregs2 { apic_base: base, ..sregs }) }
+    }
+
+    /// Gives a local APIC in the kernel its state.
+    ///
+    /// # Errors
+    /// [`KvmError::Request`] names a register that KVM doesn't take.
+    pub(super) fn set_local_apic(&self, apic: &LocalApic) -> Result<(), KvmError> {
+        self.set_apic_base(apic.base)?;
+        let page = lapic_page::page_of(apic);
+        self.fd.set_lapic(&page).map_err(failed("KVM_SET_LAPIC"))?;
+        let found = self.fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
+        if let Some(text) = lapic_page::difference(&page, &found) {
+            return Err(KvmError::Request { request: "KVM_SET_LAPIC", source: std::io::Error::other(text) });
+        }
+        if apic.tsc_deadline != 0 {
+            msrs::set_tsc_deadline(&self.fd, apic.tsc_deadline)?;
+        }
+        if apic.nmi { self.fd.nmi().map_err(failed("KVM_NMI")) } else { Ok(()) }
+    }
+
+    /// The state of a local APIC in the kernel.
+    pub(super) fn local_apic(&self) -> Result<LocalApic, KvmError> {
+        let base = self.sregs()?.apic_base;
+        let events = self.fd.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
+        let page = self.fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
+        Ok(LocalApic {
+            base,
+            registers: lapic_page::registers_of(&page, base),
+            tsc_deadline: if self.has_deadline { msrs::tsc_deadline(&self.fd)? } else { 0 },
+            nmi: events.nmi.pending != 0,
+        })
+    }
+
+    /// Whether KVM holds the CPU in HLT, as it only does with a local APIC in the kernel.
+    pub(super) fn is_halted(&self) -> Result<bool, KvmError> {
+        let mp_state = self.fd.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
+        Ok(mp_state.mp_state == KVM_MP_STATE_HALTED)
     }
 
     /// RIP, and the bytes there as far as they are mapped.

@@ -5,7 +5,10 @@ use super::cpuid::Fitted;
 use super::error::{KvmError, failed};
 use super::exits::{self, Event};
 use super::ioctls;
+use super::irqchip::Irqchip;
+use super::kernel_apic::KernelApic;
 use super::kick::Kick;
+use super::lapic_page;
 use super::registers::{ApicCopy, Registers};
 use super::vm::Vm;
 use crate::Backend;
@@ -16,7 +19,8 @@ use kvm_bindings::{
 };
 use std::cell::RefCell;
 use std::sync::Arc;
-use umbra_arch::exit::Refusal;
+use std::time::{Duration, Instant};
+use umbra_arch::exit::{Refusal, RefusalKind};
 use umbra_arch::msr::IA32_APIC_BASE;
 use umbra_arch::state::Activity;
 use umbra_arch::{Bus, CpuState, Exit, GpaPage, Slice, Stopped, Vcpu, VirtualTime};
@@ -29,11 +33,21 @@ const DR6_STEP: u64 = 1 << 14;
 const DR6_FIRST: u64 = 1;
 /// DR7 with DR0 as an instruction breakpoint.
 const DR7_FIRST: u64 = 0x402;
-/// Single steps that an event may take to be delivered before the state can leave KVM.
-const MOST_DELIVERIES: usize = 8;
+/// How long the guest runs at a time for an event to be delivered before the state can leave KVM, in nanoseconds.
+const DELIVERY_NS: u64 = 50_000;
+/// After so long it never will be.
+const LONGEST_DELIVERY: Duration = Duration::from_millis(100);
+
+/// Where the local APIC is.
+enum Apic {
+    /// In the machine; KVM has copies of two registers.
+    Machine(ApicCopy),
+    /// In the kernel.
+    Kernel(Box<KernelApic>),
+}
 
 /// One virtual CPU that KVM executes, as an engine. There is one in a virtual machine: interrupts come from
-/// the machine's own devices through [`Bus`], and several CPUs would need KVM's interrupt controllers.
+/// the machine's own devices through [`Bus`], from its local APIC or by way of one in the kernel ([`Irqchip`]).
 ///
 /// Retired instructions are only counted while single-stepping ([`StopAt::Instructions`]).
 pub struct KvmVcpu {
@@ -44,7 +58,7 @@ pub struct KvmVcpu {
     /// What was set last: whatever KVM doesn't hold is still so.
     held: CpuState,
     now: VirtualTime,
-    apic: ApicCopy,
+    apic: Apic,
     /// A device access waits for its instruction to complete.
     is_incomplete: bool,
     /// The kernel hasn't said yet whether interrupts can be taken.
@@ -62,7 +76,7 @@ impl KvmVcpu {
     /// # Errors
     /// [`KvmError`] when there is no usable KVM.
     pub fn new(memory: Arc<GuestMemory>, fitted: &Fitted) -> Result<Self, KvmError> {
-        let vm = Vm::new(memory)?;
+        let vm = Vm::new(memory, fitted.irqchip)?;
         let registers = Registers::new(&vm, &fitted.offered, 0)?;
         let mut vcpu = Self {
             kick: None,
@@ -70,7 +84,10 @@ impl KvmVcpu {
             vm,
             held: CpuState::reset(),
             now: VirtualTime(0),
-            apic: ApicCopy { cr8: 0, base: APIC_BASE_RESET },
+            apic: match fitted.irqchip {
+                Irqchip::User => Apic::Machine(ApicCopy { cr8: 0, base: APIC_BASE_RESET }),
+                Irqchip::Split => Apic::Kernel(Box::default()),
+            },
             is_incomplete: false,
             is_fresh: true,
             stop_at: StopAt::Never,
@@ -87,6 +104,14 @@ impl KvmVcpu {
     /// What executes the guest.
     pub fn backend(&self) -> Backend {
         self.vm.backend()
+    }
+
+    /// Where its local APIC is.
+    pub fn irqchip(&self) -> Irqchip {
+        match self.apic {
+            Apic::Machine(_) => Irqchip::User,
+            Apic::Kernel(_) => Irqchip::Split,
+        }
     }
 
     /// RAM pages that the guest has written since the last call; the memory's other users are told.
@@ -108,7 +133,28 @@ impl KvmVcpu {
         if let Some(kick) = &self.kick {
             kick.arm(0);
         }
-        exit
+        match (exit, &self.apic) {
+            (Exit::BudgetSpent, Apic::Kernel(_)) => {
+                self.asleep(bus).unwrap_or_else(|error| self.refusal(exits::state_refused(&error)))
+            }
+            (exit, _) => exit,
+        }
+    }
+
+    /// At the end of a slice: whether the CPU sleeps in the kernel, and nothing there will wake it. That takes two
+    /// slices, as a timer may have expired that KVM looks at when the CPU runs next.
+    fn asleep(&mut self, bus: &mut dyn Bus) -> Result<Exit, KvmError> {
+        let slept = self.held.activity == Activity::Halted;
+        let halted = self.registers.is_halted()?;
+        self.held.activity = if halted { Activity::Halted } else { Activity::Running };
+        if !halted || !slept {
+            return Ok(Exit::BudgetSpent);
+        }
+        let is_deaf = self.registers.fd.get_kvm_run().if_flag == 0;
+        let apic = self.registers.local_apic()?;
+        let will_wake = lapic_page::is_timer_armed(&apic.registers, apic.tsc_deadline)
+            || bus.apic_bus().is_some_and(|apics| apics.intr());
+        Ok(if is_deaf || !will_wake { Exit::Halted } else { Exit::BudgetSpent })
     }
 
     fn prepare(&mut self, bus: &mut dyn Bus, clock: &SliceClock) -> Result<(), KvmError> {
@@ -116,11 +162,19 @@ impl KvmVcpu {
             return Err(error);
         }
         self.vm.follow_map()?;
-        if let Ok(reply) = bus.apic_msr_read(clock.now(), IA32_APIC_BASE)
-            && reply.value != self.apic.base
-        {
-            self.registers.set_apic_base(reply.value)?;
-            self.apic.base = reply.value;
+        match &mut self.apic {
+            Apic::Machine(copy) => {
+                if let Ok(reply) = bus.apic_msr_read(clock.now(), IA32_APIC_BASE)
+                    && reply.value != copy.base
+                {
+                    self.registers.set_apic_base(reply.value)?;
+                    copy.base = reply.value;
+                }
+            }
+            Apic::Kernel(apic) => {
+                let bus = bus.apic_bus().ok_or(KvmError::NoLoan)?;
+                apic.hold(&self.registers, &self.vm, bus, clock.now())?;
+            }
         }
         if !self.kick.as_ref().is_some_and(Kick::is_for_this_thread) {
             let flag = self.registers.immediate_exit();
@@ -158,20 +212,24 @@ impl KvmVcpu {
 
     /// One KVM_RUN, with the local APIC's copies in and out.
     fn enter(&mut self, bus: &mut dyn Bus, now: VirtualTime) -> Event {
-        self.apic.cr8 = bus.read_cr8();
-        self.registers.fd.get_kvm_run().cr8 = self.apic.cr8.into();
+        if let Apic::Machine(copy) = &mut self.apic {
+            copy.cr8 = bus.read_cr8();
+            self.registers.fd.get_kvm_run().cr8 = copy.cr8.into();
+        }
         self.is_incomplete = false;
         let event = self.registers.run(bus, now);
         self.is_fresh = false;
-        let run = self.registers.fd.get_kvm_run();
-        let (cr8, base) = (run.cr8 as u8 & 15, run.apic_base);
-        if cr8 != self.apic.cr8 {
-            bus.write_cr8(now, cr8);
-        }
-        if base != self.apic.base {
-            self.apic.base = base;
-            // What our APIC refuses, KVM has refused before.
-            let _ = bus.apic_msr_write(now, IA32_APIC_BASE, base);
+        if let Apic::Machine(copy) = &mut self.apic {
+            let run = self.registers.fd.get_kvm_run();
+            let (cr8, base) = (run.cr8 as u8 & 15, run.apic_base);
+            if cr8 != copy.cr8 {
+                bus.write_cr8(now, cr8);
+            }
+            if base != copy.base {
+                copy.base = base;
+                // What our APIC refuses, KVM has refused before.
+                let _ = bus.apic_msr_write(now, IA32_APIC_BASE, base);
+            }
         }
         event
     }
@@ -183,6 +241,15 @@ impl KvmVcpu {
             let run = self.registers.fd.get_kvm_run();
             !self.is_fresh && run.ready_for_interrupt_injection != 0 && run.if_flag != 0
         };
+        if let (Apic::Kernel(apic), Some(bus)) = (&mut self.apic, bus.apic_bus()) {
+            return match apic.feed(&self.registers, &self.vm, bus, now, is_ready) {
+                Ok(ask) => {
+                    self.registers.fd.get_kvm_run().request_interrupt_window = ask.into();
+                    None
+                }
+                Err(error) => Some(self.refusal(exits::state_refused(&error))),
+            };
+        }
         let halted = self.held.activity == Activity::Halted;
         if bus.take_nmi() {
             self.held.activity = Activity::Running;
@@ -217,7 +284,7 @@ impl KvmVcpu {
                 self.is_incomplete = true;
                 attention.then_some(Exit::Attention)
             }
-            Event::Kicked | Event::Window => None,
+            Event::Kicked | Event::Window | Event::EndOfInterrupt => None,
             Event::Halted => {
                 self.held.activity = Activity::Halted;
                 None
@@ -295,6 +362,12 @@ impl Vcpu for KvmVcpu {
             Ok(tsc) => s.msr.tsc_offset = tsc.wrapping_sub(self.now.0),
             Err(error) => self.note(Err(error)),
         }
+        if matches!(self.apic, Apic::Kernel(_)) && matches!(s.activity, Activity::Running | Activity::Halted) {
+            match self.registers.is_halted() {
+                Ok(halted) => s.activity = if halted { Activity::Halted } else { Activity::Running },
+                Err(error) => self.note(Err(error)),
+            }
+        }
         s
     }
 
@@ -303,7 +376,8 @@ impl Vcpu for KvmVcpu {
         (self.is_incomplete, self.is_fresh) = (false, true);
         let tsc = self.now.0.wrapping_add(state.msr.tsc_offset);
         self.problem.take();
-        self.note(self.registers.set(state, self.apic, tsc));
+        let apic = if let Apic::Machine(copy) = self.apic { Some(copy) } else { None };
+        self.note(self.registers.set(state, apic, tsc));
     }
 
     fn retired(&self) -> u64 {
@@ -334,29 +408,54 @@ impl Accelerator for KvmVcpu {
     }
 
     fn leave(&mut self, bus: &mut dyn Bus) -> Result<(), Refusal> {
-        let wanted = std::mem::replace(&mut self.stop_at, StopAt::Instructions(u64::MAX));
+        let wanted = std::mem::replace(&mut self.stop_at, StopAt::Never);
+        let result = self.set_guest_debug();
+        self.note(result);
         let delivered = self.deliver_pending(bus);
+        if let Some(kick) = &self.kick {
+            kick.arm(0);
+        }
         self.stop_at(wanted);
+        if let (Apic::Kernel(apic), Some(bus)) = (&mut self.apic, bus.apic_bus()) {
+            apic.give_back(bus, self.now);
+        }
         self.note(self.take_written().map(|_| ()));
         delivered
     }
 }
 
 impl KvmVcpu {
-    /// Steps until KVM holds no event that a state can't hold.
+    /// Completes what is under way, and lets the guest run for moments until KVM holds no event that a state can't
+    /// hold. (A single step would do, but for RFLAGS.TF in the frame that the event pushes.)
     fn deliver_pending(&mut self, bus: &mut dyn Bus) -> Result<(), Refusal> {
-        let result = self.set_guest_debug();
-        self.note(result);
-        self.registers.fd.set_kvm_immediate_exit(0);
-        for _ in 0..MOST_DELIVERIES {
-            if !self.is_incomplete && !self.registers.is_event_pending().unwrap_or(false) {
-                break;
+        let started = Instant::now();
+        while started.elapsed() < LONGEST_DELIVERY {
+            let is_incomplete = self.is_incomplete;
+            if !is_incomplete && self.is_settled().map_err(|error| self.undelivered(&error.to_string()))? {
+                return Ok(());
+            }
+            self.registers.fd.set_kvm_immediate_exit(is_incomplete.into());
+            if let Some(kick) = &self.kick {
+                kick.arm(if is_incomplete { 0 } else { DELIVERY_NS });
             }
             let event = self.enter(bus, self.now);
-            if let Some(Exit::Refused(refusal)) = self.after(event) {
-                return Err(*refusal);
-            }
+            // What the guest comes to meanwhile is the next engine's business.
+            let _ = self.after(event);
         }
-        Ok(())
+        Err(self.undelivered("an interrupt stays on its way"))
+    }
+
+    fn undelivered(&self, why: &str) -> Refusal {
+        let (rip, bytes) = self.registers.next_instruction(&self.vm);
+        Refusal { kind: RefusalKind::Delivery, detail: format!("{}: {why}", self.backend()), rip, bytes }
+    }
+
+    /// Whether the state and a local APIC's say everything.
+    fn is_settled(&mut self) -> Result<bool, KvmError> {
+        let apic = match &mut self.apic {
+            Apic::Machine(_) => true,
+            Apic::Kernel(apic) => apic.settle(&self.registers)?,
+        };
+        Ok(apic && !self.registers.is_event_pending()?)
     }
 }

@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "memory slots are host addresses")]
 
 use super::error::{KvmError, failed};
+use super::irqchip::Irqchip;
 use crate::Backend;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -24,11 +25,11 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Opens /dev/kvm and maps `memory`.
+    /// Opens /dev/kvm and maps `memory`; a CPU of it will have its local APIC where `irqchip` says.
     ///
     /// # Errors
     /// [`KvmError`] when there is no usable KVM.
-    pub fn new(memory: Arc<GuestMemory>) -> Result<Self, KvmError> {
+    pub fn new(memory: Arc<GuestMemory>, irqchip: Irqchip) -> Result<Self, KvmError> {
         let kvm = Kvm::new().map_err(|error| KvmError::Open(error.into()))?;
         let needed = [(Cap::ImmediateExit, "immediate_exit"), (Cap::VcpuEvents, "vCPU events"), (Cap::Xcrs, "XCRs")];
         if let Some((_, name)) = needed.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
@@ -37,6 +38,7 @@ impl Vm {
         let fd = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
         fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
+        irqchip.make(&kvm, &fd)?;
         let mut vm = Self { fd, kvm, memory, slots: Vec::new(), generation: 0, backend: Backend::of_kvm() };
         vm.map()?;
         Ok(vm)

@@ -4,7 +4,7 @@
 use iced_x86::code_asm::{CodeAssembler, IcedError};
 use std::sync::Arc;
 use std::time::Duration;
-use umbra_accel::kvm::{CaseLimit, CaseRunner, Fitted, fit};
+use umbra_accel::kvm::{CaseLimit, CaseRunner, Fitted, Irqchip, fit};
 use umbra_arch::control::{Cr0, Cr3, Cr4, Efer};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::segment::{Attr, Seg, Segment, TableRegister};
@@ -20,7 +20,7 @@ pub const FREE: CaseLimit = CaseLimit { instructions: None, time: Duration::from
 /// The default profile as this host's KVM holds it; `None`, loudly, where there is no KVM.
 pub fn kvm() -> Option<Fitted> {
     let profile = CpuidProfile::named("umbra-v3").expect("the default profile");
-    match fit(&profile) {
+    match fit(&profile, Irqchip::User) {
         Ok(fitted) => Some(fitted),
         Err(error) => {
             eprintln!("SKIPPED, nothing was tested: {error}");

@@ -4,7 +4,8 @@ use crate::exit_code;
 use clap::Args as ClapArgs;
 use serde_json::json;
 use std::fs;
-use umbra_accel::Backend;
+use umbra_accel::kvm::{Irqchip, fit};
+use umbra_accel::{Backend, defects};
 use umbra_arch::cpuid::{CpuidProfile, HostOffer, PROFILE_NAMES};
 
 /// Say what this host offers and what Umbra will use of it. Exit code 0 when Umbra can run here, else 125.
@@ -22,7 +23,7 @@ struct Findings {
     /// What KVM can't offer of the default CPU model, or why it can't be used.
     lost: Result<Vec<String>, String>,
     /// Whether KVM has a local APIC for a machine that keeps its I/O APIC and 8259s.
-    split_irqchip: Option<bool>,
+    irqchip: Option<Irqchip>,
     features: Vec<(&'static str, bool)>,
     models: Vec<(&'static str, Option<String>)>,
     memory_kib: Option<u64>,
@@ -56,7 +57,7 @@ fn look() -> Findings {
         kvm: kvm(),
         backend: Backend::of_kvm(),
         lost: lost(&host),
-        split_irqchip: umbra_accel::kvm::offers_split_irqchip().ok(),
+        irqchip: Irqchip::offered().ok(),
         features: umbra_hostexec::host_features().iter().collect(),
         models: PROFILE_NAMES.iter().map(model).collect(),
         memory_kib: kib_of(&meminfo, "MemTotal:"),
@@ -82,7 +83,7 @@ fn kvm() -> &'static str {
 /// The features of the default CPU model that a guest under KVM does without.
 fn lost(host: &HostOffer) -> Result<Vec<String>, String> {
     let profile = CpuidProfile::parse(PROFILE_NAMES[0], host).map_err(|error| error.to_string())?;
-    let fitted = umbra_accel::kvm::fit(&profile).map_err(|error| error.to_string())?;
+    let fitted = Irqchip::preferred().and_then(|irqchip| fit(&profile, irqchip)).map_err(|error| error.to_string())?;
     Ok(fitted.dropped.iter().map(ToString::to_string).collect())
 }
 
@@ -133,10 +134,15 @@ impl Findings {
                 let _ = writeln!(out, "--accel kvm:      {why}");
             }
         }
-        let irqchip = match self.split_irqchip {
-            Some(true) => "offered by KVM and not used: interrupts come from Umbra's own APICs, one CPU",
-            Some(false) => "not offered by KVM",
-            None => "unknown",
+        let irqchip = match (self.irqchip, defects::of_split_irqchip(self.backend)) {
+            (Some(Irqchip::Split), None) => {
+                "offered by KVM and used: local APIC KVM's, I/O APIC and 8259s Umbra's".to_owned()
+            }
+            (Some(Irqchip::Split), Some(defect)) => {
+                format!("offered by KVM, used with --irqchip split only: {}: {}", defect.name, defect.what)
+            }
+            (Some(Irqchip::User), _) => "not offered by KVM: no x2APIC, no TSC deadline".to_owned(),
+            (None, _) => unknown(),
         };
         let _ = writeln!(out, "split irqchip:    {irqchip}");
         let has: Vec<&str> = self.features.iter().filter(|(_, has)| *has).map(|&(name, _)| name).collect();
@@ -167,7 +173,7 @@ impl Findings {
             "can_run": self.can_run(),
             "engine": "interpreter",
             "kvm": { "device": self.kvm, "backend": self.backend.label(), "hardware": self.backend.is_hardware(),
-                "lost_features": self.lost.as_ref().ok(), "problem": self.lost.as_ref().err(), "split_irqchip": self.split_irqchip },
+                "lost_features": self.lost.as_ref().ok(), "problem": self.lost.as_ref().err(), "split_irqchip": self.irqchip.map(|irqchip| irqchip == Irqchip::Split) },
             "cpu_features": self.features.iter().filter(|(_, has)| *has).map(|(name, _)| name).collect::<Vec<_>>(),
             "missing_features": self.missing(),
             "cpu_models": models,

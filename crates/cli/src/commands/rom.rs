@@ -128,7 +128,9 @@ fn run_named(name: &str, options: &Options<'_>, json: bool) -> u8 {
 fn print(rom: &Rom, outcome: &Outcome, json: bool) {
     if !json {
         let verdict = if outcome.passed { "PASS" } else { "FAIL" };
-        let backend = outcome.backend.map_or_else(String::new, |backend| format!("; executed by {backend}"));
+        let backend = outcome.backend;
+        let backend = backend
+            .map_or_else(String::new, |(backend, irqchip)| format!("; executed by {backend}, irqchip: {irqchip}"));
         outcome.switches.iter().for_each(|switch| println!("handed over {switch}"));
         println!("{}: {verdict} ({}, {} instructions{backend})\n", rom.name, outcome.end, outcome.retired);
         return;
@@ -143,7 +145,8 @@ fn print(rom: &Rom, outcome: &Outcome, json: bool) {
         "end": outcome.end,
         "retired": outcome.retired,
         "sections": sections,
-        "backend": outcome.backend,
+        "backend": outcome.backend.map(|(backend, _)| backend.label()),
+        "irqchip": outcome.backend.map(|(_, irqchip)| irqchip.to_string()),
         "hand_overs": outcome.switches,
     });
     println!("{object}");

@@ -237,6 +237,9 @@ pub struct AccelArgs {
     /// What executes the guest
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = Accel::Soft)]
     pub accel: Accel,
+    /// Whose local APIC the guest has under KVM
+    #[arg(long, value_enum, value_name = "WHOSE", default_value_t = IrqchipChoice::Auto)]
+    pub irqchip: IrqchipChoice,
     /// Go on in Umbra's own engine from here: refusal (an instruction that KVM can't execute), serial:TEXT (on the
     /// guest's serial port), insns:N (single-stepped, slow) or a linear address; may be given several times
     #[arg(long, value_name = "WHERE", value_parser = HandOverAt::parse)]
@@ -252,6 +255,17 @@ pub enum Accel {
     Kvm,
     /// KVM where the processor's virtualization is behind it, else soft
     Auto,
+}
+
+/// `--irqchip`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum IrqchipChoice {
+    /// split where KVM offers it and has it right, else user
+    Auto,
+    /// KVM's own, with x2APIC and TSC deadline; I/O APIC and 8259s stay Umbra's
+    Split,
+    /// Umbra's
+    User,
 }
 
 /// `--handover-at`.

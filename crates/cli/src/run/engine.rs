@@ -1,10 +1,10 @@
 //! The engine of one virtual CPU, as `--accel` chooses it.
 
-use super::args::{Accel, AccelArgs, HandOverAt};
+use super::args::{Accel, AccelArgs, HandOverAt, IrqchipChoice};
 use crate::error::CliError;
 use std::sync::Arc;
 use umbra_accel::handover::{Side, StopAt};
-use umbra_accel::kvm::{KvmVcpu, fit};
+use umbra_accel::kvm::{Irqchip, KvmVcpu, fit};
 use umbra_accel::{Backend, HandOver};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Bus, CpuState, Slice, Stopped, Vcpu, VirtualTime};
@@ -40,7 +40,7 @@ enum Kind {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Choice {
     Soft,
-    Kvm,
+    Kvm(Irqchip),
 }
 
 impl Choice {
@@ -48,33 +48,41 @@ impl Choice {
     /// one CPU.
     ///
     /// # Errors
-    /// For a hand-over that nothing could be handed over from.
+    /// For a hand-over that nothing could be handed over from, for more CPUs or another local APIC than KVM can have.
     pub fn of(args: &AccelArgs, cpus: u32) -> Result<Self, CliError> {
-        if args.accel == Accel::Soft && !args.handover_at.is_empty() {
-            return Err(CliError::NeedsAccel);
+        if args.accel == Accel::Soft {
+            return match (&args.handover_at[..], args.irqchip) {
+                ([], IrqchipChoice::Auto) => Ok(Self::Soft),
+                ([], _) => Err(CliError::IrqchipNeedsAccel),
+                _ => Err(CliError::NeedsAccel),
+            };
         }
         let can = || cpus == 1 && Backend::of_kvm().is_hardware() && std::fs::File::open("/dev/kvm").is_ok();
-        Ok(match args.accel {
-            Accel::Soft => Self::Soft,
-            Accel::Kvm => Self::Kvm,
-            Accel::Auto if can() => Self::Kvm,
-            Accel::Auto => Self::Soft,
-        })
+        match args.accel {
+            Accel::Kvm if cpus > 1 => Err(CliError::AccelCpus),
+            Accel::Kvm => irqchip(args.irqchip).map(Self::Kvm),
+            Accel::Auto if can() => irqchip(args.irqchip).map(Self::Kvm),
+            Accel::Soft | Accel::Auto => Ok(Self::Soft),
+        }
+    }
+}
+
+fn irqchip(choice: IrqchipChoice) -> Result<Irqchip, CliError> {
+    match choice {
+        IrqchipChoice::Auto => Ok(Irqchip::preferred()?),
+        IrqchipChoice::User => Ok(Irqchip::User),
+        IrqchipChoice::Split if Irqchip::offered()? == Irqchip::User => Err(CliError::NoSplitIrqchip),
+        IrqchipChoice::Split => Ok(Irqchip::Split),
     }
 }
 
 /// The profile as the chosen engine can offer it, with the names of what had to go.
 ///
 /// # Errors
-/// When there is no usable KVM, or more CPUs than it can have.
-pub fn fitted(choice: Choice, profile: CpuidProfile, cpus: u32) -> Result<(CpuidProfile, Vec<String>), CliError> {
-    if choice == Choice::Soft {
-        return Ok((profile, Vec::new()));
-    }
-    if cpus > 1 {
-        return Err(CliError::AccelCpus);
-    }
-    let fitted = fit(&profile)?;
+/// When there is no usable KVM.
+pub fn fitted(choice: Choice, profile: CpuidProfile) -> Result<(CpuidProfile, Vec<String>), CliError> {
+    let Choice::Kvm(irqchip) = choice else { return Ok((profile, Vec::new())) };
+    let fitted = fit(&profile, irqchip)?;
     Ok((fitted.profile, fitted.dropped.iter().map(ToString::to_string).collect()))
 }
 
@@ -90,13 +98,13 @@ pub fn make(
     profile: &CpuidProfile,
     soft: Interpreter,
 ) -> Result<Engine, CliError> {
-    if choice == Choice::Soft {
+    let Choice::Kvm(irqchip) = choice else {
         return Ok(Engine::of(match translation {
             None => Kind::Soft(Box::new(soft)),
             Some(options) => Kind::Translated(Jit::around(soft, options)?),
         }));
-    }
-    let accelerator = KvmVcpu::new(Arc::clone(memory), &fit(profile)?)?;
+    };
+    let accelerator = KvmVcpu::new(Arc::clone(memory), &fit(profile, irqchip)?)?;
     let mut pair = HandOver::new(accelerator, soft);
     for at in &args.handover_at {
         match at {
@@ -162,11 +170,11 @@ impl Engine {
         }
     }
 
-    /// The accelerator's backend, if there is one.
-    pub fn backend(&self) -> Option<Backend> {
+    /// The accelerator's backend and where it has its local APIC, if there is one.
+    pub fn backend(&self) -> Option<(Backend, Irqchip)> {
         match &self.kind {
             Kind::Soft(_) | Kind::Translated(_) => None,
-            Kind::Accelerated(pair) => Some(pair.accelerator().backend()),
+            Kind::Accelerated(pair) => Some((pair.accelerator().backend(), pair.accelerator().irqchip())),
         }
     }
 

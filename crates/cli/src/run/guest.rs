@@ -70,7 +70,7 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
     }
     let choice = choice(args)?;
     let translation = translation(args.engine, &args.jit, choice)?;
-    let (profile, dropped) = engine::fitted(choice, lazy_profile(args)?, args.smp)?;
+    let (profile, dropped) = engine::fitted(choice, lazy_profile(args)?)?;
     let memory = guest_memory(args.memory)?;
     if let Some(path) = &args.memory_file {
         memory.set_page_source(Box::new(image::open_source(path)?)).map_err(MachineError::from)?;
@@ -110,8 +110,8 @@ pub fn build(args: &Args) -> Result<Guest, CliError> {
 /// The engine, which must be Umbra's own where pages come from a file: an accelerator reaches RAM without asking.
 fn choice(args: &Args) -> Result<Choice, CliError> {
     match Choice::of(&args.accel, args.smp)? {
-        Choice::Kvm if args.memory_file.is_none() => Ok(Choice::Kvm),
-        Choice::Kvm if args.accel.accel == Accel::Kvm => Err(CliError::AccelMemoryFile),
+        choice @ Choice::Kvm(_) if args.memory_file.is_none() => Ok(choice),
+        Choice::Kvm(_) if args.accel.accel == Accel::Kvm => Err(CliError::AccelMemoryFile),
         _ => Ok(Choice::Soft),
     }
 }
@@ -124,7 +124,7 @@ fn translation(engine: EngineChoice, args: &JitArgs, choice: Choice) -> Result<O
             None => Ok(None),
         },
         (EngineChoice::Jit, Choice::Soft) => Ok(Some(args.options())),
-        (EngineChoice::Jit, Choice::Kvm) => Err(CliError::AccelEngine),
+        (EngineChoice::Jit, Choice::Kvm(_)) => Err(CliError::AccelEngine),
     }
 }
 
@@ -157,7 +157,7 @@ pub fn rom_machine(rom: &Rom, memory: u64, options: &Options<'_>) -> Result<Mach
     let &Options { cpu, engine, mmu, accel, tracing } = options;
     let choice = Choice::of(accel, 1)?;
     let translation = translation(engine, &JitArgs::default(), choice)?;
-    let (profile, _) = engine::fitted(choice, profile(cpu)?, 1)?;
+    let (profile, _) = engine::fitted(choice, profile(cpu)?)?;
     let memory = guest_memory(memory)?;
     let mut soft = Interpreter::new(Arc::clone(&memory), &profile, 0, &mmu.options(0))?;
     soft.set_trace(super::trace::of(tracing, 1)?.pop());

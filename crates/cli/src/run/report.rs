@@ -7,6 +7,8 @@ use crate::exit_code;
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
 use std::time::Duration;
+use umbra_accel::defects::{self, Defect};
+use umbra_accel::kvm::Irqchip;
 use umbra_arch::CpuState;
 use umbra_arch::exit::TripleFault;
 use umbra_arch::segment::Seg;
@@ -54,6 +56,10 @@ pub struct Report {
 pub struct Acceleration {
     /// The backend's label, which belongs to every result.
     pub backend: &'static str,
+    /// Where the local APIC was.
+    pub irqchip: Irqchip,
+    /// Why it wasn't KVM's own, where it might have been.
+    pub irqchip_defect: Option<&'static Defect>,
     /// CPU features that it can't offer.
     pub dropped: Vec<String>,
     /// Changes of engines, in words.
@@ -66,8 +72,11 @@ impl Acceleration {
     /// The part that it had in this guest's run.
     pub fn of(guest: &Guest) -> Option<Self> {
         let engine = guest.machine.vcpu(0)?;
+        let (backend, irqchip) = engine.backend()?;
         Some(Self {
-            backend: engine.backend()?.label(),
+            backend: backend.label(),
+            irqchip,
+            irqchip_defect: defects::of_split_irqchip(backend).filter(|_| irqchip == Irqchip::User),
             dropped: guest.dropped.clone(),
             switches: engine.switches(),
             to_the_end: engine.is_accelerated(),
@@ -98,7 +107,10 @@ impl Report {
         let mut out = String::new();
         // Writing to a String can't fail.
         if let Some(part) = &self.acceleration {
-            let _ = writeln!(out, "umbra: executed by {}", part.backend);
+            let _ = writeln!(out, "umbra: executed by {}, irqchip: {}", part.backend, part.irqchip);
+            if let Some(defect) = part.irqchip_defect {
+                let _ = writeln!(out, "umbra: KVM's own local APIC isn't used: {}: {}", defect.name, defect.what);
+            }
             if !part.dropped.is_empty() {
                 let _ = writeln!(out, "umbra: CPU features that it can't offer: {}", part.dropped.join(", "));
             }
@@ -196,6 +208,8 @@ impl Report {
         if let Some(part) = &self.acceleration {
             let part = json!({
                 "backend": part.backend,
+                "irqchip": part.irqchip.to_string(),
+                "irqchip_defect": part.irqchip_defect.map(|defect| defect.name),
                 "dropped_features": part.dropped,
                 "hand_overs": part.switches,
                 "to_the_end": part.to_the_end,

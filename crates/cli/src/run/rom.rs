@@ -5,6 +5,8 @@ use super::guest;
 use super::{AccelArgs, EngineChoice, MmuArgs, TraceArgs, report};
 use crate::error::CliError;
 use std::io::{Write, stdout};
+use umbra_accel::Backend;
+use umbra_accel::kvm::Irqchip;
 use umbra_arch::VirtualTime;
 use umbra_machine::{End, Host, Stop};
 use umbra_test_roms::Rom;
@@ -32,8 +34,8 @@ pub struct Outcome {
     /// In words.
     pub end: String,
     pub retired: u64,
-    /// The accelerator's backend, if one took part.
-    pub backend: Option<&'static str>,
+    /// The accelerator's backend and where its local APIC was, if one took part.
+    pub backend: Option<(Backend, Irqchip)>,
     /// Changes of engines, in words.
     pub switches: Vec<String>,
 }
@@ -94,7 +96,7 @@ pub fn run(rom: &Rom, options: &Options<'_>, echo: bool) -> Result<Outcome, CliE
         report,
         end: report::sentence(&end),
         retired: machine.retired(),
-        backend: engine.and_then(Engine::backend).map(|backend| backend.label()),
+        backend: engine.and_then(Engine::backend),
         switches: engine.map_or_else(Vec::new, Engine::switches),
     })
 }

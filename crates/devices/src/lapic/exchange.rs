@@ -1,11 +1,11 @@
 //! The registers as a whole, out and in: for accelerators that have a local APIC of their own.
 
 use super::Lapic;
-use super::registers::{SVR_ENABLE, index, lvt, lvt_writable};
+use super::registers::{SVR_ENABLE, lvt, lvt_writable};
 use super::timer::{self, Mode, Timer};
 use super::vectors::VectorSet;
 use crate::Device as _;
-use umbra_arch::local_apic::APIC_REGISTERS;
+use umbra_arch::local_apic::{APIC_REGISTERS, index};
 use umbra_arch::{LocalApic, VirtualTime};
 
 impl Lapic {
@@ -76,7 +76,13 @@ mod tests {
     fn step() -> impl Strategy<Value = Step> {
         let index = prop_oneof![
             prop::sample::select(vec![
-                index::TPR, index::LDR, index::DFR, index::SVR, index::ESR, index::INITIAL_COUNT, index::DIVIDE,
+                index::TPR,
+                index::LDR,
+                index::DFR,
+                index::SVR,
+                index::ESR,
+                index::INITIAL_COUNT,
+                index::DIVIDE,
                 index::EOI,
             ]),
             index::ICR_LOW..=index::INITIAL_COUNT,

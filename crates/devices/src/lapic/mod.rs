@@ -12,7 +12,7 @@ mod timer;
 mod vectors;
 
 pub use delivery::{deliver, deliver_ipi};
-pub use registers::index;
+pub use umbra_arch::local_apic::index;
 
 use self::msr::base;
 use self::registers::{SVR_ENABLE, error, lvt};

@@ -1,8 +1,9 @@
 //! MSRs of a local APIC: IA32_APIC_BASE, IA32_TSC_DEADLINE and the x2APIC registers.
 
 use super::Lapic;
-use super::registers::{index, lvt_writable};
+use super::registers::lvt_writable;
 use crate::Device as _;
+use umbra_arch::local_apic::index;
 use umbra_arch::msr::{IA32_APIC_BASE, IA32_TSC_DEADLINE, X2APIC_FIRST, X2APIC_LAST};
 use umbra_arch::{Fault, VirtualTime};
 

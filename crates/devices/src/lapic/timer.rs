@@ -60,13 +60,12 @@ impl Timer {
         Self { mode: Mode::OneShot, initial: 0, divide: 0, expires: None, deadline: 0, tsc_offset }
     }
 
-    /// A timer as its registers say: a count of 0 with an initial one is a shot that was fired, or the whole period.
+    /// A timer as its registers say: with a count of 0 it stands still.
     pub fn of_registers(now: VirtualTime, registers: &Registers, tsc_offset: u64) -> Self {
         let Registers { mode, initial, current, divide, deadline } = *registers;
         let mut timer = Self { mode, initial, divide: divide & 0xb, ..Self::new(tsc_offset) };
         match mode {
             Mode::TscDeadline => timer.set_deadline(now, deadline),
-            Mode::Periodic if current == 0 => timer.start(now, initial),
             Mode::Periodic | Mode::OneShot => timer.start(now, current),
         }
         timer

@@ -5,7 +5,9 @@ use super::ports::PORT_NS;
 use crate::events::Source;
 use crate::memory_map::{HPET_BASE, IOAPIC_BASE};
 use umbra_arch::msr::kvm_feature;
-use umbra_arch::{AccessWidth, ApicBus, Bus, Fault, Gpa, GpaPage, PAGE_SIZE, PageAnswer, PageContext, Reply, VirtualTime};
+use umbra_arch::{
+    AccessWidth, ApicBus, Bus, Fault, Gpa, GpaPage, PAGE_SIZE, PageAnswer, PageContext, Reply, VirtualTime,
+};
 use umbra_devices::{InterruptMessage, MmioDevice, hpet, test_device};
 
 /// Virtual time of an access to a local APIC, in nanoseconds.

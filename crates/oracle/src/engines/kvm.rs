@@ -11,7 +11,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 use umbra_accel::defects;
-use umbra_accel::kvm::{CaseEnd, CaseLimit, CaseRunner, Fitted, KvmError, KvmVcpu, fit};
+use umbra_accel::kvm::{CaseEnd, CaseLimit, CaseRunner, Fitted, Irqchip, KvmError, KvmVcpu, fit};
 use umbra_arch::control::Cr4;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::exit::{Refusal, RefusalKind};
@@ -39,7 +39,7 @@ impl Kvm {
     /// # Errors
     /// [`KvmError`] when there is no usable KVM.
     pub fn new(profile: &CpuidProfile) -> Result<Self, KvmError> {
-        let fitted = fit(profile)?;
+        let fitted = fit(profile, Irqchip::User)?;
         let memory = Arc::new(GuestMemory::new(RAM)?);
         let runner = CaseRunner::new(Arc::clone(&memory), &fitted)?;
         Ok(Self { runner, memory, fitted })

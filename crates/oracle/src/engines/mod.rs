@@ -20,7 +20,7 @@ pub use window::{Window, WindowError};
 
 use crate::engine::Engine;
 use crate::ring0::model::Model;
-use umbra_accel::kvm::{KvmError, fit};
+use umbra_accel::kvm::{Irqchip, KvmError, fit};
 use umbra_arch::cpuid::{CpuidProfile, HostOffer};
 use umbra_hostexec::native::NativeError;
 use umbra_mmu::{MmuMode, MmuOptions};
@@ -59,7 +59,7 @@ pub const NAMES: &[&str] =
 pub fn make_all<S: AsRef<str>>(names: &[S]) -> Result<Vec<Box<dyn Engine>>, MakeError> {
     let mut profile = profile();
     if names.iter().any(|name| name.as_ref() == "kvm") {
-        profile = fit(&profile)?.profile;
+        profile = fit(&profile, Irqchip::User)?.profile;
     }
     names.iter().map(|name| make_of(name.as_ref(), &profile)).collect()
 }
