@@ -167,10 +167,10 @@ impl Jit {
         }
         let ram = interp.core().mem.mapping_address();
         interp.watch_blocks();
-        let part = jit.code_bytes.max(8 * LARGEST) / 2;
+        let part = jit.code_bytes.max(4 * LARGEST) / 2;
         let mut code = CodeMemory::in_parts(part, part)?;
         let mut e = Emitter::new(0);
-        let stubs = stubs::emit(&mut e, run_helper as *const () as u64);
+        let stubs = stubs::emit(&mut e, run_helper as *const () as u64, run_rest as *const () as u64);
         code.append(&e.bytes)?;
         let (jumps, fetches, places) = (Jumps::new(), Fetches::new(), Places::new());
         Ok(Self(Box::new(Engine {
@@ -461,7 +461,8 @@ impl Engine {
         }
         let off = self.options.off;
         let missing = if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) };
-        let source = Source { block, number, half, bytes: &bytes, missing, off };
+        let alone = self.misses.is_alone(number);
+        let source = Source { block, number, half, bytes: &bytes, missing, alone, off };
         let code = translate(source, at, self.exits.len(), &self.stubs);
         (bytes, code)
     }
@@ -623,6 +624,20 @@ impl Engine {
         self.stats.linked += 1;
     }
 
+    /// Does the operation at `site` and those behind it.
+    fn rest(&mut self, site: u32) -> Flow {
+        let number = site >> OP_BITS;
+        let ops = self.interp.blocks().block(number).ops.len() as u32;
+        let last = (number << OP_BITS) + ops - 1;
+        if self.misses.rest(number, self.frame.now()) {
+            self.frame.leave_soon();
+        }
+        (site..last).map(|site| self.helper(site)).find(|&flow| flow != Flow::On).unwrap_or_else(|| {
+            let flow = self.helper(last);
+            if flow == Flow::On { Flow::Block } else { flow }
+        })
+    }
+
     /// Does the operation at `site`.
     fn helper(&mut self, site: u32) -> Flow {
         let (number, index) = (site >> OP_BITS, (site & ((1 << OP_BITS) - 1)) as usize);
@@ -675,7 +690,19 @@ extern "sysv64" fn run_helper(engine: *mut Engine, site: u32) -> u32 {
     // SAFETY: generated code passes on the pointer that `execute` gave it, which uses nothing of the engine
     // meanwhile.
     let engine = unsafe { &mut *engine };
-    match catch_unwind(AssertUnwindSafe(|| engine.helper(site))) {
+    guarded(engine, |engine| engine.helper(site))
+}
+
+/// What generated code calls to do an operation and those behind it by their functions.
+extern "sysv64" fn run_rest(engine: *mut Engine, site: u32) -> u32 {
+    // SAFETY: as in `run_helper`.
+    let engine = unsafe { &mut *engine };
+    guarded(engine, |engine| engine.rest(site))
+}
+
+/// A panic doesn't unwind generated code.
+fn guarded(engine: &mut Engine, run: impl Fn(&mut Engine) -> Flow) -> u32 {
+    match catch_unwind(AssertUnwindSafe(|| run(engine))) {
         Ok(flow) => flow as u32,
         Err(panic) => {
             engine.frame.panic = Some(panic);

@@ -2,6 +2,7 @@
 
 use crate::emitter::Mem;
 use crate::engine::Engine;
+use crate::groups::BASES;
 use crate::jumps::{self, Contexts, Half};
 use crate::ranges::{self, Ranges};
 use crate::registers::ENGINE;
@@ -86,6 +87,8 @@ pub struct Frame {
     /// FCW that Rust code runs with.
     pub host_fcw: u16,
     pub ranges: Ranges,
+    /// What to add to a linear address of the group that was checked last, by its base register.
+    pub addends: [u64; BASES],
 
     /// The table in force.
     pub table: Option<FastTable>,
@@ -172,6 +175,7 @@ impl Frame {
             tsc_usable: 0,
             host_fcw: FCW_DEFAULT,
             ranges: ranges::NONE,
+            addends: [0; BASES],
             table: None,
             end: 0,
             bank: 0,
@@ -276,6 +280,11 @@ macro_rules! frame_field {
 pub(crate) use frame_field;
 
 const CORE: usize = offset_of!(Engine, interp) + Interpreter::CORE_OFFSET;
+
+/// See [`Frame::addends`].
+pub fn addend(base: u8) -> Mem {
+    Mem { disp: frame_field!(addends).disp + 8 * i32::from(base), ..frame_field!(addends) }
+}
 
 /// The context number of a half.
 pub fn context(half: Half) -> Mem {

@@ -17,6 +17,7 @@ mod emitter;
 mod engine;
 mod flags;
 mod frame;
+mod groups;
 mod jumps;
 mod listing;
 mod mechanisms;

@@ -58,6 +58,7 @@ pub type Listener = Box<dyn FnMut(&Translated) + Send>;
 pub(crate) fn names(stubs: &Stubs, base: u64) -> Vec<(u64, String)> {
     let named = [
         (stubs.helper, "helper"),
+        (stubs.rest, "rest"),
         (stubs.budget, "budget"),
         (stubs.link, "link"),
         (stubs.lookup, "lookup"),

@@ -14,6 +14,8 @@ pub enum Mechanism {
     Memory,
     /// Range registers: without them each access looks into the MMU's table.
     Ranges,
+    /// Checking neighbouring accesses together.
+    Groups,
     /// Saving status flags only where something looks at them.
     Flags,
     /// Jumps from one block straight to another.
@@ -24,13 +26,22 @@ pub enum Mechanism {
 
 impl Mechanism {
     /// All of them.
-    pub const ALL: [Self; 8] =
-        [Self::Native, Self::Vectors, Self::X87, Self::Memory, Self::Ranges, Self::Flags, Self::Links, Self::Jumps];
+    pub const ALL: [Self; 9] = [
+        Self::Native,
+        Self::Vectors,
+        Self::X87,
+        Self::Memory,
+        Self::Ranges,
+        Self::Groups,
+        Self::Flags,
+        Self::Links,
+        Self::Jumps,
+    ];
 }
 
 /// A set of mechanisms.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Mechanisms(u8);
+pub struct Mechanisms(u16);
 
 impl Mechanisms {
     /// No mechanism.

@@ -1,7 +1,8 @@
 //! Guest addresses to host addresses: a range register, or one lookup in the MMU's fast table.
 
 use crate::emitter::{Alu, Jump, Mem, cc};
-use crate::frame::{frame_field, gpr, seg_base};
+use crate::frame::{self, frame_field, gpr, seg_base};
+use crate::groups::{Check, Reach};
 use crate::ranges::{self, ABSOLUTE, Name, SEGMENT};
 use crate::registers::{A, B, Reg, guest, home};
 use crate::translate::Translator;
@@ -32,7 +33,7 @@ impl Place {
 }
 
 /// What an access does.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Access {
     Read,
     /// Writes, and perhaps reads before.
@@ -77,6 +78,12 @@ impl Address {
         self.index.is_none() && self.seg.is_none() && self.base.and_then(home).is_some()
     }
 
+    /// As a group's member; only a base and a displacement can be one.
+    fn reach(&self, bytes: u32, access: Access) -> Option<Reach> {
+        let plain = self.index.is_none() && self.seg.is_none();
+        self.base.filter(|_| plain).map(|base| Reach { base, disp: self.disp as i32, bytes, access })
+    }
+
     /// `disp` bytes above a guest register, in the stack segment.
     pub fn above(register: u8, disp: i32) -> Self {
         Self { base: Some(register), index: None, disp: disp as i64 as u64, seg: None }
@@ -90,6 +97,8 @@ pub struct Cold {
     address: Address,
     bytes: u32,
     access: Access,
+    /// The addend is wanted in [`B`], for the group whose base register that is.
+    group: bool,
     /// Which of the block's slow paths does it all if the table has no such page.
     slow: usize,
 }
@@ -98,6 +107,74 @@ impl Translator<'_> {
     /// Finds the `bytes` bytes at `address` on the host; the operation's function does it all if they aren't in one
     /// page of the table. Clobbers [`A`], [`B`] and the host's flags.
     pub fn lookup(&mut self, address: &Address, bytes: u32, access: Access) -> Place {
+        let op = self.op_of(self.slow_number());
+        let check = self.groups.check(op, self.lookups);
+        self.lookups += 1;
+        let reach = address.reach(bytes, access);
+        match (check, reach) {
+            (Check::First(group, all), Some(reach)) if all.covers(&reach) => {
+                let place = self.find_group(address, &all);
+                self.checked[usize::from(all.base)] = Some(group);
+                place
+            }
+            (Check::Covered(group, planned), Some(reach))
+                if reach == planned && self.checked[usize::from(reach.base)] == Some(group) =>
+            {
+                self.in_group(address, reach.base)
+            }
+            _ => self.find_one(address, bytes, access),
+        }
+    }
+
+    /// An address in a group that has been checked.
+    fn in_group(&mut self, address: &Address, base: u8) -> Place {
+        if let Some(home) = home(base) {
+            self.e.load(A, frame::addend(base));
+            return Place { mem: Mem { base: Some(home), index: Some((A, 0)), disp: address.disp as i32 }, free: B };
+        }
+        self.host_flags = false;
+        self.linear(address);
+        self.e.alu_mem(Alu::Add, true, A, frame::addend(base));
+        Place::SCRATCH
+    }
+
+    /// Finds all bytes of a group, `address` being in it.
+    fn find_group(&mut self, address: &Address, all: &Reach) -> Place {
+        self.host_flags = false;
+        let slow = self.slow_number();
+        let start = Address { disp: all.disp as i64 as u64, ..*address };
+        let into = (address.disp as i32).wrapping_sub(all.disp);
+        let resident = home(all.base);
+        if !self.is_ranged(address) || self.missing >> self.op_of(slow) & 1 != 0 {
+            self.table_addend(&start, all.bytes, all.access);
+            self.e.store(frame::addend(all.base), B);
+            if resident.is_none() {
+                self.linear(&start);
+            }
+        } else {
+            let name = address.range();
+            self.linear(&start);
+            if resident.is_none() {
+                self.e.mov(B, A);
+            }
+            let compared = if resident.is_some() { A } else { B };
+            self.e.alu_mem(Alu::Sub, true, compared, ranges::first(name, all.access));
+            self.e.alu_mem(Alu::Cmp, true, compared, ranges::limit(name, all.access));
+            let missed = self.e.jcc(cc::NOT_BELOW);
+            self.e.load(B, ranges::addend(name, all.access));
+            let (back, bytes, access) = (self.e.here(), all.bytes, all.access);
+            self.cold.push(Cold { missed, back, address: start, bytes, access, group: true, slow });
+            self.e.store(frame::addend(all.base), B);
+        }
+        if let Some(base) = resident {
+            return Place { mem: Mem { base: Some(base), index: Some((B, 0)), disp: address.disp as i32 }, free: A };
+        }
+        self.e.alu(Alu::Add, true, A, B);
+        Place { mem: Mem { base: Some(A), index: None, disp: into }, free: B }
+    }
+
+    /// As [`lookup`](Self::lookup) for an access by itself.
+    fn find_one(&mut self, address: &Address, bytes: u32, access: Access) -> Place {
         self.host_flags = false;
         let slow = self.slow_number();
         if !self.is_ranged(address) || self.missing >> self.op_of(slow) & 1 != 0 {
@@ -124,7 +201,8 @@ impl Translator<'_> {
                 Place::SCRATCH
             }
         };
-        self.cold.push(Cold { missed, back: self.e.here(), address: *address, bytes, access, slow });
+        let back = self.e.here();
+        self.cold.push(Cold { missed, back, address: *address, bytes, access, group: false, slow });
         place
     }
 
@@ -134,8 +212,25 @@ impl Translator<'_> {
         self.closes_loop || address.index.is_some() || address.base == Some(guest::RSP)
     }
 
-    /// As [`lookup`](Self::lookup) where a range is no good.
+    /// As [`find_one`](Self::find_one) where a range is no good.
     fn lookup_in_table(&mut self, address: &Address, bytes: u32, access: Access) -> Place {
+        let index_in_memory = address.index.is_some_and(|(n, _)| home(n).is_none());
+        self.table_addend(address, bytes, access);
+        if let Some(base) = address.base.filter(|_| address.is_direct()).and_then(home) {
+            return Place { mem: Mem { base: Some(base), index: Some((B, 0)), disp: address.disp as i32 }, free: A };
+        }
+        if index_in_memory {
+            self.e.load(A, frame_field!(linear));
+        } else {
+            self.linear(address);
+        }
+        self.e.alu(Alu::Add, true, A, B);
+        Place::SCRATCH
+    }
+
+    /// What to add to the linear address of these bytes to [`B`], by the table. Clobbers [`A`], but if the index register
+    /// is in memory, the linear address is in the frame.
+    fn table_addend(&mut self, address: &Address, bytes: u32, access: Access) {
         let index_in_memory = address.index.is_some_and(|(n, _)| home(n).is_none());
         self.linear(address);
         if index_in_memory {
@@ -156,16 +251,6 @@ impl Translator<'_> {
         e.load(B, Mem::at(B, offset_of!(Entry, addend)));
         e.alu_mem(Alu::Add, true, B, frame_field!(ram));
         self.slow(miss);
-        if let Some(base) = address.base.filter(|_| address.is_direct()).and_then(home) {
-            return Place { mem: Mem { base: Some(base), index: Some((B, 0)), disp: address.disp as i32 }, free: A };
-        }
-        if index_in_memory {
-            self.e.load(A, frame_field!(linear));
-        } else {
-            self.linear(address);
-        }
-        self.e.alu(Alu::Add, true, A, B);
-        Place::SCRATCH
     }
 
     /// The code for accesses that missed their ranges.
@@ -181,8 +266,10 @@ impl Translator<'_> {
             self.missers.push((self.e.here(), self.op_of(cold.slow)));
             let nowhere = self.e.jcc(cc::NOT_EQUAL);
             self.slow_of(cold.slow, nowhere);
-            if !direct {
-                self.e.alu(Alu::Add, true, A, B);
+            match (cold.group, direct) {
+                (true, _) => self.e.rr(true, &[0x87], A, B), // xchg
+                (false, true) => {}
+                (false, false) => self.e.alu(Alu::Add, true, A, B),
             }
             self.e.jmp_to(cold.back);
         }

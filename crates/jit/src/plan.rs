@@ -1,6 +1,7 @@
 //! Which operations of a block become host code, in what way, and which status flags anything can look at.
 
 use crate::bits::Bits;
+use crate::groups::Groups;
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::system::System;
 use crate::turns::Turn;
@@ -113,13 +114,27 @@ pub fn plan(instructions: &[Instruction], ops: &[Op], off: Mechanisms) -> Vec<St
         live |= off.has(Mechanism::Flags);
         let kind = Some(kind(i, &ops[at], live)).filter(|kind| !kind.needs(i, off)).unwrap_or(Kind::Helper);
         steps[at] = Step { kind, live };
-        let observes = kind == Kind::Helper || kind.accesses_memory(i) || matches!(kind, Kind::Divide { .. });
-        let kills = writes_all(kind) || kind == Kind::Vector && vector::writes_flags(i);
-        // Vector or x87 registers may be forbidden.
-        let observes = observes || matches!(kind, Kind::Vector | Kind::X87);
-        live = observes || reads_flags(i) || live && !kills;
+        live = live_before(i, kind, kind.accesses_memory(i), live);
     }
     steps
+}
+
+/// Accesses that a group covers can't leave the block: fewer flags are live.
+pub fn regard_groups(steps: &mut [Step], instructions: &[Instruction], groups: &Groups, off: Mechanisms) {
+    let mut live = true;
+    for (at, (i, step)) in instructions.iter().zip(steps).enumerate().rev() {
+        step.live = live || off.has(Mechanism::Flags);
+        live = live_before(i, step.kind, step.kind.accesses_memory(i) && !groups.cover(at), step.live);
+    }
+}
+
+/// Whether flags are live before an instruction, by whether it `can_miss` memory and whether they are live behind it.
+fn live_before(i: &Instruction, kind: Kind, can_miss: bool, live: bool) -> bool {
+    let observes = kind == Kind::Helper || can_miss || matches!(kind, Kind::Divide { .. });
+    let kills = writes_all(kind) || kind == Kind::Vector && vector::writes_flags(i);
+    // Vector or x87 registers may be forbidden.
+    let observes = observes || matches!(kind, Kind::Vector | Kind::X87);
+    observes || reads_flags(i) || live && !kills
 }
 
 fn writes_all(kind: Kind) -> bool {

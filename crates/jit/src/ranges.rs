@@ -8,7 +8,7 @@ use crate::emitter::Mem;
 use crate::frame::{Frame, frame_field};
 use crate::memory_path::Access;
 use crate::translate::OP_BITS;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::mem::offset_of;
 use umbra_arch::Gva;
 use umbra_cpu::op::CODE_BASE;
@@ -30,8 +30,8 @@ pub struct Range {
     pub fixed: u32,
 }
 
-/// Bytes at a range's end where no access of any size may begin.
-pub const MARGIN: u64 = 32;
+/// Bytes at a range's end where no access of any size may begin, and no [group](crate::groups) of them.
+pub const MARGIN: u64 = 128;
 /// Misses between two looks for a longer run.
 pub const PATIENCE: u32 = 64;
 /// Likewise at most.
@@ -166,9 +166,17 @@ pub struct Misses {
     patience: [[u32; NAMES]; 2],
     /// By block number: operations, by bits, that are better looked up in the table.
     operations: HashMap<u32, u64>,
+    /// By block number: how often a group missed, and since when.
+    rests: HashMap<u32, (u32, u64)>,
+    /// Blocks that groups are no good for.
+    alone: HashSet<u32>,
     /// Blocks to be translated again.
     again: Vec<u32>,
 }
+
+/// Misses of a block's groups until it is given up, if they come so many instructions apart or less.
+const GROUP_MISSES: u32 = 32;
+const GROUP_INTERVAL: u64 = 4096;
 
 impl Misses {
     pub fn new() -> Self {
@@ -177,6 +185,8 @@ impl Misses {
             last: [[0; NAMES]; 2],
             patience: [[PATIENCE; NAMES]; 2],
             operations: HashMap::new(),
+            rests: HashMap::new(),
+            alone: HashSet::new(),
             again: Vec::new(),
         }
     }
@@ -195,6 +205,29 @@ impl Misses {
     /// A block was dropped.
     pub fn forget_block(&mut self, number: u32) {
         self.operations.remove(&number);
+        self.rests.remove(&number);
+        self.alone.remove(&number);
+    }
+
+    /// A block's group has missed. True if the block is given up.
+    pub fn rest(&mut self, number: u32, now: u64) -> bool {
+        let (count, since) = self.rests.entry(number).or_insert((0, now));
+        *count += 1;
+        if *count < GROUP_MISSES {
+            return false;
+        }
+        let often = now.wrapping_sub(*since) < GROUP_INTERVAL * u64::from(*count);
+        (*count, *since) = (0, now);
+        let given_up = often && self.alone.insert(number);
+        if given_up {
+            self.again.push(number);
+        }
+        given_up
+    }
+
+    /// Whether a block's accesses are checked each by itself.
+    pub fn is_alone(&self, number: u32) -> bool {
+        self.alone.contains(&number)
     }
 
     /// The operations of a block that ranges are no good for, by bits.

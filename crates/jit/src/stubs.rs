@@ -19,6 +19,8 @@ pub struct Stubs {
     pub enter: usize,
     /// Called with a site in [`A`]: does that operation, comes back if the block goes on.
     pub helper: usize,
+    /// As `helper` for that operation and all behind it in its block.
+    pub rest: usize,
     /// Leaves at a block's head; [`A`] is its site.
     pub budget: usize,
     /// Leaves at an exit without a link; [`A`] is its number.
@@ -72,9 +74,9 @@ const MODE_64: u32 = 64 << (CODE_SIZE_AT - 32);
 /// Registers that the ABI wants back: RBX, RBP, R12 to R15.
 const SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
 
-/// Emits the stubs; `helper` is the address of the function that does operations:
-/// `extern "sysv64" fn(engine, site) -> u32`, 0 if the block goes on.
-pub fn emit(e: &mut Emitter, helper: u64) -> Stubs {
+/// Emits the stubs; `helper` and `rest` are the addresses of the functions that do one operation and all that are left:
+/// `extern "sysv64" fn(engine, site) -> u32`, a [`Flow`].
+pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
     let vectors_load = vector_file::emit_load(e);
     let x87_load = x87::emit_load(e);
     let x87_store = x87::emit_store(e);
@@ -99,6 +101,7 @@ pub fn emit(e: &mut Emitter, helper: u64) -> Stubs {
     let lookup = lookup(e, find, miss, to_absolute);
     let elsewhere = elsewhere(e, find, miss);
     let helper = call_helper(e, helper, leave_spilled, dispatch);
+    let rest = call_helper(e, rest, leave_spilled, dispatch);
     let mut ranges = [[0; NAMES]; 2];
     for (n, stub) in ranges.iter_mut().flatten().enumerate() {
         *stub = range(e, n);
@@ -106,6 +109,7 @@ pub fn emit(e: &mut Emitter, helper: u64) -> Stubs {
     Stubs {
         enter: enter(e),
         helper,
+        rest,
         budget,
         link,
         lookup,

@@ -7,11 +7,12 @@
 use crate::branch::Search;
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::{code_base, context};
+use crate::groups::{BASES, Groups, groups};
 use crate::jumps::Half;
-use crate::mechanisms::Mechanisms;
+use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::memory_path::Cold;
 use crate::native::Unencodable;
-use crate::plan::{Kind, Step, plan};
+use crate::plan::{Kind, Step, plan, regard_groups};
 use crate::registers::{A, B, BUDGET};
 use crate::stubs::Stubs;
 use crate::{vector, x87};
@@ -111,6 +112,11 @@ pub struct Translator<'a> {
     pub cold: Vec<Cold>,
     /// Operations, by bits, that ranges are no good for.
     pub missing: u64,
+    pub groups: Groups,
+    /// The groups, by base register, whose checks have been emitted.
+    pub checked: [Option<usize>; BASES],
+    /// Lookups of the running operation so far.
+    pub lookups: usize,
     /// The block ends with a branch a little back.
     pub closes_loop: bool,
     /// Where stubs of ranges go back to, and the operations there.
@@ -136,6 +142,8 @@ pub struct Source<'a> {
     pub bytes: &'a [u8],
     /// Operations, by bits, that ranges are no good for.
     pub missing: u64,
+    /// Groups are no good for it.
+    pub alone: bool,
     /// Mechanisms that aren't used.
     pub off: Mechanisms,
 }
@@ -151,8 +159,13 @@ pub struct Offsets {
 pub fn translate(source: Source<'_>, at: Offsets, first_exit: usize, stubs: &Stubs) -> Code {
     let block = source.block;
     let instructions = decode(block, source.bytes);
-    let steps = plan(&instructions, &block.ops, source.off);
-    let native = Translator::new(source, at, stubs).run(&instructions, &steps, first_exit);
+    let mut steps = plan(&instructions, &block.ops, source.off);
+    let mut translator = Translator::new(source, at, stubs);
+    if !source.alone && !source.off.has(Mechanism::Groups) {
+        translator.groups = groups(&instructions, &block.ops, &steps);
+        regard_groups(&mut steps, &instructions, &translator.groups, source.off);
+    }
+    let native = translator.run(&instructions, &steps, first_exit);
     native.unwrap_or_else(|Unencodable| {
         // Every operation by its function: no encoder is asked.
         let helpers = vec![Step { kind: Kind::Helper, live: true }; block.ops.len()];
@@ -207,6 +220,9 @@ impl<'a> Translator<'a> {
             x87: x87::Place::default(),
             cold: Vec::new(),
             missing,
+            groups: Groups::default(),
+            checked: [None; BASES],
+            lookups: 0,
             closes_loop: false,
             missers: Vec::new(),
             searches: Vec::new(),
@@ -266,6 +282,7 @@ impl<'a> Translator<'a> {
         if step.kind.is_branch() {
             self.store_pointers();
         }
+        self.lookups = 0;
         let pointers = self.x87.pointers;
         self.slow.push(Slow { op: at, x87: step.kind == Kind::X87, pointers, ..Slow::default() });
         let op: &Op = &self.block.ops[at];
@@ -337,6 +354,11 @@ impl<'a> Translator<'a> {
             if slow.x87 {
                 self.e.call(self.stubs.x87_store);
             }
+            if self.groups.are_open_behind(slow.op) {
+                self.e.call(self.stubs.x87_store);
+                self.rest(slow.op);
+                continue;
+            }
             self.helper(slow.op);
             if slow.x87 {
                 self.e.call(self.stubs.x87_load);
@@ -402,12 +424,20 @@ impl<'a> Translator<'a> {
         let jumps = std::mem::take(&mut self.by_function);
         let Some(first) = jumps.iter().map(|&(op, _)| op).min() else { return };
         for op in first..=self.block.ops.len() {
-            jumps.iter().filter(|&&(to, _)| to == op).for_each(|&(_, jump)| self.e.bind(jump));
-            if op < self.block.ops.len() {
-                self.helper(op);
+            let here: Vec<_> = jumps.iter().filter(|&&(to, _)| to == op).map(|&(_, jump)| jump).collect();
+            here.iter().for_each(|&jump| self.e.bind(jump));
+            match here.is_empty() {
+                true => {}
+                false if op < self.block.ops.len() => self.rest(op),
+                false => self.e.jmp_to(self.stubs.dispatch),
             }
         }
-        self.e.jmp_to(self.stubs.dispatch);
+    }
+
+    /// Does operation `op` and those behind it by their functions, and goes on with another block.
+    fn rest(&mut self, op: usize) {
+        self.e.mov_imm(A, u64::from(self.number << OP_BITS | op as u32));
+        self.e.call(self.stubs.rest);
     }
 
     fn emit_exits(&mut self, first: usize) -> Vec<Exit> {

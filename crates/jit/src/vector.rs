@@ -135,6 +135,7 @@ impl Translator<'_> {
             let access = if i.op0_kind() == OpKind::Memory { Access::Write } else { Access::Read };
             let mut place = self.lookup(&Address::of(op), i.memory_size().size() as u32, access);
             if alignment > 1 {
+                self.host_flags = false;
                 self.e.lea(A, place.mem);
                 place = memory_path::Place::SCRATCH;
                 self.e.rr(false, &[0xf6], 0, A); // test
@@ -160,6 +161,7 @@ impl Translator<'_> {
     /// LDMXCSR: its function unmasks exceptions, and knows what bits there are.
     fn load_mxcsr(&mut self, op: &Op) {
         let place = self.lookup(&Address::of(op), 4, Access::Read);
+        self.host_flags = false;
         self.e.load32(A, place.mem);
         self.e.store32(frame_field!(scratch), A);
         self.e.alu_imm(Alu::And, false, A, !0xffff | MXCSR_DEFAULT as i32);

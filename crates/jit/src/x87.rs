@@ -130,6 +130,7 @@ impl Translator<'_> {
     /// FLDCW: its function unmasks exceptions.
     fn load_control(&mut self, op: &Op) {
         let place = self.lookup(&Address::of(op), 2, Access::Read);
+        self.host_flags = false;
         self.load16(A, place.mem);
         self.e.alu_imm(Alu::And, false, A, X87_CONTROL.into());
         self.e.alu_imm(Alu::Or, false, A, 0x40);

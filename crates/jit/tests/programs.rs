@@ -1,6 +1,8 @@
 //! Random programs on the translator and on the interpreter: registers, flags, memory, counts and time are the
 //! same, whatever is translated when and wherever slices end.
 
+#[path = "programs/groups.rs"]
+mod groups;
 #[path = "programs/places.rs"]
 mod places;
 #[path = "programs/x87.rs"]
@@ -508,11 +510,22 @@ fn run_from(engine: &mut dyn Vcpu, mem: &GuestMemory, start: &CpuState, stops: &
 }
 
 fn compare(code: &[u8], data: u64, options: JitOptions, stops: &[u64]) -> Result<JitStats, TestCaseError> {
+    compare_on(|| memory(code, data), code, data, options, stops)
+}
+
+/// As [`compare`] on other memory.
+fn compare_on(
+    memory: impl Fn() -> Arc<GuestMemory>,
+    code: &[u8],
+    data: u64,
+    options: JitOptions,
+    stops: &[u64],
+) -> Result<JitStats, TestCaseError> {
     let profile = CpuidProfile::default();
-    let mem = memory(code, data);
+    let mem = memory();
     let mut interp = Interpreter::new(Arc::clone(&mem), &profile, 0, &EngineOptions::default()).unwrap();
     let expected = run(&mut interp, &mem, data, &stops[stops.len() - 1..]);
-    let mem = memory(code, data);
+    let mem = memory();
     let mut jit = Jit::new(Arc::clone(&mem), &profile, 0, &EngineOptions::default(), options).unwrap();
     let seen = run(&mut jit, &mem, data, stops);
     let difference = seen.memory.iter().zip(&expected.memory).position(|(a, b)| a != b);
@@ -566,11 +579,11 @@ fn most_of_a_loop_is_translated() {
 
 #[test]
 fn full_code_memory_is_emptied_and_filled_again() {
-    // 400 blocks in a ring of stores: ADD [RDI], RAX; the last jumps back while a counter lasts.
+    // 1500 blocks in a ring of stores: ADD [RDI], RAX; the last jumps back while a counter lasts.
     let mut code = vec![0x48, 0xc7, 0xc7];
     code.extend((DATA as u32).to_le_bytes());
     let ring = code.len();
-    for _ in 0..400 {
+    for _ in 0..1500 {
         code.extend([0x48, 0x01, 0x07].repeat(12));
         code.extend([0xeb, 0]);
     }
@@ -659,10 +672,10 @@ fn calling() -> Vec<u8> {
     code.extend([0x0f, 0x85]);
     code.extend((round as i32 - code.len() as i32 - 4).to_le_bytes());
     code.extend([0xf4, 0x90]);
-    // add eax, ecx; add ecx, 3, ten times; xor edx, eax; add [rdi], rdx; ret
+    // add eax, ecx; add ecx, 3, ten times; xor edx, eax; add [rdi], rdx; mov esi, [rdi + 8]; ret
     code.extend([0x01, 0xc8]);
     code.extend([0x83, 0xc1, 3].repeat(10));
-    code.extend([0x31, 0xc2, 0x48, 0x01, 0x17, 0xc3]);
+    code.extend([0x31, 0xc2, 0x48, 0x01, 0x17, 0x8b, 0x77, 8, 0xc3]);
     code
 }
 
@@ -679,6 +692,7 @@ fn mechanisms_can_be_left_out() {
             Mechanism::Vectors | Mechanism::X87 => some.translated_helpers == all.translated_helpers + 1,
             Mechanism::Memory => some.translated_helpers > all.translated_helpers + 2,
             Mechanism::Ranges => some.code_bytes != all.code_bytes && some.translated_helpers == all.translated_helpers,
+            Mechanism::Groups => some.code_bytes > all.code_bytes && some.translated_helpers == all.translated_helpers,
             Mechanism::Flags => some.code_bytes > all.code_bytes,
             Mechanism::Links => some.linked == 0 && some.left_by_link > 10 * all.left_by_link,
             Mechanism::Jumps => some.left_by_miss > 10 * all.left_by_miss,

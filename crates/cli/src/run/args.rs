@@ -163,6 +163,8 @@ pub enum JitOff {
     Memory,
     /// Range registers: each access looks into the MMU's table
     Ranges,
+    /// Checking neighbouring accesses together
+    Groups,
     /// Saving status flags only where something looks at them
     Flags,
     /// Jumps from block to block
@@ -179,6 +181,7 @@ impl JitOff {
             Self::X87 => Mechanism::X87,
             Self::Memory => Mechanism::Memory,
             Self::Ranges => Mechanism::Ranges,
+            Self::Groups => Mechanism::Groups,
             Self::Flags => Mechanism::Flags,
             Self::Links => Mechanism::Links,
             Self::Jumps => Mechanism::Jumps,

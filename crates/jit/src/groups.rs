@@ -1,0 +1,241 @@
+//! Accesses of a block that are checked together: those by the same base register, near each other, with no
+//! operation's function between them. The first one's check covers all, so that the others can't miss or fault.
+
+use crate::memory_path::Access;
+use crate::plan::{Kind, Step, has_memory, width};
+use crate::ranges::MARGIN;
+use crate::registers::guest;
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register};
+use umbra_arch::segment::Seg;
+use umbra_cpu::decode::register_index;
+use umbra_cpu::op::{CODE_BASE, NO_REG, Op};
+
+/// Registers that addresses are made with: the general ones and [`CODE_BASE`].
+pub const BASES: usize = CODE_BASE as usize + 1;
+/// Bytes from a group's first to its last.
+const WIDEST: i32 = MARGIN as i32;
+
+/// Bytes that an access concerns: from a register's value on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Reach {
+    pub base: u8,
+    pub disp: i32,
+    pub bytes: u32,
+    pub access: Access,
+}
+
+impl Reach {
+    /// Whether `other` is a part of it.
+    pub fn covers(&self, other: &Self) -> bool {
+        let ends = |reach: &Self| i64::from(reach.disp) + i64::from(reach.bytes);
+        let within = self.base == other.base && self.disp <= other.disp && ends(other) <= ends(self);
+        within && (self.access == Access::Write || other.access == Access::Read)
+    }
+}
+
+/// How an access is checked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Check {
+    /// By itself.
+    Own,
+    /// With all accesses of the group of this number, which concern these bytes.
+    First(usize, Reach),
+    /// It is in the group of this number and not its first.
+    Covered(usize, Reach),
+}
+
+/// Lookups of an operation at most.
+const LOOKUPS: usize = 2;
+
+/// The groups of a block.
+#[derive(Default)]
+pub struct Groups {
+    /// By operation and lookup.
+    checks: Vec<[Check; LOOKUPS]>,
+    /// Operations, by bits, that lie between a group's first and last access: one whose function was called can't go
+    /// on with the next one's code.
+    inside: u64,
+    /// Operations, by bits, all of whose lookups are covered.
+    covered: u64,
+}
+
+impl Groups {
+    /// How lookup number `nth` of operation `op` is checked.
+    pub fn check(&self, op: usize, nth: usize) -> Check {
+        self.checks.get(op).and_then(|checks| checks.get(nth)).copied().unwrap_or(Check::Own)
+    }
+
+    /// Whether what was checked before operation `op` is relied on behind it.
+    pub fn are_open_behind(&self, op: usize) -> bool {
+        self.inside >> op & 1 != 0
+    }
+
+    /// Whether `op` looks memory up, and all of it is covered.
+    pub fn cover(&self, op: usize) -> bool {
+        self.covered >> op & 1 != 0
+    }
+}
+
+/// A group that can still grow. Positions count from the value that its base had at the block's start.
+#[derive(Clone, Copy)]
+struct Open {
+    number: usize,
+    first: (usize, usize),
+    /// What its base had been moved by at its first access.
+    moved: i32,
+    from: i32,
+    to: i32,
+    access: Access,
+    last: usize,
+}
+
+/// Plans a block's groups.
+pub fn groups(instructions: &[Instruction], ops: &[Op], steps: &[Step]) -> Groups {
+    let reaches: Vec<_> =
+        (0..instructions.len()).map(|at| reaches(&instructions[at], &ops[at], steps[at].kind)).collect();
+    let mut used = [0u8; BASES];
+    reaches.iter().flatten().flatten().flatten().for_each(|reach| used[reach.base as usize] += 1);
+    if used.iter().all(|&uses| uses < 2) {
+        return Groups::default();
+    }
+    let mut planner = Planner {
+        groups: Groups { checks: vec![[Check::Own; LOOKUPS]; ops.len()], inside: 0, covered: 0 },
+        open: [None; BASES],
+        moved: [0; BASES],
+        next: 0,
+    };
+    let mut info = InstructionInfoFactory::new();
+    for (at, i) in instructions.iter().enumerate() {
+        for (nth, reach) in reaches[at].iter().enumerate() {
+            if let Some(Some(reach)) = reach {
+                planner.access(at, nth, *reach);
+            }
+        }
+        planner.pass(i, &ops[at], steps[at].kind, &mut info);
+    }
+    (0..BASES).for_each(|base| planner.close(base));
+    let mut groups = planner.groups;
+    for (at, reaches) in reaches.iter().enumerate() {
+        let lookups = reaches.iter().flatten().count();
+        let covered = groups.checks[at][..lookups].iter().all(|check| matches!(check, Check::Covered(..)));
+        groups.covered |= u64::from(lookups > 0 && covered) << at;
+    }
+    groups
+}
+
+struct Planner {
+    groups: Groups,
+    open: [Option<Open>; BASES],
+    /// What each register has been moved by since its last unknown value.
+    moved: [i32; BASES],
+    next: usize,
+}
+
+impl Planner {
+    fn access(&mut self, at: usize, nth: usize, reach: Reach) {
+        let base = reach.base as usize;
+        let from = reach.disp.saturating_add(self.moved[base]);
+        let to = from.saturating_add(reach.bytes as i32);
+        if let Some(open) = &mut self.open[base] {
+            let (low, high) = (open.from.min(from), open.to.max(to));
+            if high.saturating_sub(low) <= WIDEST {
+                (open.from, open.to, open.last) = (low, high, at);
+                if reach.access == Access::Write {
+                    open.access = Access::Write;
+                }
+                self.groups.checks[at][nth] = Check::Covered(open.number, reach);
+                return;
+            }
+            self.close(base);
+        }
+        let (number, moved) = (self.next, self.moved[base]);
+        self.next += 1;
+        self.open[base] = Some(Open { number, first: (at, nth), moved, from, to, access: reach.access, last: at });
+    }
+
+    fn close(&mut self, base: usize) {
+        let Some(open) = self.open[base].take() else { return };
+        let (at, nth) = open.first;
+        let disp = open.from.saturating_sub(open.moved);
+        if open.last > at || self.is_covered(at, 1 - nth, open.number) {
+            let reach = Reach { base: base as u8, disp, bytes: (open.to - open.from) as u32, access: open.access };
+            self.groups.checks[at][nth] = Check::First(open.number, reach);
+            (at..open.last).for_each(|op| self.groups.inside |= 1 << op);
+        }
+    }
+
+    fn is_covered(&self, at: usize, nth: usize, number: usize) -> bool {
+        matches!(self.groups.checks[at][nth], Check::Covered(other, _) if other == number)
+    }
+
+    /// What an operation does to registers, and to what is known of memory.
+    fn pass(&mut self, i: &Instruction, op: &Op, kind: Kind, info: &mut InstructionInfoFactory) {
+        const RSP: usize = guest::RSP as usize;
+        match kind {
+            Kind::Helper => (0..BASES).for_each(|base| self.close(base)),
+            Kind::Push => self.moved[RSP] = self.moved[RSP].saturating_sub(8),
+            Kind::Pop if op.dst != guest::RSP => {
+                self.moved[RSP] = self.moved[RSP].saturating_add(8);
+                self.close(op.dst as usize);
+            }
+            _ => match moves_stack(i) {
+                Some(by) => self.moved[RSP] = self.moved[RSP].saturating_add(by),
+                None => self.close_written(i, info),
+            },
+        }
+    }
+
+    fn close_written(&mut self, i: &Instruction, info: &mut InstructionInfoFactory) {
+        for used in info.info(i).used_registers() {
+            let written = !matches!(used.access(), OpAccess::None | OpAccess::Read | OpAccess::CondRead);
+            let register = used.register().full_register();
+            if written && register.is_gpr() {
+                self.close(register_index(register) as usize);
+            }
+        }
+    }
+}
+
+/// What ADD, SUB or LEA moves RSP by.
+fn moves_stack(i: &Instruction) -> Option<i32> {
+    if i.op0_kind() != OpKind::Register || i.op0_register() != Register::RSP {
+        return None;
+    }
+    let immediate = matches!(i.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64);
+    match i.mnemonic() {
+        M::Add if immediate => i32::try_from(i.immediate(1) as i64).ok(),
+        M::Sub if immediate => i32::try_from(i.immediate(1) as i64).ok()?.checked_neg(),
+        M::Lea if i.memory_base() == Register::RSP && i.memory_index() == Register::None => {
+            i32::try_from(i.memory_displacement64() as i64).ok()
+        }
+        _ => None,
+    }
+}
+
+/// The lookups of an operation in their order, and what they concern if a group is any good for them.
+fn reaches(i: &Instruction, op: &Op, kind: Kind) -> [Option<Option<Reach>>; LOOKUPS] {
+    let stack = |disp, access| Some(Some(Reach { base: guest::RSP, disp, bytes: 8, access }));
+    let operand = |bytes, access| Some(operand(op, bytes, access));
+    match kind {
+        Kind::Helper | Kind::Nop | Kind::Jcc | Kind::Jmp | Kind::System(_) => [None; LOOKUPS],
+        Kind::JmpIndirect if has_memory(i) => [operand(8, Access::Read), None],
+        Kind::Push if has_memory(i) => [operand(8, Access::Read), stack(-8, Access::Write)],
+        Kind::CallIndirect if has_memory(i) => [operand(8, Access::Read), stack(-8, Access::Write)],
+        Kind::Push | Kind::Call | Kind::CallIndirect => [stack(-8, Access::Write), None],
+        Kind::Pop | Kind::Ret => [stack(0, Access::Read), None],
+        Kind::Leave => [Some(Some(Reach { base: guest::RBP, disp: 0, bytes: 8, access: Access::Read })), None],
+        Kind::CompareExchange => [operand(width(i), Access::Write), None],
+        _ if !has_memory(i) || i.mnemonic() == M::Lea => [None; LOOKUPS],
+        _ => {
+            let writes = i.op0_kind() == OpKind::Memory && !matches!(i.mnemonic(), M::Cmp | M::Test | M::Bt);
+            let access = if writes { Access::Write } else { Access::Read };
+            [operand(i.memory_size().size() as u32, access), None]
+        }
+    }
+}
+
+fn operand(op: &Op, bytes: u32, access: Access) -> Option<Reach> {
+    let plain = op.index == NO_REG && op.base != NO_REG && op.seg != Seg::Fs as u8 && op.seg != Seg::Gs as u8;
+    let disp = i32::try_from(op.disp as i64).ok()?;
+    (plain && bytes as i32 <= WIDEST).then_some(Reach { base: op.base, disp, bytes, access })
+}
