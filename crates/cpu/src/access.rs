@@ -7,7 +7,7 @@ use crate::segments::SegmentUse;
 use crate::word::Word;
 use umbra_arch::paging::{Access, AccessKind};
 use umbra_arch::segment::Seg;
-use umbra_arch::{AccessWidth, Bus, Fault, Gva, PAGE_SIZE};
+use umbra_arch::{AccessWidth, Bus, Fault, Gpa, Gva, PAGE_SIZE};
 use umbra_memory::{Backing, PageFlags, RamOffset};
 use umbra_mmu::Translation;
 
@@ -83,6 +83,18 @@ impl Core {
             self.mem.store::<W>(off, W::of(new));
             return Ok(r);
         }
+        self.modify_slow::<W, R>(bus, op, lin, f)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn modify_slow<W: Word, R>(
+        &mut self,
+        bus: &mut dyn Bus,
+        op: &Op,
+        lin: u64,
+        f: impl FnOnce(&mut Core, u64) -> (u64, R),
+    ) -> Result<R, Stop> {
         let place = self.place(op, lin, W::BYTES, AccessKind::Write)?;
         let old = self.load_place(bus, op, place, W::BYTES);
         let (new, r) = f(self, old);
@@ -93,23 +105,45 @@ impl Core {
     #[cold]
     #[inline(never)]
     fn read_slow<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64) -> Result<u64, Stop> {
-        let place = self.find_place(op, lin, W::BYTES, AccessKind::Read)?;
-        if let Place::One(Translation { backing: Backing::Ram(off) | Backing::Rom(off), .. }) = place {
-            return Ok(self.mem.load::<W>(off).zext());
+        if crosses(lin, W::BYTES) {
+            let place = self.place(op, lin, W::BYTES, AccessKind::Read)?;
+            return Ok(self.load_place(bus, op, place, W::BYTES));
         }
-        Ok(self.load_place(bus, op, place, W::BYTES))
+        self.may_access(op, lin, W::BYTES, AccessKind::Read)?;
+        let found = match self.mmu.translate(Gva::new(lin), Access::explicit(AccessKind::Read, self.s.cpl)) {
+            Ok(found) => found,
+            Err(fault) => return self.raise(fault),
+        };
+        self.after_translation();
+        match found.backing {
+            _ if found.absent => Err(self.is_absent(&found)),
+            Backing::Ram(off) | Backing::Rom(off) => Ok(self.mem.load::<W>(off).zext()),
+            Backing::Mmio => Ok(self.load_place(bus, op, Place::One(found), W::BYTES)),
+        }
     }
 
     #[cold]
     #[inline(never)]
     fn write_slow<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64, value: u64) -> Result<(), Stop> {
-        let place = self.find_place(op, lin, W::BYTES, AccessKind::Write)?;
-        if let Place::One(t @ Translation { backing: Backing::Ram(off), .. }) = place {
-            self.mem.store::<W>(off, W::of(value));
-            self.stored_in_page(off, t, W::BYTES as u32);
+        if crosses(lin, W::BYTES) {
+            let place = self.place(op, lin, W::BYTES, AccessKind::Write)?;
+            self.store_place(bus, op, place, W::BYTES, value);
             return Ok(());
         }
-        self.store_place(bus, op, place, W::BYTES, value);
+        self.may_access(op, lin, W::BYTES, AccessKind::Write)?;
+        let found = match self.mmu.translate(Gva::new(lin), Access::explicit(AccessKind::Write, self.s.cpl)) {
+            Ok(found) => found,
+            Err(fault) => return self.raise(fault),
+        };
+        self.after_translation();
+        match found.backing {
+            _ if found.absent => return Err(self.is_absent(&found)),
+            Backing::Ram(off) => {
+                self.mem.store::<W>(off, W::of(value));
+                self.stored_in_page(off, found.gpa, W::BYTES as u32);
+            }
+            Backing::Rom(_) | Backing::Mmio => self.store_place(bus, op, Place::One(found), W::BYTES, value),
+        }
         Ok(())
     }
 
@@ -231,12 +265,14 @@ impl Core {
 
     #[inline(never)]
     fn place(&mut self, op: &Op, lin: u64, bytes: u64, kind: AccessKind) -> Result<Place, Stop> {
-        self.find_place(op, lin, bytes, kind)
+        self.may_access(op, lin, bytes, kind)?;
+        let access = Access::explicit(kind, self.s.cpl);
+        self.place_as(lin, bytes, access, op.legacy)
     }
 
-    /// As [`place`](Self::place), for callers that pick it to pieces at once.
+    /// What comes before the translation of an operand's address: canonicality, breakpoints, alignment.
     #[inline(always)]
-    fn find_place(&mut self, op: &Op, lin: u64, bytes: u64, kind: AccessKind) -> Result<Place, Stop> {
+    fn may_access(&mut self, op: &Op, lin: u64, bytes: u64, kind: AccessKind) -> Result<(), Stop> {
         if !op.legacy {
             let bits = self.s.linear_bits();
             let last = lin.wrapping_add(bytes.max(1) - 1);
@@ -247,8 +283,16 @@ impl Core {
         if self.watch.guarded {
             self.guard(lin, bytes, kind)?;
         }
-        let access = Access::explicit(kind, self.s.cpl);
-        self.place_as(lin, bytes, access, op.legacy)
+        Ok(())
+    }
+
+    /// The walk may have set A or D bits on a page that holds code.
+    #[inline(always)]
+    fn after_translation(&mut self) {
+        self.break_block |= self.mmu.watcher().is_pending();
+        if self.trace.is_some() {
+            self.trace_mmu();
+        }
     }
 
     fn system_place(&mut self, lin: u64, bytes: u64, kind: AccessKind) -> Result<Place, Stop> {
@@ -259,18 +303,13 @@ impl Core {
         self.place_as(lin, bytes, Access::implicit(kind), !long)
     }
 
-    #[inline(always)]
     fn place_as(&mut self, lin: u64, bytes: u64, access: Access, legacy: bool) -> Result<Place, Stop> {
         let first = self.translate(lin, access)?;
-        // The walk may have set A or D bits on a page that holds code.
-        self.break_block |= self.mmu.watcher().is_pending();
-        if self.trace.is_some() {
-            self.trace_mmu();
-        }
-        let room = PAGE_SIZE - (lin & (PAGE_SIZE - 1));
-        if bytes <= room {
+        self.after_translation();
+        if !crosses(lin, bytes) {
             return Ok(Place::One(first));
         }
+        let room = PAGE_SIZE - (lin & (PAGE_SIZE - 1));
         let mut next = lin.wrapping_add(room);
         if legacy {
             next &= 0xffff_ffff;
@@ -288,10 +327,15 @@ impl Core {
             Err(fault) => return self.raise(fault),
         };
         if found.absent {
-            self.absent = found.gpa.page();
-            return Err(Stop::Absent);
+            return Err(self.is_absent(&found));
         }
         Ok(found)
+    }
+
+    #[cold]
+    fn is_absent(&mut self, found: &Translation) -> Stop {
+        self.absent = found.gpa.page();
+        Stop::Absent
     }
 
     fn load_place(&mut self, bus: &mut dyn Bus, op: &Op, place: Place, bytes: u64) -> u64 {
@@ -363,20 +407,20 @@ impl Core {
     /// After a slow-path store to RAM: watched tables and code lines learn of it at once.
     fn stored(&mut self, off: RamOffset, t: Translation, len: u32) {
         self.mem.note_store(off, u64::from(len));
-        self.stored_in_page(off, t, len);
+        self.stored_in_page(off, t.gpa, len);
     }
 
     /// As [`stored`](Self::stored), after a store in the page that was translated, and thereby marked dirty.
     #[inline]
-    fn stored_in_page(&mut self, off: RamOffset, t: Translation, len: u32) {
+    fn stored_in_page(&mut self, off: RamOffset, gpa: Gpa, len: u32) {
         let flags = self.mem.page_flags(off);
         if !flags.intersects(PageFlags::REPORTED) {
             return;
         }
-        self.mmu.watcher().stored(t.gpa, off, len);
+        self.mmu.watcher().stored(gpa, off, len);
         if flags.contains(PageFlags::WATCHED) {
             let stamp = self.mmu.fetch_stamp();
-            self.mmu.table_written(t.gpa, len);
+            self.mmu.table_written(gpa, len);
             // The rest of this block may be mapped elsewhere now.
             self.break_block |= stamp != self.mmu.fetch_stamp();
         }
@@ -392,6 +436,12 @@ impl Core {
         let last = ((off.raw() & 0xfff) + u64::from(len.max(1)) - 1).min(0xfff) >> 6;
         (first..=last).any(|line| lines >> line & 1 != 0)
     }
+}
+
+/// Whether `bytes` bytes at `lin` are not all in one page.
+#[inline(always)]
+fn crosses(lin: u64, bytes: u64) -> bool {
+    bytes > PAGE_SIZE - (lin & (PAGE_SIZE - 1))
 }
 
 /// The widest naturally aligned access that fits.

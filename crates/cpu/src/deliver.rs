@@ -63,7 +63,19 @@ fn makes_double_fault(first: u8, second: u8) -> bool {
 impl Core {
     /// Delivers `event` with return address `rip`; follows double faults. On success `next_rip` is the
     /// handler's address.
+    #[inline(never)]
     pub fn deliver(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
+        self.deliver_event(bus, event, rip)
+    }
+
+    /// As [`deliver`](Self::deliver) for the fault that the instruction at `rip` has raised.
+    #[inline(never)]
+    pub fn deliver_raised(&mut self, bus: &mut dyn Bus, rip: u64) -> Flow {
+        self.deliver_event(bus, Event::Fault(self.fault), rip)
+    }
+
+    #[inline(always)]
+    fn deliver_event(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
         let rip = self.resume_at.take().unwrap_or(rip);
         let start = (self.s.segment(Seg::Cs).base, rip);
         match self.attempt(bus, event, rip) {
@@ -87,6 +99,7 @@ impl Core {
 
     /// Delivering `event`, due at `start`, has faulted: delivers that fault, or a double fault.
     #[cold]
+    #[inline(never)]
     fn deliver_fault_of(&mut self, bus: &mut dyn Bus, event: Event, start: (u64, u64)) -> Flow {
         let (mut event, mut rip) = (event, start.1);
         let mut chain: [Option<Fault>; 2] = [None, None];
@@ -286,10 +299,9 @@ impl Core {
                     frame.push(self, bus, size, u64::from(selector))?;
                 }
             }
-            frame.push_all(self, bus, size, if inner { &values } else { &values[2..] })?;
-            if let Some(code) = code {
-                frame.push(self, bus, size, u64::from(code))?;
-            }
+            let [ss_selector, esp, flags, cs_selector, eip] = values;
+            let values = [ss_selector, esp, flags, cs_selector, eip, code.unwrap_or(0).into()];
+            frame.push_all(self, bus, size, &values[if inner { 0 } else { 2 }..if code.is_some() { 6 } else { 5 }])?;
             (frame.pointer & frame.mask, ss)
         };
         let reachable = if LONG {

@@ -39,24 +39,47 @@ impl Frame {
     /// Pushes the low `bytes` (2, 4, 8) of `value`.
     pub fn push(&mut self, c: &mut Core, bus: &mut dyn Bus, bytes: u64, value: u64) -> Flow {
         let at = self.pointer.wrapping_sub(bytes) & self.mask;
-        if let Some(ss) = self.limit {
-            let outside =
-                if ss.attr.is_expand_down() { at <= u64::from(ss.limit) } else { at + bytes - 1 > u64::from(ss.limit) };
-            if outside {
-                return c.raise(Fault::SS0);
-            }
+        if !self.allows(at, bytes) {
+            return c.raise(Fault::SS0);
         }
-        let mut lin = self.base.wrapping_add(at);
-        if self.limit.is_some() {
-            lin &= 0xffff_ffff;
-        }
-        c.write_as(bus, lin, bytes, value, self.cpl)?;
+        c.write_as(bus, self.linear(at), bytes, value, self.cpl)?;
         self.pointer = self.pointer & !self.mask | at;
         Ok(())
     }
 
-    /// Pushes `values`, the first one first.
+    /// Whether `bytes` bytes at offset `at` are in the stack segment.
+    #[inline(always)]
+    fn allows(&self, at: u64, bytes: u64) -> bool {
+        let Some(ss) = &self.limit else { return true };
+        if ss.attr.is_expand_down() { at > u64::from(ss.limit) } else { at + bytes - 1 <= u64::from(ss.limit) }
+    }
+
+    #[inline(always)]
+    fn linear(&self, at: u64) -> u64 {
+        let lin = self.base.wrapping_add(at);
+        if self.limit.is_some() { lin & 0xffff_ffff } else { lin }
+    }
+
+    /// Pushes `values`, the first one first. Where all of them lie in one page they are found by one lookup.
     pub fn push_all(&mut self, c: &mut Core, bus: &mut dyn Bus, bytes: u64, values: &[u64]) -> Flow {
+        let (top, total) = (self.pointer & self.mask, bytes * values.len() as u64);
+        let at = top.wrapping_sub(total);
+        if self.cpl < 3
+            && total <= top
+            && self.allows(at, total)
+            && let Some(off) = c.mmu.lookup_system_write(Gva::new(self.linear(at)), total)
+        {
+            for (n, &value) in values.iter().rev().enumerate() {
+                let off = off.add(bytes * n as u64);
+                match bytes {
+                    2 => c.mem.store::<u16>(off, value as u16),
+                    4 => c.mem.store::<u32>(off, value as u32),
+                    _ => c.mem.store::<u64>(off, value),
+                }
+            }
+            self.pointer = self.pointer & !self.mask | at;
+            return Ok(());
+        }
         values.iter().try_for_each(|&value| self.push(c, bus, bytes, value))
     }
 

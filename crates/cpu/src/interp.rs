@@ -272,8 +272,7 @@ impl Interpreter {
         if stop == Stop::Fault {
             // Besides this, only the flags that the handler starts with can change what is due.
             c.check_events |= self.single;
-            let fault = c.fault;
-            match c.deliver(bus, Event::Fault(fault), rip) {
+            match c.deliver_raised(bus, rip) {
                 Ok(()) => return None,
                 Err(_) => c.next_rip = rip,
             }
