@@ -1,4 +1,5 @@
-//! A local APIC in the kernel, which the machine's I/O APIC and 8259s send to (split irqchip).
+//! A local APIC in the kernel, which the machine's I/O APIC and 8259s send to (split irqchip). The 8259s get through where
+//! LINT0 is open as ExtINT or the local APIC is off; LINT0 as a fixed interrupt or NMI is connected to nothing.
 
 use super::error::{KvmError, failed};
 use super::ioctls;
@@ -19,6 +20,28 @@ const LEVEL: u32 = 1 << 15;
 
 /// After so long what KVM was given has reached the guest, even where that takes hundreds of interpreted instructions.
 const SURE_DELIVERY: Duration = Duration::from_millis(2);
+/// As long as the guest has run so often, until it was kicked. (One kick may have come before KVM_RUN.)
+const SURE_RUNS: u32 = 3;
+
+/// Since something was seen on its way through KVM.
+#[derive(Debug)]
+struct Wait {
+    since: Instant,
+    runs: u32,
+}
+
+impl Default for Wait {
+    fn default() -> Self {
+        Self { since: Instant::now(), runs: 0 }
+    }
+}
+
+impl Wait {
+    fn is_over(&mut self, kicked: bool) -> bool {
+        self.runs += u32::from(kicked);
+        self.runs >= SURE_RUNS && self.since.elapsed() > SURE_DELIVERY
+    }
+}
 
 /// What is to be known about it outside of the kernel.
 #[derive(Default)]
@@ -29,10 +52,10 @@ pub(super) struct KernelApic {
     routes: [Option<ApicMessage>; PINS],
     /// A vector of the 8259s' that KVM hasn't taken yet.
     vector: Option<u8>,
-    /// When KVM was given a vector.
-    on_its_way: Option<Instant>,
-    /// When an expired timer was seen first: it can't be seen whether KVM has made an interrupt of it.
-    at_end_since: Option<Instant>,
+    /// KVM was given a vector.
+    on_its_way: Option<Wait>,
+    /// The timer has expired, and it can't be seen whether KVM has made an interrupt of that.
+    timer_at_end: Option<Wait>,
     /// Its state when there was nothing else to say.
     settled: Option<LocalApic>,
 }
@@ -92,28 +115,28 @@ impl KernelApic {
     }
 
     /// Whether its state says everything, though KVM has all vectors if possible: none is on its way to the guest, and
-    /// no timer has expired that KVM may not have looked at. To be asked again while the guest runs in between.
-    pub(super) fn settle(&mut self, registers: &Registers) -> Result<bool, KvmError> {
+    /// no timer has expired that KVM may not have looked at. To be asked again and again while the guest runs in between;
+    /// `kicked`: it did, until a kick.
+    pub(super) fn settle(&mut self, registers: &Registers, kicked: bool) -> Result<bool, KvmError> {
         self.give_vector(registers)?;
         let apic = registers.local_apic()?;
-        let has_arrived = self.vector.is_none() && self.on_its_way.is_none_or(|since| since.elapsed() > SURE_DELIVERY);
-        let is_seen = match lapic_page::is_timer_at_end(&apic.registers) {
-            true => self.at_end_since.get_or_insert_with(Instant::now).elapsed() > SURE_DELIVERY,
-            false => {
-                self.at_end_since = None;
-                true
-            }
-        };
+        if !lapic_page::is_timer_at_end(&apic.registers) {
+            self.timer_at_end = None;
+        } else if self.timer_at_end.is_none() {
+            self.timer_at_end = Some(Wait::default());
+        }
+        let mut waits = [&mut self.on_its_way, &mut self.timer_at_end].into_iter().flatten();
+        let is_settled = waits.all(|wait| wait.is_over(kicked)) && self.vector.is_none();
         // A timer that expires from here on does so elsewhere.
-        self.settled = Some(apic).filter(|_| has_arrived && is_seen);
-        Ok(self.settled.is_some())
+        self.settled = Some(apic).filter(|_| is_settled);
+        Ok(is_settled)
     }
 
     fn give_vector(&mut self, registers: &Registers) -> Result<(), KvmError> {
         if let Some(vector) = self.vector
             && ioctls::interrupt(&registers.fd, vector)?
         {
-            (self.vector, self.on_its_way) = (None, Some(Instant::now()));
+            (self.vector, self.on_its_way) = (None, Some(Wait::default()));
         }
         Ok(())
     }

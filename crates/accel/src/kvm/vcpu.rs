@@ -429,9 +429,10 @@ impl KvmVcpu {
     /// hold. (A single step would do, but for RFLAGS.TF in the frame that the event pushes.)
     fn deliver_pending(&mut self, bus: &mut dyn Bus) -> Result<(), Refusal> {
         let started = Instant::now();
+        let mut kicked = false;
         while started.elapsed() < LONGEST_DELIVERY {
             let is_incomplete = self.is_incomplete;
-            if !is_incomplete && self.is_settled().map_err(|error| self.undelivered(&error.to_string()))? {
+            if !is_incomplete && self.is_settled(kicked).map_err(|error| self.undelivered(&error.to_string()))? {
                 return Ok(());
             }
             self.registers.fd.set_kvm_immediate_exit(is_incomplete.into());
@@ -439,6 +440,7 @@ impl KvmVcpu {
                 kick.arm(if is_incomplete { 0 } else { DELIVERY_NS });
             }
             let event = self.enter(bus, self.now);
+            kicked = event == Event::Kicked && !is_incomplete;
             // What the guest comes to meanwhile is the next engine's business.
             let _ = self.after(event);
         }
@@ -451,10 +453,10 @@ impl KvmVcpu {
     }
 
     /// Whether the state and a local APIC's say everything.
-    fn is_settled(&mut self) -> Result<bool, KvmError> {
+    fn is_settled(&mut self, kicked: bool) -> Result<bool, KvmError> {
         let apic = match &mut self.apic {
             Apic::Machine(_) => true,
-            Apic::Kernel(apic) => apic.settle(&self.registers)?,
+            Apic::Kernel(apic) => apic.settle(&self.registers, kicked)?,
         };
         Ok(apic && !self.registers.is_event_pending()?)
     }
