@@ -168,10 +168,10 @@ impl Mmu {
             // Nothing new but a leaf in a table that this root was known to reach.
             (Some(hint), [step]) => {
                 self.shadow.page_mut(hint.index).used();
-                self.set_leaf(hint.index, step).map(|()| Found::at(&reached))
+                self.set_leaf(hint.index, step, &reached).map(|()| Found::at(&reached))
             }
             _ => self
-                .install(gva, &path, from.is_none())
+                .install(gva, &path, &reached, from.is_none())
                 .and_then(|()| self.last_page(gva.raw()))
                 .and_then(|place| self.leaf_at(gva.raw(), place)),
         };
@@ -225,7 +225,7 @@ impl Mmu {
 
     /// Enters a walk into the shadow tree; `None` if a table cannot be watched or has no A bit set
     /// (it lies in ROM), so that nothing may be kept.
-    fn install(&mut self, gva: Gva, path: &Path, from_top: bool) -> Option<()> {
+    fn install(&mut self, gva: Gva, path: &Path, reached: &Reached, from_top: bool) -> Option<()> {
         self.make_room(MAX_DEPTH);
         let mut parent: Option<(u32, &Step)> = None;
         for step in path.steps() {
@@ -239,7 +239,7 @@ impl Mmu {
             parent = Some((index, step));
         }
         let (index, step) = parent?;
-        self.set_leaf(index, step)
+        self.set_leaf(index, step, reached)
     }
 
     fn set_top(&mut self, gva: Gva, link: Link) {
@@ -260,14 +260,14 @@ impl Mmu {
         }
     }
 
-    fn set_leaf(&mut self, index: u32, step: &Step) -> Option<()> {
-        match self.format.decode(step.raw, step.role) {
-            Decoded::Leaf { base, rights, accessed: true, dirty } => {
-                self.shadow.set(index, step.index as usize, ShadowEntry::leaf(base, rights, dirty));
-                Some(())
-            }
-            _ => None,
+    /// Enters the leaf that a walk ended at, as its walk has read it.
+    fn set_leaf(&mut self, index: u32, step: &Step, reached: &Reached) -> Option<()> {
+        if step.raw & entry::A == 0 {
+            return None;
         }
+        let leaf = ShadowEntry::leaf(reached.base, reached.own, step.raw & entry::D != 0);
+        self.shadow.set(index, step.index as usize, leaf);
+        Some(())
     }
 
     /// Finds or makes the shadow page of a walked table.

@@ -105,6 +105,10 @@ pub(crate) struct Reached {
     pub gpa: Gpa,
     /// Rights over all levels.
     pub rights: Rights,
+    /// The leaf's own rights.
+    pub own: Rights,
+    /// First byte of the leaf's page.
+    pub base: Gpa,
     /// D of the leaf.
     pub dirty: bool,
     /// The walk has set D.
@@ -248,7 +252,8 @@ fn look_below<T: Tables>(
                     rights::check(combined, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
                 }
                 let within = gva.raw() & ((1 << role.format.shift(role.level)) - 1);
-                return Ok(Reached { gpa: base.add(within), rights: combined, dirty, dirtied: false });
+                let gpa = base.add(within);
+                return Ok(Reached { gpa, rights: combined, own: rights, base, dirty, dirtied: false });
             }
         }
     }
@@ -256,7 +261,8 @@ fn look_below<T: Tables>(
 
 /// The identity of paging off; linear addresses have 32 bits there.
 fn direct(gva: Gva) -> Reached {
-    Reached { gpa: Gpa::new(gva.raw() & 0xffff_ffff), rights: Rights::ALL, dirty: true, dirtied: false }
+    let gpa = Gpa::new(gva.raw() & 0xffff_ffff);
+    Reached { gpa, rights: Rights::ALL, own: Rights::ALL, base: gpa.page().base(), dirty: true, dirtied: false }
 }
 
 /// False if an entry changed under the walk.
