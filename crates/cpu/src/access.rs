@@ -112,7 +112,7 @@ impl Core {
         self.may_access(op, lin, W::BYTES, AccessKind::Read)?;
         let found = match self.mmu.translate(Gva::new(lin), Access::explicit(AccessKind::Read, self.s.cpl)) {
             Ok(found) => found,
-            Err(fault) => return self.raise(fault),
+            Err(fault) => return self.raise_page_fault(&fault),
         };
         self.after_translation();
         match found.backing {
@@ -133,7 +133,7 @@ impl Core {
         self.may_access(op, lin, W::BYTES, AccessKind::Write)?;
         let found = match self.mmu.translate(Gva::new(lin), Access::explicit(AccessKind::Write, self.s.cpl)) {
             Ok(found) => found,
-            Err(fault) => return self.raise(fault),
+            Err(fault) => return self.raise_page_fault(&fault),
         };
         self.after_translation();
         match found.backing {
@@ -330,6 +330,13 @@ impl Core {
             return Err(self.is_absent(&found));
         }
         Ok(found)
+    }
+
+    /// Raises what a translation ended with. Field by field: the processor at work would wait for the fields' stores
+    /// before it could copy all of them at once.
+    #[inline(always)]
+    fn raise_page_fault<T>(&mut self, fault: &Fault) -> Result<T, Stop> {
+        self.raise(Fault::page(fault.address, fault.code.unwrap_or(0)))
     }
 
     #[cold]

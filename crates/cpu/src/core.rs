@@ -242,6 +242,7 @@ impl Core {
     }
 
     /// Replaces RFLAGS but for the status flags.
+    #[inline]
     pub fn set_system_flags(&mut self, value: u64) {
         let old = self.s.rflags;
         self.s.rflags = value & rflags::WRITABLE | rflags::FIXED;

@@ -71,7 +71,10 @@ impl Core {
     /// As [`deliver`](Self::deliver) for the fault that the instruction at `rip` has raised.
     #[inline(never)]
     pub fn deliver_raised(&mut self, bus: &mut dyn Bus, rip: u64) -> Flow {
-        self.deliver_event(bus, Event::Fault(self.fault), rip)
+        // Field by field, as they were stored a moment ago.
+        let Fault { vector, ref code, address } = self.fault;
+        let code = code.as_ref().copied();
+        self.deliver_event(bus, Event::Fault(Fault { vector, code, address }), rip)
     }
 
     #[inline(always)]
