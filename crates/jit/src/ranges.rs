@@ -7,6 +7,7 @@
 use crate::emitter::Mem;
 use crate::frame::{Frame, frame_field};
 use crate::memory_path::Access;
+use crate::registers::guest;
 use crate::translate::OP_BITS;
 use std::collections::{HashMap, HashSet};
 use std::mem::offset_of;
@@ -85,9 +86,13 @@ pub fn addend(name: Name, access: Access) -> Mem {
     field(name, access, offset_of!(Range, addend))
 }
 
-/// Ranges of tables that aren't in force, for when they are again.
+/// The stack's ranges, those of reads first.
+type StackRanges = [Range; 2];
+
+/// Ranges of tables that aren't in force, for when they are again: the stack's, the only ones that copying is worth it
+/// for.
 pub struct Saved {
-    tables: [Option<(FastTable, Box<Ranges>)>; TABLES],
+    tables: [Option<(FastTable, StackRanges)>; TABLES],
     next: usize,
     withdrawals: u64,
 }
@@ -96,7 +101,7 @@ const TABLES: usize = 8;
 
 impl Saved {
     pub fn new() -> Self {
-        Self { tables: [const { None }; TABLES], next: 0, withdrawals: u64::MAX }
+        Self { tables: [None; TABLES], next: 0, withdrawals: u64::MAX }
     }
 
     /// After anything that may have selected another table or withdrawn translations.
@@ -105,7 +110,8 @@ impl Saved {
         let table = mmu.fast_table();
         if self.withdrawals != mmu.withdrawals() {
             self.withdrawals = mmu.withdrawals();
-            self.forget(frame);
+            self.tables = [None; TABLES];
+            frame.ranges = NONE;
         } else if table == frame.table {
             return;
         } else {
@@ -114,33 +120,21 @@ impl Saved {
         frame.take_table(table);
     }
 
-    /// Nothing that is known holds any more.
-    fn forget(&mut self, frame: &mut Frame) {
-        frame.ranges = NONE;
-        self.tables.iter_mut().flatten().for_each(|(table, _)| table.generation = !0);
-    }
-
-    /// Keeps the ranges of the table that was in force and finds those of `table`.
+    /// Keeps the stack's ranges of the table that was in force and finds those of `table`.
     fn exchange(&mut self, frame: &mut Frame, table: Option<FastTable>) {
-        if let Some(old) = frame.table {
-            self.keep(old, &frame.ranges);
+        const STACK: usize = guest::RSP as usize;
+        let old = frame.ranges.each_ref().map(|ranges| ranges[STACK]);
+        frame.ranges = NONE;
+        if let Some((_, known)) = self.tables.iter().flatten().find(|(known, _)| Some(*known) == table) {
+            frame.ranges.iter_mut().zip(known).for_each(|(ranges, range)| ranges[STACK] = *range);
         }
-        let known = self.tables.iter().flatten().find(|(known, _)| Some(*known) == table);
-        frame.ranges = known.map_or(NONE, |(_, ranges)| **ranges);
-    }
-
-    fn keep(&mut self, table: FastTable, ranges: &Ranges) {
-        let same = self.tables.iter().position(|known| known.as_ref().is_some_and(|(known, _)| *known == table));
-        let at = same.unwrap_or_else(|| {
-            self.next = (self.next + 1) % TABLES;
-            self.next
-        });
-        match &mut self.tables[at] {
-            Some((known, kept)) => {
-                *known = table;
-                **kept = *ranges;
-            }
-            empty => *empty = Some((table, Box::new(*ranges))),
+        if let Some(table) = frame.table {
+            let same = self.tables.iter().position(|known| known.is_some_and(|(known, _)| known == table));
+            let at = same.unwrap_or_else(|| {
+                self.next = (self.next + 1) % TABLES;
+                self.next
+            });
+            self.tables[at] = Some((table, old));
         }
     }
 }

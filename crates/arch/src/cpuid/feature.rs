@@ -137,6 +137,8 @@ features! {
     FlushL1d "flush-l1d" 0x7:0 Edx 28;
     ArchCapabilities "arch-capabilities" 0x7:0 Edx 29;
     Ssbd "ssbd" 0x7:0 Edx 31;
+    /// IA32_SPEC_CTRL.BHI_DIS_S.
+    BhiCtrl "bhi-ctrl" 0x7:2 Edx 4;
     Xsaveopt "xsaveopt" 0xd:1 Eax 0;
     Xsavec "xsavec" 0xd:1 Eax 1;
     Xgetbv1 "xgetbv1" 0xd:1 Eax 2;

@@ -114,7 +114,8 @@ impl CpuidProfile {
         if self.has(Feature::Pku) && now.cr4.pke() {
             ecx |= 1 << 4;
         }
-        [0, ebx, ecx, edx]
+        let last_subleaf = if self.has(Feature::BhiCtrl) { 2 } else { 0 };
+        [last_subleaf, ebx, ecx, edx]
     }
 
     fn xsave(&self, subleaf: u32, now: CpuidDynamic) -> [u32; 4] {

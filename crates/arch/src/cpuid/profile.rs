@@ -162,6 +162,7 @@ const V2: FeatureSet = {
         SpecCtrl,
         Stibp,
         Ssbd,
+        BhiCtrl,
         MdClear,
         FlushL1d,
         ArchCapabilities,
@@ -327,11 +328,13 @@ impl CpuidProfile {
         if self.has(Feature::ArchCapabilities) { arch_capability::FLAWLESS } else { 0 }
     }
 
-    /// IA32_SPEC_CTRL bits that WRMSR accepts; 0 where the MSR doesn't exist.
+    /// IA32_SPEC_CTRL bits that WRMSR accepts; 0 where the MSR doesn't exist. BHI_DIS_S is there for guests that
+    /// otherwise run a loop in each SYSCALL, whatever IA32_ARCH_CAPABILITIES.BHI_NO says.
     pub const fn spec_ctrl_supported(&self) -> u64 {
         self.has(Feature::SpecCtrl) as u64
             | (self.has(Feature::Stibp) as u64) << 1
             | (self.has(Feature::Ssbd) as u64) << 2
+            | (self.has(Feature::BhiCtrl) as u64) << 10
     }
 }
 
