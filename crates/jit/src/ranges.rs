@@ -40,7 +40,7 @@ const MOST_PATIENCE: u32 = 8192;
 /// Instructions a miss between two looks, above which the next one comes as soon as it can.
 const SELDOM: u64 = 1024;
 /// Instructions from one miss to the next, when a range is missed too often.
-const OFTEN: u64 = 64;
+const OFTEN: u64 = 12;
 /// Pages of a run in each direction.
 const LONGEST: u64 = 1024;
 /// From so many pages on, a run is kept however much is missed.
@@ -148,7 +148,7 @@ struct Site {
 }
 
 /// Times in a row that a site is found missing its range [`OFTEN`] before it is given up.
-const STRIKES: u8 = 4;
+const STRIKES: u8 = 8;
 
 /// What is known of accesses that miss their ranges.
 pub struct Misses {
