@@ -1,6 +1,9 @@
 //! [`Jit`]: the loop around generated code.
 
-use crate::emitter::{Emitter, displacement};
+mod calls;
+mod links;
+
+use crate::emitter::Emitter;
 use crate::flags::{logic_clears_af, pack, unpack};
 use crate::frame::{Frame, RELINK, Reason, edges, stamps};
 use crate::jumps::{Contexts, Fetches, Half, Jumps, Place, Places, Slot};
@@ -8,14 +11,16 @@ use crate::listing::{self, Listener, Translated};
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::ranges::{Misses, Saved};
 use crate::stats::JitStats;
-use crate::stubs::{self, Flow, Stubs};
-use crate::translate::{Code, Exit as DirectExit, OP_BITS, Offsets, Source, dropped_code, other_code, translate};
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use crate::stubs::{self, Stubs};
+use crate::translate::{Code, OP_BITS, Offsets, Source, dropped_code, translate};
+use calls::{run_helper, run_rest};
+use links::KnownExit;
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Bus, CpuState, Exit, Gva, Slice, Stopped, Vcpu, VirtualTime};
 use umbra_cpu::core::code_bits;
-use umbra_cpu::op::{CODE_BASE, Stop};
+use umbra_cpu::op::CODE_BASE;
 use umbra_cpu::{EngineError, EngineOptions, Interpreter};
 use umbra_hostexec::{CodeMemory, HostExecError};
 use umbra_memory::{GuestMemory, RamOffset};
@@ -96,13 +101,6 @@ impl Translation {
     fn is_placed(&self) -> bool {
         !self.crosses && code_bits(self.mode) == 64
     }
-}
-
-/// A direct exit, and the translation it belongs to.
-struct KnownExit {
-    exit: DirectExit,
-    number: u32,
-    entry: usize,
 }
 
 /// All of the engine, at an address that generated code knows.
@@ -595,118 +593,5 @@ impl Engine {
             }
         };
         self.interp.ran_blocks(bus, ops, clock, rip)
-    }
-
-    /// Lets exit `number`, where RIPs count from `base`, go to `to` at `rip` directly, if that is what it goes to; in
-    /// `context` if it leaves the page.
-    fn link(&mut self, number: usize, base: u64, to: &Translation, rip: u64, context: u32) {
-        let Some(known) = self.exits.get(number) else { return };
-        let (exit, from) = (known.exit, known.entry);
-        let state = self.states.get(known.number as usize);
-        let Some(State::Translated(source)) = state.filter(|_| base.wrapping_add(exit.target) == rip) else { return };
-        let half = Half::of(source.seen_at);
-        if source.entry != from || half != Half::of(base) || half != Half::of(rip) {
-            return;
-        }
-        let same_page = source.offset >> 12 == to.offset >> 12 && source.mode == to.mode && !to.crosses;
-        let other = other_code(exit.unlinked, number as u32, exit.target, &self.stubs);
-        match exit.guard {
-            Some(guard) => {
-                self.patch(guard.context, &context.to_le_bytes());
-                self.patch(guard.base, &base.to_le_bytes());
-                self.patch(exit.jump, &displacement(exit.jump, to.entry));
-            }
-            // What was fetched from this page comes from it as long as the block itself does.
-            None if same_page => self.patch(exit.jump, &displacement(exit.jump, to.entry)),
-            None => {}
-        }
-        self.patch(exit.unlinked, &other);
-        self.stats.linked += 1;
-    }
-
-    /// Does the operation at `site` and those behind it.
-    fn rest(&mut self, site: u32) -> Flow {
-        let number = site >> OP_BITS;
-        let ops = self.interp.blocks().block(number).ops.len() as u32;
-        let last = (number << OP_BITS) + ops - 1;
-        if self.misses.rest(number, self.frame.now()) {
-            self.frame.leave_soon();
-        }
-        (site..last).map(|site| self.helper(site)).find(|&flow| flow != Flow::On).unwrap_or_else(|| {
-            let flow = self.helper(last);
-            if flow == Flow::On { Flow::Block } else { flow }
-        })
-    }
-
-    /// Does the operation at `site`.
-    fn helper(&mut self, site: u32) -> Flow {
-        let (number, index) = (site >> OP_BITS, (site & ((1 << OP_BITS) - 1)) as usize);
-        let frame = &mut self.frame;
-        let Some(bus) = frame.bus else { return Flow::Leave };
-        let cost = i64::from(self.interp.blocks().block(number).cost);
-        let clock = VirtualTime(frame.end - (frame.left() + cost) as u64);
-        let core = self.interp.core_mut();
-        core.flags = unpack(frame.flags);
-        frame.give_vectors(&mut core.s);
-        let nmi_blocked = core.s.nmi_blocked;
-        self.stats.ops_by_helper += 1;
-        // SAFETY: `run` has the bus borrowed for as long as the frame holds it, and nobody else uses it.
-        let flow = self.interp.run_op(unsafe { &mut *bus }, number, index, clock);
-        let core = self.interp.core();
-        frame.flags = pack(core.flags);
-        frame.take_vectors(&core.s);
-        frame.take_x87(&core.s);
-        // IRET ends the blocking of NMIs, one of which may wait.
-        if matches!(flow, Ok(true) | Err(Stop::Again)) && !nmi_blocked {
-            let room = frame.bank == 0 && frame.budget >= ROOM;
-            // SAFETY: as above.
-            let quiet = self.interp.end_quietly(unsafe { &mut *bus }, number, index, flow.is_err(), room);
-            if let Some(quiet) = quiet {
-                frame.budget += i64::from(quiet.unused) - quiet.extra as i64;
-                frame.extra += quiet.extra;
-                let core = self.interp.core();
-                frame.take_context(core, &mut self.contexts);
-                self.saved.follow(frame, &core.mmu);
-                return Flow::Block;
-            }
-        }
-        if flow != Ok(false) {
-            frame.reason = Reason::Op;
-            frame.site = site;
-            frame.stop = flow.err();
-            return Flow::Leave;
-        }
-        let core = self.interp.core();
-        self.saved.follow(frame, &core.mmu);
-        if core.check_events || stamps(core) != frame.stamps {
-            frame.leave_soon();
-        }
-        Flow::On
-    }
-}
-
-/// What generated code calls to do an operation by its function.
-extern "sysv64" fn run_helper(engine: *mut Engine, site: u32) -> u32 {
-    // SAFETY: generated code passes on the pointer that `execute` gave it, which uses nothing of the engine
-    // meanwhile.
-    let engine = unsafe { &mut *engine };
-    guarded(engine, |engine| engine.helper(site))
-}
-
-/// What generated code calls to do an operation and those behind it by their functions.
-extern "sysv64" fn run_rest(engine: *mut Engine, site: u32) -> u32 {
-    // SAFETY: as in `run_helper`.
-    let engine = unsafe { &mut *engine };
-    guarded(engine, |engine| engine.rest(site))
-}
-
-/// A panic doesn't unwind generated code.
-fn guarded(engine: &mut Engine, run: impl Fn(&mut Engine) -> Flow) -> u32 {
-    match catch_unwind(AssertUnwindSafe(|| run(engine))) {
-        Ok(flow) => flow as u32,
-        Err(panic) => {
-            engine.frame.panic = Some(panic);
-            Flow::Leave as u32
-        }
     }
 }

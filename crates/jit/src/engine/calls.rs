@@ -1,0 +1,98 @@
+//! What generated code calls: operations done by their rows' functions.
+
+use super::{Engine, ROOM};
+use crate::flags::{pack, unpack};
+use crate::frame::{Reason, stamps};
+use crate::stubs::Flow;
+use crate::translate::OP_BITS;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use umbra_arch::VirtualTime;
+use umbra_cpu::op::Stop;
+
+impl Engine {
+    /// Does the operation at `site` and those behind it.
+    fn rest(&mut self, site: u32) -> Flow {
+        let number = site >> OP_BITS;
+        let ops = self.interp.blocks().block(number).ops.len() as u32;
+        let last = (number << OP_BITS) + ops - 1;
+        if self.misses.rest(number, self.frame.now()) {
+            self.frame.leave_soon();
+        }
+        (site..last).map(|site| self.helper(site)).find(|&flow| flow != Flow::On).unwrap_or_else(|| {
+            let flow = self.helper(last);
+            if flow == Flow::On { Flow::Block } else { flow }
+        })
+    }
+
+    /// Does the operation at `site`.
+    fn helper(&mut self, site: u32) -> Flow {
+        let (number, index) = (site >> OP_BITS, (site & ((1 << OP_BITS) - 1)) as usize);
+        let frame = &mut self.frame;
+        let Some(bus) = frame.bus else { return Flow::Leave };
+        let cost = i64::from(self.interp.blocks().block(number).cost);
+        let clock = VirtualTime(frame.end - (frame.left() + cost) as u64);
+        let core = self.interp.core_mut();
+        core.flags = unpack(frame.flags);
+        frame.give_vectors(&mut core.s);
+        let nmi_blocked = core.s.nmi_blocked;
+        self.stats.ops_by_helper += 1;
+        // SAFETY: `run` has the bus borrowed for as long as the frame holds it, and nobody else uses it.
+        let flow = self.interp.run_op(unsafe { &mut *bus }, number, index, clock);
+        let core = self.interp.core();
+        frame.flags = pack(core.flags);
+        frame.take_vectors(&core.s);
+        frame.take_x87(&core.s);
+        // IRET ends the blocking of NMIs, one of which may wait.
+        if matches!(flow, Ok(true) | Err(Stop::Again)) && !nmi_blocked {
+            let room = frame.bank == 0 && frame.budget >= ROOM;
+            // SAFETY: as above.
+            let quiet = self.interp.end_quietly(unsafe { &mut *bus }, number, index, flow.is_err(), room);
+            if let Some(quiet) = quiet {
+                frame.budget += i64::from(quiet.unused) - quiet.extra as i64;
+                frame.extra += quiet.extra;
+                let core = self.interp.core();
+                frame.take_context(core, &mut self.contexts);
+                self.saved.follow(frame, &core.mmu);
+                return Flow::Block;
+            }
+        }
+        if flow != Ok(false) {
+            frame.reason = Reason::Op;
+            frame.site = site;
+            frame.stop = flow.err();
+            return Flow::Leave;
+        }
+        let core = self.interp.core();
+        self.saved.follow(frame, &core.mmu);
+        if core.check_events || stamps(core) != frame.stamps {
+            frame.leave_soon();
+        }
+        Flow::On
+    }
+}
+
+/// What generated code calls to do an operation by its function.
+pub(super) extern "sysv64" fn run_helper(engine: *mut Engine, site: u32) -> u32 {
+    // SAFETY: generated code passes on the pointer that `execute` gave it, which uses nothing of the engine
+    // meanwhile.
+    let engine = unsafe { &mut *engine };
+    guarded(engine, |engine| engine.helper(site))
+}
+
+/// What generated code calls to do an operation and those behind it by their functions.
+pub(super) extern "sysv64" fn run_rest(engine: *mut Engine, site: u32) -> u32 {
+    // SAFETY: as in `run_helper`.
+    let engine = unsafe { &mut *engine };
+    guarded(engine, |engine| engine.rest(site))
+}
+
+/// A panic doesn't unwind generated code.
+fn guarded(engine: &mut Engine, run: impl Fn(&mut Engine) -> Flow) -> u32 {
+    match catch_unwind(AssertUnwindSafe(|| run(engine))) {
+        Ok(flow) => flow as u32,
+        Err(panic) => {
+            engine.frame.panic = Some(panic);
+            Flow::Leave as u32
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! Jumps from a translation straight to another.
+
+use super::{Engine, State, Translation};
+use crate::emitter::displacement;
+use crate::jumps::Half;
+use crate::translate::{Exit, other_code};
+
+/// A direct exit, and the translation it belongs to.
+pub(super) struct KnownExit {
+    pub exit: Exit,
+    pub number: u32,
+    pub entry: usize,
+}
+
+impl Engine {
+    /// Lets exit `number`, where RIPs count from `base`, go to `to` at `rip` directly, if that is what it goes to; in
+    /// `context` if it leaves the page.
+    pub(super) fn link(&mut self, number: usize, base: u64, to: &Translation, rip: u64, context: u32) {
+        let Some(known) = self.exits.get(number) else { return };
+        let (exit, from) = (known.exit, known.entry);
+        let state = self.states.get(known.number as usize);
+        let Some(State::Translated(source)) = state.filter(|_| base.wrapping_add(exit.target) == rip) else { return };
+        let half = Half::of(source.seen_at);
+        if source.entry != from || half != Half::of(base) || half != Half::of(rip) {
+            return;
+        }
+        let same_page = source.offset >> 12 == to.offset >> 12 && source.mode == to.mode && !to.crosses;
+        let other = other_code(exit.unlinked, number as u32, exit.target, &self.stubs);
+        match exit.guard {
+            Some(guard) => {
+                self.patch(guard.context, &context.to_le_bytes());
+                self.patch(guard.base, &base.to_le_bytes());
+                self.patch(exit.jump, &displacement(exit.jump, to.entry));
+            }
+            // What was fetched from this page comes from it as long as the block itself does.
+            None if same_page => self.patch(exit.jump, &displacement(exit.jump, to.entry)),
+            None => {}
+        }
+        self.patch(exit.unlinked, &other);
+        self.stats.linked += 1;
+    }
+}
