@@ -148,6 +148,8 @@ impl Mmu {
     #[inline(never)]
     fn translate_by_walk(&mut self, gva: Gva, access: Access, from: Option<Hint>) -> Result<Translation, Fault> {
         self.stats.walks += 1;
+        // First of all: what is evicted may lie on the way to the table that is known.
+        let from = if self.make_room(MAX_DEPTH) { None } else { from };
         let Some(root) = &self.roots.slots[self.current] else { return Err(Fault::GP0) };
         let (regime, above) = match from {
             // The entries above are in the shadow tree, so they say the same as the guest's.
@@ -226,7 +228,6 @@ impl Mmu {
     /// Enters a walk into the shadow tree; `None` if a table cannot be watched or has no A bit set
     /// (it lies in ROM), so that nothing may be kept.
     fn install(&mut self, gva: Gva, path: &Path, reached: &Reached, from_top: bool) -> Option<()> {
-        self.make_room(MAX_DEPTH);
         let mut parent: Option<(u32, &Step)> = None;
         for step in path.steps() {
             let index = self.shadow_page_for(step)?;

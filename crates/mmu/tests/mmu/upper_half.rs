@@ -116,6 +116,29 @@ fn an_entry_that_walks_would_mark_is_not_adopted() {
     assert_ne!(rig.mmu.upper_stamp(), stamp);
 }
 
+/// Room for a walk's tables is made before the table that it begins at is looked up.
+#[test]
+fn a_walk_does_not_begin_at_a_table_that_it_evicts() {
+    let mut rig = Rig::long_with(MmuOptions { shadow_pages: 16, ..MmuOptions::default() });
+    let leaves = map_all(&mut rig);
+    let another = |rig: &mut Rig| {
+        let current = rig.regs.cr3.raw();
+        let table = table_like(rig, current);
+        rig.cr3(table).expect("legal");
+    };
+    another(&mut rig);
+    execute(&mut rig, PAGES[0]);
+    (0..2).for_each(|_| another(&mut rig));
+    execute(&mut rig, PAGES[4]);
+    rig.mmu.drop_all_shadow();
+    [3, 0].map(|n| execute(&mut rig, PAGES[n]));
+    another(&mut rig);
+    [4, 7, 6].map(|n| execute(&mut rig, PAGES[n]));
+    let (upper, fetch) = (rig.mmu.upper_stamp(), rig.mmu.fetch_stamp());
+    rig.poke_bytes(leaves[6], &[0]);
+    assert!(upper != rig.mmu.upper_stamp() && fetch != rig.mmu.fetch_stamp());
+}
+
 #[derive(Clone, Debug)]
 enum Op {
     New,
