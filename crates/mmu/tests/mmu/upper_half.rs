@@ -131,9 +131,13 @@ fn a_walk_does_not_begin_at_a_table_that_it_evicts() {
     (0..2).for_each(|_| another(&mut rig));
     execute(&mut rig, PAGES[4]);
     rig.mmu.drop_all_shadow();
-    [3, 0].map(|n| execute(&mut rig, PAGES[n]));
+    for n in [3, 0] {
+        execute(&mut rig, PAGES[n]);
+    }
     another(&mut rig);
-    [4, 7, 6].map(|n| execute(&mut rig, PAGES[n]));
+    for n in [4, 7, 6] {
+        execute(&mut rig, PAGES[n]);
+    }
     let (upper, fetch) = (rig.mmu.upper_stamp(), rig.mmu.fetch_stamp());
     rig.poke_bytes(leaves[6], &[0]);
     assert!(upper != rig.mmu.upper_stamp() && fetch != rig.mmu.fetch_stamp());
