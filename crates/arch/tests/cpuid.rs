@@ -271,6 +271,13 @@ fn no_flaw_is_left_for_the_guest_to_work_around() {
     ] {
         assert!(caps >> bit & 1 != 0, "{name}");
     }
+    // Some guests don't believe BHI_NO, but set BHI_DIS_S where there is one.
+    let profile = CpuidProfile::default();
+    assert_eq!(profile.cpuid(7, 0, at_reset())[0], 2);
+    assert_eq!(profile.cpuid(7, 2, at_reset()), [0, 0, 0, 1 << 4]);
+    assert!(profile.spec_ctrl_supported() & 1 << 10 != 0);
+    let without = CpuidProfile::parse("umbra-v3,-bhi-ctrl", &full_host()).expect("one without");
+    assert_eq!((without.cpuid(7, 0, at_reset())[0], without.spec_ctrl_supported() & 1 << 10), (0, 0));
     // RSBA and TSX_CTRL would ask for work.
     assert_eq!(caps & (1 << 2 | 1 << 7), 0);
     let without = CpuidProfile::parse("umbra-v3,-arch-capabilities", &full_host()).expect("a flawed one");

@@ -102,6 +102,19 @@ impl Core {
         Ok(r)
     }
 
+    /// Where `bytes` bytes of one page are.
+    #[inline(always)]
+    fn in_page(&mut self, op: &Op, lin: u64, bytes: u64, kind: AccessKind) -> Result<Translation, Stop> {
+        self.may_access(op, lin, bytes, kind)?;
+        match self.mmu.translate(Gva::new(lin), Access::explicit(kind, self.s.cpl)) {
+            Ok(found) => {
+                self.after_translation();
+                Ok(found)
+            }
+            Err(fault) => self.raise_page_fault(&fault),
+        }
+    }
+
     #[cold]
     #[inline(never)]
     fn read_slow<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64) -> Result<u64, Stop> {
@@ -109,12 +122,7 @@ impl Core {
             let place = self.place(op, lin, W::BYTES, AccessKind::Read)?;
             return Ok(self.load_place(bus, op, place, W::BYTES));
         }
-        self.may_access(op, lin, W::BYTES, AccessKind::Read)?;
-        let found = match self.mmu.translate(Gva::new(lin), Access::explicit(AccessKind::Read, self.s.cpl)) {
-            Ok(found) => found,
-            Err(fault) => return self.raise_page_fault(&fault),
-        };
-        self.after_translation();
+        let found = self.in_page(op, lin, W::BYTES, AccessKind::Read)?;
         match found.backing {
             _ if found.absent => Err(self.is_absent(&found)),
             Backing::Ram(off) | Backing::Rom(off) => Ok(self.mem.load::<W>(off).zext()),
@@ -130,12 +138,7 @@ impl Core {
             self.store_place(bus, op, place, W::BYTES, value);
             return Ok(());
         }
-        self.may_access(op, lin, W::BYTES, AccessKind::Write)?;
-        let found = match self.mmu.translate(Gva::new(lin), Access::explicit(AccessKind::Write, self.s.cpl)) {
-            Ok(found) => found,
-            Err(fault) => return self.raise_page_fault(&fault),
-        };
-        self.after_translation();
+        let found = self.in_page(op, lin, W::BYTES, AccessKind::Write)?;
         match found.backing {
             _ if found.absent => return Err(self.is_absent(&found)),
             Backing::Ram(off) => {

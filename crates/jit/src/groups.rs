@@ -2,6 +2,7 @@
 //! operation's function between them. The first one's check covers all, so that the others can't miss or fault.
 
 use crate::memory_path::Access;
+use crate::native::writes_first;
 use crate::plan::{Kind, Step, has_memory, width};
 use crate::ranges::MARGIN;
 use crate::registers::guest;
@@ -227,7 +228,7 @@ fn reaches(i: &Instruction, op: &Op, kind: Kind) -> [Option<Option<Reach>>; LOOK
         Kind::CompareExchange => [operand(width(i), Access::Write), None],
         _ if !has_memory(i) || i.mnemonic() == M::Lea => [None; LOOKUPS],
         _ => {
-            let writes = i.op0_kind() == OpKind::Memory && !matches!(i.mnemonic(), M::Cmp | M::Test | M::Bt);
+            let writes = i.op0_kind() == OpKind::Memory && writes_first(i);
             let access = if writes { Access::Write } else { Access::Read };
             [operand(i.memory_size().size() as u32, access), None]
         }

@@ -164,12 +164,10 @@ struct Names {
 impl Names {
     /// The place in the translation that has an address.
     fn place(&self, address: u64) -> Option<usize> {
-        let place = |(part, start): &(Range<usize>, u64)| address.wrapping_sub(*start) as usize + part.start;
-        self.inside
-            .iter()
-            .map(|inside| (place(inside), inside))
-            .find(|(at, (part, _))| part.contains(at))
-            .map(|(at, _)| at)
+        self.inside.iter().find_map(|(part, start)| {
+            let into = usize::try_from(address.checked_sub(*start)?).ok()?;
+            (into < part.len()).then_some(part.start + into)
+        })
     }
 }
 

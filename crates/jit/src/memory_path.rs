@@ -97,7 +97,7 @@ pub struct Cold {
     address: Address,
     bytes: u32,
     access: Access,
-    /// The addend is wanted in [`B`], for the group whose base register that is.
+    /// Of a group, whose code wants the addend in [`B`] and, unless its base is resident, the linear address in [`A`].
     group: bool,
     /// Which of the block's slow paths does it all if the table has no such page.
     slow: usize,
@@ -145,23 +145,15 @@ impl Translator<'_> {
         let start = Address { disp: all.disp as i64 as u64, ..*address };
         let into = (address.disp as i32).wrapping_sub(all.disp);
         let resident = home(all.base);
-        if !self.is_ranged(address) || self.missing >> self.op_of(slow) & 1 != 0 {
+        if !self.is_ranged(address, slow) {
             self.table_addend(&start, all.bytes, all.access);
             self.e.store(frame::addend(all.base), B);
             if resident.is_none() {
                 self.linear(&start);
             }
         } else {
-            let name = address.range();
-            self.linear(&start);
-            if resident.is_none() {
-                self.e.mov(B, A);
-            }
-            let compared = if resident.is_some() { A } else { B };
-            self.e.alu_mem(Alu::Sub, true, compared, ranges::first(name, all.access));
-            self.e.alu_mem(Alu::Cmp, true, compared, ranges::limit(name, all.access));
-            let missed = self.e.jcc(cc::NOT_BELOW);
-            self.e.load(B, ranges::addend(name, all.access));
+            let missed = self.compare_range(&start, all.access);
+            self.e.load(B, ranges::addend(start.range(), all.access));
             let (back, bytes, access) = (self.e.here(), all.bytes, all.access);
             self.cold.push(Cold { missed, back, address: start, bytes, access, group: true, slow });
             self.e.store(frame::addend(all.base), B);
@@ -177,21 +169,12 @@ impl Translator<'_> {
     fn find_one(&mut self, address: &Address, bytes: u32, access: Access) -> Place {
         self.host_flags = false;
         let slow = self.slow_number();
-        if !self.is_ranged(address) || self.missing >> self.op_of(slow) & 1 != 0 {
+        if !self.is_ranged(address, slow) {
             return self.lookup_in_table(address, bytes, access);
         }
-        let name = address.range();
-        let direct = address.is_direct();
-        self.linear(address);
-        let compared = if direct { A } else { B };
-        if !direct {
-            self.e.mov(B, A);
-        }
-        self.e.alu_mem(Alu::Sub, true, compared, ranges::first(name, access));
-        self.e.alu_mem(Alu::Cmp, true, compared, ranges::limit(name, access));
-        let missed = self.e.jcc(cc::NOT_BELOW);
-        let addend = ranges::addend(name, access);
-        let place = match address.base.filter(|_| direct).and_then(home) {
+        let missed = self.compare_range(address, access);
+        let addend = ranges::addend(address.range(), access);
+        let place = match address.base.filter(|_| address.is_direct()).and_then(home) {
             Some(base) => {
                 self.e.load(A, addend);
                 Place { mem: Mem { base: Some(base), index: Some((A, 0)), disp: address.disp as i32 }, free: B }
@@ -206,10 +189,27 @@ impl Translator<'_> {
         place
     }
 
-    /// Whether a range register is worth a try: for the stack, arrays, and in loops. Pointers to structures lead
-    /// anywhere.
-    fn is_ranged(&self, address: &Address) -> bool {
-        self.closes_loop || address.index.is_some() || address.base == Some(guest::RSP)
+    /// Whether a range register is worth a try: for the stack, arrays, and in loops, unless the operation has missed too
+    /// often. Pointers to structures lead anywhere.
+    fn is_ranged(&self, address: &Address, slow: usize) -> bool {
+        let misses = self.missing >> self.op_of(slow) & 1 != 0;
+        !misses && (self.closes_loop || address.index.is_some() || address.base == Some(guest::RSP))
+    }
+
+    /// Jumps if no access may begin at `address` by its range. The linear address is in [`A`] afterwards, unless the
+    /// address is direct.
+    fn compare_range(&mut self, address: &Address, access: Access) -> Jump {
+        let name = address.range();
+        self.linear(address);
+        let compared = if address.is_direct() {
+            A
+        } else {
+            self.e.mov(B, A);
+            B
+        };
+        self.e.alu_mem(Alu::Sub, true, compared, ranges::first(name, access));
+        self.e.alu_mem(Alu::Cmp, true, compared, ranges::limit(name, access));
+        self.e.jcc(cc::NOT_BELOW)
     }
 
     /// As [`find_one`](Self::find_one) where a range is no good.

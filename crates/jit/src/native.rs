@@ -394,7 +394,7 @@ impl Translator<'_> {
 }
 
 /// Whether the first operand is written.
-fn writes_first(i: &Instruction) -> bool {
+pub fn writes_first(i: &Instruction) -> bool {
     !matches!(i.mnemonic(), M::Cmp | M::Test | M::Bt)
 }
 

@@ -222,13 +222,14 @@ impl Mmu {
 
     /// Evicts shadow pages until `more` new ones fit. True if there were any.
     pub(crate) fn make_room(&mut self, more: usize) -> bool {
-        let before = self.stats.pages_evicted;
+        let mut evicted = false;
         let tops = self.roots.slots[self.current].as_ref().map_or([None; 4], |root| root.tops);
         while let Some(index) = self.shadow.victim(more, |link| tops.contains(&Some(link))) {
             self.stats.pages_evicted += 1;
             self.free_page(index);
+            evicted = true;
         }
-        self.stats.pages_evicted != before
+        evicted
     }
 
     /// CODE, WATCHED or MONITORED was set for the page that holds `off`: no fast write may hit it any more.

@@ -112,28 +112,32 @@ fn smap(c: &mut Code<'_>) -> Done {
     reads(c, PAGE, FRAME)
 }
 
+/// Key 2 in an entry's upper half.
+pub(super) const KEY: u32 = 2 << 27;
+
+/// Writes PKRU.
+pub(super) fn set_pkru(c: &mut Code<'_>, value: u32) -> Done {
+    c.mov(eax, value)?;
+    c.xor(ecx, ecx)?;
+    c.xor(edx, edx)?;
+    Ok(c.wrpkru()?)
+}
+
 /// Key 2: PKRU's bits 4 (access) and 5 (write).
 fn keys(c: &mut Code<'_>) -> Done {
-    const KEY: u32 = 2 << 27;
-    let select = |c: &mut Code<'_>, value: u32| -> Done {
-        c.mov(eax, value)?;
-        c.xor(ecx, ecx)?;
-        c.xor(edx, edx)?;
-        Ok(c.wrpkru()?)
-    };
     cr4_bits(c, 0, Cr4::PKE)?;
-    select(c, 0)?;
+    set_pkru(c, 0)?;
     map(c, P | W | U, KEY)?;
     reads(c, PAGE, FRAME)?;
     write(c)?;
-    select(c, 0x20)?;
+    set_pkru(c, 0x20)?;
     reads(c, PAGE, FRAME)?;
     write_faults(c, 0x23)?;
     cr0_bits(c, Cr0::WP, 0)?;
     write(c)?;
     cr0_bits(c, 0, Cr0::WP)?;
     write_faults(c, 0x23)?;
-    select(c, 0x10)?;
+    set_pkru(c, 0x10)?;
     read_faults(c, 0x21)?;
     fetch(c)?;
     cr4_bits(c, Cr4::PKE, 0)?;
@@ -148,7 +152,7 @@ fn keys(c: &mut Code<'_>) -> Done {
     change_efer(c, Efer::NXE, 0)?;
     read_faults(c, 9)?;
     change_efer(c, 0, Efer::NXE)?;
-    select(c, 0)?;
+    set_pkru(c, 0)?;
     cr4_bits(c, Cr4::PKE, 0)
 }
 

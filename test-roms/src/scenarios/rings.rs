@@ -1,5 +1,6 @@
 //! What ring 3 may do, and events that come from there: with a GDT, a TSS and an IDT of this module's own.
 
+use super::rights::{KEY, set_pkru};
 use super::*;
 use crate::pc::{selector, variable};
 use crate::report::check_memory;
@@ -254,32 +255,25 @@ fn smep(c: &mut Code<'_>) -> Done {
 
 /// Key 2, as in [`super::rights`].
 fn keys(c: &mut Code<'_>) -> Done {
-    const KEY: u32 = 2 << 27;
-    let select = |c: &mut Code<'_>, value: u32| -> Done {
-        c.mov(eax, value)?;
-        c.xor(ecx, ecx)?;
-        c.xor(edx, edx)?;
-        Ok(c.wrpkru()?)
-    };
     cr4_bits(c, 0, Cr4::PKE)?;
-    select(c, 0)?;
+    set_pkru(c, 0)?;
     map(c, P | W | U, KEY)?;
     may(c, Act::Write)?;
-    select(c, 0x20)?;
+    set_pkru(c, 0x20)?;
     may(c, Act::Read)?;
     may_not(c, Act::Write, 0x27)?;
     // Write-disable is for ring 3 whatever WP says.
     cr0_bits(c, Cr0::WP, 0)?;
     may_not(c, Act::Write, 0x27)?;
     cr0_bits(c, 0, Cr0::WP)?;
-    select(c, 0x10)?;
+    set_pkru(c, 0x10)?;
     may_not(c, Act::Read, 0x25)?;
     may(c, Act::Call)?;
     cr4_bits(c, Cr4::PKE, 0)?;
     may(c, Act::Write)?;
     cr4_bits(c, 0, Cr4::PKE)?;
     may_not(c, Act::Read, 0x25)?;
-    select(c, 0)?;
+    set_pkru(c, 0)?;
     cr4_bits(c, Cr4::PKE, 0)
 }
 

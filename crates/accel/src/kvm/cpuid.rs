@@ -127,7 +127,8 @@ pub(super) fn entries(profile: &CpuidProfile, apic_id: u32) -> Result<CpuId, Kvm
 fn subleaves(leaf: u32) -> &'static [u32] {
     match leaf {
         0x4 => &[0, 1, 2, 3, 4],
-        0x7 | 0xb => &[0, 1],
+        0x7 => &[0, 1, 2],
+        0xb => &[0, 1],
         0xd => &[0, 1, 2, 9],
         _ => &[0],
     }
