@@ -38,6 +38,7 @@ pub mod cc {
     pub const NOT_EQUAL: u8 = 5;
     pub const SIGN: u8 = 8;
     pub const ODD: u8 = 11;
+    pub const LESS: u8 = 12;
     pub const NOT_GREATER: u8 = 14;
 }
 

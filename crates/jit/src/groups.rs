@@ -173,7 +173,7 @@ impl Planner {
     fn pass(&mut self, i: &Instruction, op: &Op, kind: Kind, info: &mut InstructionInfoFactory) {
         const RSP: usize = guest::RSP as usize;
         match kind {
-            Kind::Helper => (0..BASES).for_each(|base| self.close(base)),
+            Kind::Helper | Kind::Repeated(_) => (0..BASES).for_each(|base| self.close(base)),
             Kind::Push => self.moved[RSP] = self.moved[RSP].saturating_sub(8),
             Kind::Pop if op.dst != guest::RSP => {
                 self.moved[RSP] = self.moved[RSP].saturating_add(8);
@@ -218,7 +218,7 @@ fn reaches(i: &Instruction, op: &Op, kind: Kind) -> [Option<Option<Reach>>; LOOK
     let stack = |disp, access| Some(Some(Reach { base: guest::RSP, disp, bytes: 8, access }));
     let operand = |bytes, access| Some(operand(op, bytes, access));
     match kind {
-        Kind::Helper | Kind::Nop | Kind::Jcc | Kind::Jmp | Kind::System(_) => [None; LOOKUPS],
+        Kind::Helper | Kind::Nop | Kind::Jcc | Kind::Jmp | Kind::System(_) | Kind::Repeated(_) => [None; LOOKUPS],
         Kind::JmpIndirect if has_memory(i) => [operand(8, Access::Read), None],
         Kind::Push if has_memory(i) => [operand(8, Access::Read), stack(-8, Access::Write)],
         Kind::CallIndirect if has_memory(i) => [operand(8, Access::Read), stack(-8, Access::Write)],

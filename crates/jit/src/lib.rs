@@ -29,6 +29,7 @@ mod ranges;
 mod registers;
 mod sample;
 mod stats;
+mod strings;
 mod stubs;
 mod system;
 mod translate;

@@ -3,6 +3,7 @@
 use crate::engine::Engine;
 use crate::memory_path::Access;
 use crate::ranges::{NAMES, Name};
+use crate::strings;
 use crate::stubs::Stubs;
 use crate::translate::{Code, Offsets};
 use iced_x86::{
@@ -72,7 +73,7 @@ pub(crate) fn names(stubs: &Stubs, base: u64) -> Vec<(u64, String)> {
         (0..NAMES).map(move |name| (stubs.range(name as Name, access), format!("range_{verb}[{name}]")))
     });
     let named = named.into_iter().map(|(at, name)| (at, name.to_owned()));
-    named.chain(ranges).map(|(at, name)| (base + at as u64, name)).collect()
+    named.chain(ranges).chain(strings::names(&stubs.repeated)).map(|(at, name)| (base + at as u64, name)).collect()
 }
 
 impl Translated {

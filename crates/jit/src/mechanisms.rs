@@ -10,6 +10,8 @@ pub enum Mechanism {
     Vectors,
     /// Host code for x87.
     X87,
+    /// Host code for MOVS and STOS with REP.
+    Strings,
     /// Looking memory operands up in generated code: without it each operation on memory is a call.
     Memory,
     /// Range registers: without them each access looks into the MMU's table.
@@ -26,10 +28,11 @@ pub enum Mechanism {
 
 impl Mechanism {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Native,
         Self::Vectors,
         Self::X87,
+        Self::Strings,
         Self::Memory,
         Self::Ranges,
         Self::Groups,

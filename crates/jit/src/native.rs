@@ -62,6 +62,10 @@ impl Translator<'_> {
                 self.leave();
                 Ok(())
             }
+            Kind::Repeated(which) => {
+                self.repeated(which);
+                Ok(())
+            }
             Kind::System(system) => {
                 self.system(i, op, system);
                 Ok(())

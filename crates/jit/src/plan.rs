@@ -3,6 +3,7 @@
 use crate::bits::Bits;
 use crate::groups::Groups;
 use crate::mechanisms::{Mechanism, Mechanisms};
+use crate::strings::Repeated;
 use crate::system::System;
 use crate::turns::Turn;
 use crate::{vector, x87};
@@ -48,6 +49,8 @@ pub enum Kind {
     Vector,
     /// x87.
     X87,
+    /// MOVS or STOS with REP.
+    Repeated(Repeated),
     System(System),
     Push,
     Pop,
@@ -79,6 +82,7 @@ impl Kind {
         off.has(Mechanism::Native)
             || off.has(Mechanism::Vectors) && self == Kind::Vector
             || off.has(Mechanism::X87) && self == Kind::X87
+            || off.has(Mechanism::Strings) && matches!(self, Kind::Repeated(_))
             || off.has(Mechanism::Memory) && self.accesses_memory(i)
     }
 
@@ -86,7 +90,7 @@ impl Kind {
         match self {
             Kind::Push | Kind::Pop | Kind::Leave | Kind::Call | Kind::CallIndirect | Kind::Ret => true,
             Kind::Nop => false,
-            Kind::System(_) => true,
+            Kind::System(_) | Kind::Repeated(_) => true,
             _ => has_memory(i) && i.mnemonic() != M::Lea,
         }
     }
@@ -163,6 +167,9 @@ fn any_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
     }
     if x87::fits(i) && (!has_memory(i) || address_fits(i, op)) {
         return Kind::X87;
+    }
+    if let Some(repeated) = Repeated::of(i, op) {
+        return Kind::Repeated(repeated);
     }
     if let Some(system) = System::of(i).filter(|_| !has_memory(i) || address_fits(i, op)) {
         return Kind::System(system);

@@ -13,6 +13,8 @@ pub const FLAGS: Reg = 0;
 pub const RCX: Reg = 1;
 /// Home of guest RDX.
 pub const RDX: Reg = 2;
+/// Home of guest RBX.
+pub const RBX: Reg = 3;
 /// The host's stack pointer.
 pub const RSP: Reg = 4;
 /// Second argument of a function.

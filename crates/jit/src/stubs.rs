@@ -6,6 +6,7 @@ use crate::jumps::{FETCHES, FOLD, Fetch, Half, PAIR_SHIFT, PLACES, Place, SLOT_S
 use crate::memory_path::Access;
 use crate::ranges::{self, MARGIN, NAMES, Name, PATIENCE, Range};
 use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, home};
+use crate::strings::{self, RepeatedStubs};
 use crate::translate::LOOKUP_BYTES;
 use crate::{vector_file, x87};
 use std::mem::offset_of;
@@ -44,6 +45,9 @@ pub struct Stubs {
     pub x87_load: usize,
     /// Called: it goes to the core if it isn't there. Clobbers [`A`] and [`B`].
     pub x87_store: usize,
+    /// Called: does MOVS or STOS with REP as far as it can; not equal (ZF) if the operation's function must do the rest.
+    /// Clobbers [`A`] and [`B`].
+    pub repeated: RepeatedStubs,
     /// By range: called with a linear address in [`A`] and a number of bytes less one in [`B`]. If the MMU's table has
     /// them in one page: ZF set, the addend in [`A`], the linear address in [`B`].
     ranges: [[usize; NAMES]; 2],
@@ -120,6 +124,7 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
         vectors_load,
         x87_load,
         x87_store,
+        repeated: strings::emit(e),
         ranges,
     }
 }
@@ -446,14 +451,16 @@ fn elsewhere(e: &mut Emitter, find: usize, miss: usize) -> usize {
     here
 }
 
-fn push(e: &mut Emitter, r: u8) {
+/// PUSH.
+pub fn push(e: &mut Emitter, r: u8) {
     if r >= 8 {
         e.raw(&[0x41]);
     }
     e.raw(&[0x50 | r & 7]);
 }
 
-fn pop(e: &mut Emitter, r: u8) {
+/// POP.
+pub fn pop(e: &mut Emitter, r: u8) {
     if r >= 8 {
         e.raw(&[0x41]);
     }

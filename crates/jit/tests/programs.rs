@@ -5,6 +5,8 @@
 mod groups;
 #[path = "programs/places.rs"]
 mod places;
+#[path = "programs/strings.rs"]
+mod strings;
 #[path = "programs/x87.rs"]
 mod x87;
 
@@ -487,11 +489,7 @@ struct Seen {
     memory: Vec<u8>,
 }
 
-fn run(engine: &mut dyn Vcpu, mem: &GuestMemory, data: u64, stops: &[u64]) -> Seen {
-    run_from(engine, mem, &start(data), stops)
-}
-
-fn run_from(engine: &mut dyn Vcpu, mem: &GuestMemory, start: &CpuState, stops: &[u64]) -> Seen {
+fn run(engine: &mut dyn Vcpu, mem: &GuestMemory, start: &CpuState, stops: &[u64]) -> Seen {
     engine.set_state(start);
     let mut now = VirtualTime(0);
     'end: for &stop in stops {
@@ -521,13 +519,24 @@ fn compare_on(
     options: JitOptions,
     stops: &[u64],
 ) -> Result<JitStats, TestCaseError> {
+    compare_from(memory, &start(data), code, options, stops)
+}
+
+/// As [`compare_on`] from another state.
+fn compare_from(
+    memory: impl Fn() -> Arc<GuestMemory>,
+    start: &CpuState,
+    code: &[u8],
+    options: JitOptions,
+    stops: &[u64],
+) -> Result<JitStats, TestCaseError> {
     let profile = CpuidProfile::default();
     let mem = memory();
     let mut interp = Interpreter::new(Arc::clone(&mem), &profile, 0, &EngineOptions::default()).unwrap();
-    let expected = run(&mut interp, &mem, data, &stops[stops.len() - 1..]);
+    let expected = run(&mut interp, &mem, start, &stops[stops.len() - 1..]);
     let mem = memory();
     let mut jit = Jit::new(Arc::clone(&mem), &profile, 0, &EngineOptions::default(), options).unwrap();
-    let seen = run(&mut jit, &mem, data, stops);
+    let seen = run(&mut jit, &mem, start, stops);
     let difference = seen.memory.iter().zip(&expected.memory).position(|(a, b)| a != b);
     prop_assert_eq!(difference, None, "memory, {:02x?}", code);
     let Seen { state, retired, now, .. } = seen;
@@ -666,8 +675,8 @@ fn calling() -> Vec<u8> {
     let mut code = vec![0x48, 0xc7, 0xc7];
     code.extend((DATA as u32).to_le_bytes());
     let round = code.len();
-    // call the function; paddd xmm0, xmm1; fld1; dec dword [0x41800]
-    code.extend([0xe8, 21, 0, 0, 0, 0x66, 0x0f, 0xfe, 0xc1, 0xd9, 0xe8, 0xff, 0x0c, 0x25]);
+    // call the function; paddd xmm0, xmm1; fld1; rep stosb, with RCX at 0; dec dword [0x41800]
+    code.extend([0xe8, 25, 0, 0, 0, 0x66, 0x0f, 0xfe, 0xc1, 0xd9, 0xe8, 0x31, 0xc9, 0xf3, 0xaa, 0xff, 0x0c, 0x25]);
     code.extend((DATA as u32 + 0x1800).to_le_bytes());
     code.extend([0x0f, 0x85]);
     code.extend((round as i32 - code.len() as i32 - 4).to_le_bytes());
@@ -689,7 +698,9 @@ fn mechanisms_can_be_left_out() {
         let some = without(Mechanisms::NONE.with(mechanism));
         let differs = match mechanism {
             Mechanism::Native => some.ops_by_helper == some.ops_translated && some.translated_helpers > 0,
-            Mechanism::Vectors | Mechanism::X87 => some.translated_helpers == all.translated_helpers + 1,
+            Mechanism::Vectors | Mechanism::X87 | Mechanism::Strings => {
+                some.translated_helpers == all.translated_helpers + 1
+            }
             Mechanism::Memory => some.translated_helpers > all.translated_helpers + 2,
             Mechanism::Ranges => some.code_bytes != all.code_bytes && some.translated_helpers == all.translated_helpers,
             Mechanism::Groups => some.code_bytes > all.code_bytes && some.translated_helpers == all.translated_helpers,

@@ -15,6 +15,8 @@ const LONGEST: u64 = 10;
 const AT_MOST: u64 = 100_000;
 /// The loop's counter, at the end of a writable page.
 const COUNTER: u64 = WINDOW + 0xaff8;
+/// One instruction of so many is a string's: they are too few of all, and have host code of their own.
+const STRINGS: u64 = 8;
 /// Attempts to find an instruction.
 const ATTEMPTS: usize = 200;
 
@@ -46,7 +48,8 @@ pub fn case(rows: &Rows, r: &mut Random) -> Case {
 
 /// An instruction behind what loads its addresses, and the case that it comes from.
 fn step(rows: &Rows, r: &mut Random) -> Option<(Vec<u8>, Case)> {
-    let case = rows.case_in(Mode::Bits64, r);
+    let strings = r.one_in(STRINGS);
+    let case = if strings { rows.string_in(Mode::Bits64, r) } else { rows.case_in(Mode::Bits64, r) };
     let i = rows::instruction(&case, Mode::Bits64);
     if i.flow_control() != FlowControl::Next || i.is_ip_rel_memory_operand() {
         return None;

@@ -159,6 +159,8 @@ pub enum JitOff {
     Vectors,
     /// Host code for x87
     X87,
+    /// Host code for MOVS and STOS with REP
+    Strings,
     /// Memory operands looked up in generated code
     Memory,
     /// Range registers: each access looks into the MMU's table
@@ -179,6 +181,7 @@ impl JitOff {
             Self::Native => Mechanism::Native,
             Self::Vectors => Mechanism::Vectors,
             Self::X87 => Mechanism::X87,
+            Self::Strings => Mechanism::Strings,
             Self::Memory => Mechanism::Memory,
             Self::Ranges => Mechanism::Ranges,
             Self::Groups => Mechanism::Groups,

@@ -58,7 +58,7 @@ pub const ROWS: &[Row] = &[
 ];
 
 /// What MOVS and STOS move in a tick.
-const BYTES_A_TICK: u64 = 8;
+pub const BYTES_A_TICK: u64 = 8;
 
 /// The segment of a string source, XLAT table or other implied operand.
 pub fn segment_of(op: &Op) -> Seg {

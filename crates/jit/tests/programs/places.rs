@@ -47,7 +47,7 @@ fn compare_at(
 fn run_at(engine: &mut dyn Vcpu, mem: &GuestMemory, rip: u64, data: u64, ticks: u64) -> Seen {
     mem.write(Gpa::new(DATA + 0x1800), &40u64.to_le_bytes());
     let start = CpuState { rip, ..start(data) };
-    run_from(engine, mem, &start, &[ticks])
+    run(engine, mem, &start, &[ticks])
 }
 
 proptest! {

@@ -26,6 +26,8 @@ const ATTEMPTS: usize = 40;
 /// Every code that a row covers and that can be compared, by mode.
 pub struct Rows {
     codes: Vec<(Mode, Code)>,
+    /// Those of string instructions.
+    strings: Vec<(Mode, Code)>,
 }
 
 impl Rows {
@@ -38,26 +40,40 @@ impl Rows {
             let all = Code::values().filter(|&code| is_comparable(mode, code) && is_offered(code, profile));
             codes.extend(all.filter(&mut possible).map(|code| (mode, code)));
         }
-        Self { codes }
+        let strings = codes.iter().copied().filter(|(_, code)| code.is_string_instruction()).collect();
+        Self { codes, strings }
     }
 
     /// A random instruction of one mode.
     pub fn case_in(&self, mode: Mode, r: &mut Random) -> Case {
-        loop {
-            let case = self.case(r);
-            if case.layout == Layout::Window(mode) {
-                return case;
-            }
-        }
+        one_in(&self.codes, mode, r)
+    }
+
+    /// A random string instruction of one mode.
+    pub fn string_in(&self, mode: Mode, r: &mut Random) -> Case {
+        one_in(&self.strings, mode, r)
     }
 
     /// A random instruction.
     pub fn case(&self, r: &mut Random) -> Case {
-        loop {
-            let (mode, code) = r.pick(&self.codes);
-            if let Some(case) = case(mode, code, r) {
-                return case;
-            }
+        one(&self.codes, r)
+    }
+}
+
+fn one(codes: &[(Mode, Code)], r: &mut Random) -> Case {
+    loop {
+        let (mode, code) = r.pick(codes);
+        if let Some(case) = case(mode, code, r) {
+            return case;
+        }
+    }
+}
+
+fn one_in(codes: &[(Mode, Code)], mode: Mode, r: &mut Random) -> Case {
+    loop {
+        let case = one(codes, r);
+        if case.layout == Layout::Window(mode) {
+            return case;
         }
     }
 }
