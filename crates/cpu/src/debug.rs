@@ -162,6 +162,7 @@ impl Core {
 
     /// At the end of an instruction that retired, with its shadow in force: RF, then what DR6 bits its
     /// #DB has; 0 is none.
+    #[inline]
     pub fn after_instruction(&mut self) -> u64 {
         if !std::mem::take(&mut self.watch.keep_rf) {
             self.s.rflags &= !rflags::RF;
@@ -178,9 +179,9 @@ impl Core {
     }
 
     /// Whether a #DB is due, or instructions have to be looked at for one.
+    #[inline]
     pub fn must_look_for_debug(&self) -> bool {
-        let flagged = self.s.rflags & (rflags::TF | rflags::RF) != 0;
-        flagged || self.watch.hits != 0 || self.s.pending_debug != 0 || self.watch.fetches
+        self.s.rflags & rflags::TF != 0 || self.watch.hits != 0 || self.s.pending_debug != 0 || self.watch.fetches
     }
 
     /// At the end of an instruction that faulted.

@@ -217,16 +217,24 @@ impl Interpreter {
     /// A block stopped in or after its operation `last`: charges what retired and finds where to go on.
     #[inline(never)]
     pub(crate) fn ended(&mut self, bus: &mut dyn Bus, number: u32, last: usize, stop: Option<Stop>) -> Option<Exit> {
+        let retired = last + usize::from(matches!(stop, None | Some(Stop::Again)));
+        self.retired += retired as u64;
+        let next = if stop.is_none() { last + 1 } else { last };
+        let rip = self.stop_in_block(number, retired, next);
+        self.after_block(bus, stop.filter(|s| *s != Stop::Again), rip)
+    }
+
+    /// Charges the first `retired` operations of a block, and the next one's address is that of operation `next`, if
+    /// there is such.
+    #[inline(always)]
+    pub(crate) fn stop_in_block(&mut self, number: u32, retired: usize, next: usize) -> u64 {
         let c = &mut self.core;
         let block = self.cache.block(number);
-        let retired = last + usize::from(matches!(stop, None | Some(Stop::Again)));
         let cost = block.ops.get(retired).map_or(block.cost, |op| op.prefix);
-        self.retired += retired as u64;
         c.clock = c.clock.plus(u64::from(cost) + std::mem::take(&mut c.extra_cost));
-        let next = if stop.is_none() { last + 1 } else { last };
         let rip = block.ops.get(next).map_or(c.next_rip, |op| c.block_rip.wrapping_add(u64::from(op.start)));
         c.next_rip = rip;
-        self.after_block(bus, stop.filter(|s| *s != Stop::Again), rip)
+        rip
     }
 
     /// After a block that ran to its end: shadows, traps, attention.
@@ -246,9 +254,7 @@ impl Interpreter {
         }
         self.core.s.shadow = shadow;
         if let Some(stop) = stop {
-            self.core.s.shadow = Shadow::None;
-            self.core.forget_hits();
-            return self.stopped(bus, stop, rip);
+            return self.failed(bus, stop, rip);
         }
         let debug = self.core.after_instruction();
         if debug != 0
@@ -261,6 +267,14 @@ impl Interpreter {
             return Some(Exit::Attention);
         }
         None
+    }
+
+    /// The instruction at `rip` has stopped for another reason than an absent page.
+    #[inline(always)]
+    pub(crate) fn failed(&mut self, bus: &mut dyn Bus, stop: Stop, rip: u64) -> Option<Exit> {
+        self.core.s.shadow = Shadow::None;
+        self.core.forget_hits();
+        self.stopped(bus, stop, rip)
     }
 
     /// Delivers a fault of the instruction at `rip`, or hands out an exit.

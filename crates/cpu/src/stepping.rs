@@ -62,9 +62,10 @@ impl Interpreter {
         self.cache.find(&mut self.core).ok()
     }
 
-    /// Whether instructions have to be looked at one by one, so that only [`run_block`](Self::run_block) will do.
+    /// Whether instructions have to be looked at one by one, so that only [`run_block`](Self::run_block) will do. RFLAGS.RF
+    /// isn't looked at: who runs a block has to see that it ends with the first instruction.
     pub fn must_interpret(&self) -> bool {
-        self.single || self.core.resumes() || self.core.check_events || self.core.trace.is_some()
+        self.single || self.core.check_events || self.core.trace.is_some()
     }
 
     /// Interprets one block, or as much of it as `until` allows.
@@ -91,7 +92,8 @@ impl Interpreter {
 
     /// Ends block `number` behind operation `last`, after which, by [`run_op`](Self::run_op), nothing of it may follow,
     /// or before it if it is to start `again`: if nothing is due before the next block, no event, no trap, no stale
-    /// code. With `room` there is time for an instruction more, so that the shadow of STI passes unseen.
+    /// code. With `room` there is time for an instruction more, so that the shadow of STI passes unseen. RFLAGS.RF may be
+    /// set then.
     #[inline]
     pub fn end_quietly(
         &mut self,
@@ -101,25 +103,16 @@ impl Interpreter {
         again: bool,
         room: bool,
     ) -> Option<QuietEnd> {
-        let c = &mut self.core;
-        let due = c.attention || c.mmu.watcher().is_pending() || c.trap_pending;
-        let shadowed = match c.shadow_next {
+        let shadowed = match self.core.shadow_next {
             Shadow::None => false,
             Shadow::Sti => !room,
             Shadow::MovSs => true,
         };
-        if due || shadowed || !c.code_writes.is_empty() || c.must_look_for_debug() {
+        if shadowed || self.core.trap_pending || !self.is_quiet(bus) {
             return None;
         }
-        if c.check_events {
-            let interrupt = c.s.rflags & rflags::IF != 0 && bus.interrupt_pending();
-            if interrupt || c.s.activity != Activity::Running || c.trace.is_some() {
-                return None;
-            }
-        }
-        c.check_events = false;
+        let c = &mut self.core;
         c.shadow_next = Shadow::None;
-        c.break_block = false;
         if c.after_instruction() != 0 {
             return None;
         }
@@ -129,6 +122,36 @@ impl Interpreter {
             c.next_rip = c.block_rip.wrapping_add(u64::from(op.start));
         }
         Some(QuietEnd { unused, extra: std::mem::take(&mut c.extra_cost) })
+    }
+
+    /// Whether nothing is due before the next block but what its first instruction's RFLAGS.RF and a shadow ask for.
+    #[inline]
+    fn is_quiet(&mut self, bus: &mut dyn Bus) -> bool {
+        let c = &mut self.core;
+        let due = c.attention || c.mmu.watcher().is_pending() || !c.code_writes.is_empty();
+        if due || c.must_look_for_debug() {
+            return false;
+        }
+        if c.check_events {
+            let interrupt = c.s.rflags & rflags::IF != 0 && bus.interrupt_pending();
+            if interrupt || c.s.activity != Activity::Running || c.trace.is_some() {
+                return false;
+            }
+        }
+        c.check_events = false;
+        c.break_block = false;
+        true
+    }
+
+    /// Operation `index` of block `number` has raised a fault by [`run_op`](Self::run_op): delivers it. What the slice ends
+    /// with, if it ends; then whether the next block can follow at once, as after [`end_quietly`](Self::end_quietly).
+    #[inline]
+    pub fn fault_in_block(&mut self, bus: &mut dyn Bus, number: u32, index: usize) -> (Option<Exit>, bool) {
+        let rip = self.stop_in_block(number, index, index);
+        self.core.shadow_next = Shadow::None;
+        let exit = self.failed(bus, Stop::Fault, rip);
+        let quiet = exit.is_none() && self.is_quiet(bus);
+        (exit, quiet)
     }
 
     /// The block ended with operation `last`, or because that stopped.
@@ -147,6 +170,11 @@ impl Interpreter {
     pub fn count(&mut self, ops: u64, clock: VirtualTime) {
         self.retired += ops;
         self.core.clock = clock;
+    }
+
+    /// So many INVLPGs were executed elsewhere.
+    pub fn count_page_flushes(&mut self, count: u64) {
+        self.core.mmu.count_page_flushes(count);
     }
 
     /// The core, for an engine that keeps some of it elsewhere while it runs.

@@ -543,6 +543,7 @@ impl Engine {
         frame.bank = 0;
         frame.extra = 0;
         frame.bus = Some(bus);
+        frame.take_resume(&mut core.s);
         frame.take_context(core, &mut self.contexts);
         frame.flags = pack(core.flags);
         self.saved.follow(frame, &core.mmu);
@@ -555,7 +556,7 @@ impl Engine {
     fn left(&mut self, bus: &mut dyn Bus, budget: i64) -> Option<Exit> {
         self.misses.look(&mut self.frame, &self.interp.core().mmu, self.code.address());
         let (reason, site) = (self.frame.reason, self.frame.site);
-        self.look_up = reason == Reason::Op;
+        self.look_up = matches!(reason, Reason::Op | Reason::Event);
         let number = site >> OP_BITS;
         let mut left = self.frame.left();
         if matches!(reason, Reason::Op | Reason::Budget) {
@@ -565,6 +566,8 @@ impl Engine {
         let ops = (budget - left) as u64 - self.frame.extra;
         let clock = VirtualTime(self.frame.end.wrapping_sub(left as u64));
         self.stats.ops_translated += ops;
+        self.interp.count_page_flushes(std::mem::take(&mut self.frame.page_flushes));
+        self.frame.give_resume(&mut self.interp.core_mut().s, clock);
         let base = self.interp.core().gpr[CODE_BASE as usize];
         let rip = match reason {
             Reason::Op => {
@@ -576,6 +579,11 @@ impl Engine {
                 let exit = self.interp.leave_block(bus, number, last, stop);
                 self.stats.ops_translated += self.interp.retired() - before;
                 return exit;
+            }
+            Reason::Event => {
+                self.stats.left_by_op += 1;
+                self.interp.count(ops, clock);
+                return self.frame.exit.take();
             }
             Reason::Budget => {
                 self.stats.left_by_budget += 1;

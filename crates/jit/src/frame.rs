@@ -11,7 +11,7 @@ use umbra_arch::control::{Cr0, Cr4};
 use umbra_arch::fpu::{FpState, xcr0};
 use umbra_arch::segment::Segment;
 use umbra_arch::state::Msrs;
-use umbra_arch::{Bus, CpuState};
+use umbra_arch::{Bus, CpuState, Exit, VirtualTime, rflags};
 use umbra_cpu::op::{CODE_BASE, Stop};
 use umbra_cpu::{Core, Interpreter};
 use umbra_mmu::{Entry, FastTable};
@@ -24,6 +24,8 @@ pub enum Reason {
     Op,
     /// A block doesn't fit into the budget, or the engine asked to be told: `site` says which block.
     Budget,
+    /// A fault was delivered, and there is more to look at or an exit: all is in the core.
+    Event,
     /// A direct exit isn't linked: `site` is its number.
     Link,
     /// No translation is known for the RIP in the core.
@@ -82,11 +84,15 @@ pub struct Frame {
     pub x87_usable: u8,
     /// Not 0: the host's x87 registers hold the guest's FSW, tags and stack, the core's are stale.
     pub x87_live: u8,
+    /// INVLPGs that have yet to be counted.
+    pub page_flushes: u64,
     /// 1: RDTSC can't fault, and no other processor's time has to be looked at.
     pub tsc_usable: u8,
     /// FCW that Rust code runs with.
     pub host_fcw: u16,
     pub ranges: Ranges,
+    /// By kind of access: the ranges, by bits, that aren't empty.
+    pub used_ranges: [u32; 2],
     /// What to add to a linear address of the group that was checked last, by its base register.
     pub addends: [u64; BASES],
 
@@ -96,10 +102,16 @@ pub struct Frame {
     pub end: u64,
     /// Taken from the budget so that the next block's head leaves.
     pub bank: i64,
-    /// The MMU's fetch stamps at entry, by [`Half`].
+    /// The MMU's fetch stamps in force, by [`Half`].
     pub stamps: [u64; 2],
+    /// The code mode in force.
+    pub mode: u64,
     /// How the operation of a [`Reason::Op`] stopped.
     pub stop: Option<Stop>,
+    /// What a [`Reason::Event`] ends the slice with.
+    pub exit: Option<Exit>,
+    /// Virtual time at which RFLAGS.RF was set, which is clear in the core: it is for the instruction that starts then.
+    pub resume: u64,
     /// Ticks that were taken from the budget and weren't instructions.
     pub extra: u64,
     /// The bus of the slice, erased: only used while `run` has it.
@@ -132,6 +144,9 @@ const X87_SUMMARY: u16 = 0x8080;
 
 /// Failing guards until the next one's exit is linked to where it leads now: the hottest ones come first.
 pub const RELINK: u32 = 64;
+
+/// No virtual time.
+const NEVER: u64 = u64::MAX;
 
 /// More than any budget.
 pub const BANK: i64 = 1 << 61;
@@ -172,15 +187,20 @@ impl Frame {
             vectors_live: 0,
             x87_usable: 0,
             x87_live: 0,
+            page_flushes: 0,
             tsc_usable: 0,
             host_fcw: FCW_DEFAULT,
             ranges: ranges::NONE,
+            used_ranges: [0; 2],
             addends: [0; BASES],
             table: None,
             end: 0,
             bank: 0,
             stamps: [0; 2],
+            mode: 0,
             stop: None,
+            exit: None,
+            resume: NEVER,
             extra: 0,
             bus: None,
             panic: None,
@@ -242,10 +262,48 @@ impl Frame {
     #[inline]
     pub fn take_context(&mut self, core: &Core, contexts: &mut Contexts) {
         self.stamps = stamps(core);
-        self.context = Half::BOTH.map(|half| contexts.number(half, self.stamps[half as usize], core.code_mode));
-        self.salt = self.context.map(jumps::salt);
+        self.mode = core.code_mode;
+        for half in Half::BOTH {
+            let number = contexts.number(half, self.stamps[half as usize], self.mode);
+            self.context[half as usize] = number;
+            self.salt[half as usize] = jumps::salt(number);
+        }
         self.edges = edges(core.s.linear_bits());
+        self.take_level(core);
+    }
+
+    /// As [`take_context`](Self::take_context) if it may well be the same as before.
+    #[inline]
+    pub fn follow_context(&mut self, core: &Core, contexts: &mut Contexts) {
+        if stamps(core) == self.stamps && core.code_mode == self.mode {
+            self.take_level(core);
+        } else {
+            self.take_context(core, contexts);
+        }
+    }
+
+    /// After anything that may have changed CPL or CR4.TSD.
+    #[inline]
+    fn take_level(&mut self, core: &Core) {
         self.tsc_usable = u8::from(core.cpus == 1 && (core.s.cpl == 0 || !core.s.cr4.tsd()));
+    }
+
+    /// Before generated code goes on: RFLAGS.RF ends with the next instruction, unless that faults.
+    #[inline]
+    pub fn take_resume(&mut self, s: &mut CpuState) {
+        if s.rflags & rflags::RF != 0 {
+            s.rflags &= !rflags::RF;
+            self.resume = self.now();
+        }
+    }
+
+    /// Before an instruction that starts at `clock` is looked at: RFLAGS.RF, if it is the one that this was set for.
+    #[inline]
+    pub fn give_resume(&mut self, s: &mut CpuState, clock: VirtualTime) {
+        let due = std::mem::replace(&mut self.resume, NEVER);
+        if due == clock.0 {
+            s.rflags |= rflags::RF;
+        }
     }
 
     /// Has the next block's head leave.
@@ -258,6 +316,7 @@ impl Frame {
 }
 
 /// See [`Frame::stamps`].
+#[inline]
 pub fn stamps(core: &Core) -> [u64; 2] {
     [core.mmu.fetch_stamp(), core.mmu.upper_stamp()]
 }
@@ -344,6 +403,16 @@ pub fn tsc_aux() -> Mem {
 /// The selector in segment register `n`, as instructions number them.
 pub fn selector(n: usize) -> Mem {
     state(offset_of!(CpuState, seg) + n * size_of::<Segment>() + offset_of!(Segment, selector))
+}
+
+/// The base in segment register `n`.
+pub fn segment_base(n: usize) -> Mem {
+    state(offset_of!(CpuState, seg) + n * size_of::<Segment>() + offset_of!(Segment, base))
+}
+
+/// IA32_KERNEL_GS_BASE.
+pub fn kernel_gs_base() -> Mem {
+    state(offset_of!(CpuState, msr) + offset_of!(Msrs, kernel_gs_base))
 }
 
 /// Where execution goes on.

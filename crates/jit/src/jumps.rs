@@ -212,6 +212,7 @@ impl Contexts {
     }
 
     /// The pair's number; a pair that was forgotten gets a new one.
+    #[inline]
     pub fn number(&mut self, half: Half, stamp: u64, mode: u64) -> u32 {
         let slot = &mut self.recent[half as usize][(stamp ^ stamp >> 8 ^ mode >> 37) as usize & 0xff];
         if (slot.0, slot.1) != (stamp, mode) || slot.2 == 0 {

@@ -71,6 +71,12 @@ pub fn field(name: Name, access: Access, offset: usize) -> Mem {
     Mem { disp: start.disp + (index * size_of::<Range>() + offset) as i32, ..start }
 }
 
+/// Which ranges aren't empty, by bits.
+pub fn used(access: Access) -> Mem {
+    let start = frame_field!(used_ranges);
+    Mem { disp: start.disp + 4 * i32::from(access == Access::Write), ..start }
+}
+
 /// First linear address.
 pub fn first(name: Name, access: Access) -> Mem {
     field(name, access, offset_of!(Range, first))
@@ -92,7 +98,7 @@ type StackRanges = [Range; 2];
 /// Ranges of tables that aren't in force, for when they are again: the stack's, the only ones that copying is worth it
 /// for.
 pub struct Saved {
-    tables: [Option<(FastTable, StackRanges)>; TABLES],
+    tables: Vec<(FastTable, StackRanges)>,
     next: usize,
     withdrawals: u64,
 }
@@ -101,7 +107,7 @@ const TABLES: usize = 8;
 
 impl Saved {
     pub fn new() -> Self {
-        Self { tables: [None; TABLES], next: 0, withdrawals: u64::MAX }
+        Self { tables: Vec::with_capacity(TABLES), next: 0, withdrawals: u64::MAX }
     }
 
     /// After anything that may have selected another table or withdrawn translations.
@@ -110,8 +116,8 @@ impl Saved {
         let table = mmu.fast_table();
         if self.withdrawals != mmu.withdrawals() {
             self.withdrawals = mmu.withdrawals();
-            self.tables = [None; TABLES];
-            frame.ranges = NONE;
+            self.tables.clear();
+            frame.forget_ranges();
         } else if table == frame.table {
             return;
         } else {
@@ -123,18 +129,36 @@ impl Saved {
     /// Keeps the stack's ranges of the table that was in force and finds those of `table`.
     fn exchange(&mut self, frame: &mut Frame, table: Option<FastTable>) {
         const STACK: usize = guest::RSP as usize;
-        let old = frame.ranges.each_ref().map(|ranges| ranges[STACK]);
-        frame.ranges = NONE;
-        if let Some((_, known)) = self.tables.iter().flatten().find(|(known, _)| Some(*known) == table) {
-            frame.ranges.iter_mut().zip(known).for_each(|(ranges, range)| ranges[STACK] = *range);
+        let old = [frame.ranges[0][STACK], frame.ranges[1][STACK]];
+        frame.forget_ranges();
+        if let Some((_, known)) = self.tables.iter().find(|(known, _)| Some(*known) == table) {
+            for (access, range) in known.iter().enumerate() {
+                frame.ranges[access][STACK] = *range;
+                frame.used_ranges[access] |= 1 << STACK;
+            }
         }
         if let Some(table) = frame.table {
-            let same = self.tables.iter().position(|known| known.is_some_and(|(known, _)| known == table));
-            let at = same.unwrap_or_else(|| {
-                self.next = (self.next + 1) % TABLES;
-                self.next
-            });
-            self.tables[at] = Some((table, old));
+            match self.tables.iter().position(|(known, _)| *known == table) {
+                Some(at) => self.tables[at].1 = old,
+                None if self.tables.len() < TABLES => self.tables.push((table, old)),
+                None => {
+                    self.next = (self.next + 1) % TABLES;
+                    self.tables[self.next] = (table, old);
+                }
+            }
+        }
+    }
+}
+
+impl Frame {
+    /// Empties the ranges.
+    #[inline]
+    fn forget_ranges(&mut self) {
+        for (ranges, used) in self.ranges.iter_mut().zip(&mut self.used_ranges) {
+            while *used != 0 {
+                ranges[used.trailing_zeros() as usize] = EMPTY;
+                *used &= *used - 1;
+            }
         }
     }
 }
@@ -247,7 +271,6 @@ impl Misses {
     fn widen(&mut self, frame: &mut Frame, mmu: &Mmu, (name, write): (usize, bool), back: usize) {
         let (ram, now) = (frame.ram, frame.now());
         let gva = Gva::new(frame.missed_gva);
-        let range = &mut frame.ranges[usize::from(write)][name];
         let since = now.wrapping_sub(std::mem::replace(&mut self.last[usize::from(write)][name], now));
         let (Some((first, pages)), Some(offset)) = (
             mmu.run_around(gva, write, LONGEST),
@@ -255,6 +278,8 @@ impl Misses {
         ) else {
             return;
         };
+        frame.used_ranges[usize::from(write)] |= 1 << name;
+        let range = &mut frame.ranges[usize::from(write)][name];
         let long = pages >= FIXED_PAGES;
         let patience = &mut self.patience[usize::from(write)][name];
         let worth_it = long && since > SELDOM * u64::from(*patience);

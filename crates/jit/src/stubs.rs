@@ -188,6 +188,8 @@ fn range(e: &mut Emitter, n: usize) -> usize {
     let nowhere = e.jcc(cc::NOT_EQUAL);
     e.load(A, Mem::at(A, offset_of!(Entry, addend)));
     e.alu_mem(Alu::Add, true, A, frame_field!(ram));
+    e.rm(false, &[0x81], 1, ranges::used(access)); // or
+    e.raw(&(1u32 << name).to_le_bytes());
     e.rm(false, &[0xff], 1, ranges::field(name, access, offset_of!(Range, patience))); // dec
     let impatient = e.jcc(cc::EQUAL);
     e.alu_imm(Alu::And, true, B, -4096);
@@ -234,8 +236,6 @@ fn spill(e: &mut Emitter) {
     e.store32(frame_field!(flags), FLAGS);
     e.store(frame_field!(budget), BUDGET);
     vector_file::emit_store(e);
-    e.rm(false, &[0x0f, 0xae], 3, frame_field!(mxcsr)); // stmxcsr
-    e.rm(false, &[0x0f, 0xae], 2, frame_field!(host_mxcsr)); // ldmxcsr
 }
 
 fn reload(e: &mut Emitter) {
@@ -246,7 +246,6 @@ fn reload(e: &mut Emitter) {
     }
     e.load32(FLAGS, frame_field!(flags));
     e.load(BUDGET, frame_field!(budget));
-    e.rm(false, &[0x0f, 0xae], 2, frame_field!(mxcsr)); // ldmxcsr
 }
 
 /// Hashes the RIP in [`A`], of that half: the slot's address to [`B`].

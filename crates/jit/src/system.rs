@@ -7,6 +7,7 @@ use crate::registers::{A, B, BUDGET, FLAGS, GUEST_RAX, GUEST_RSP, RCX, RDX, gues
 use crate::translate::Translator;
 use iced_x86::{Instruction, Mnemonic as M, OpKind};
 use umbra_arch::rflags;
+use umbra_arch::segment::Seg;
 use umbra_cpu::decode::register_index;
 use umbra_cpu::op::Op;
 
@@ -24,6 +25,10 @@ pub enum System {
     PushFlags,
     /// MOV from a segment register to a general one of at least 32 bits.
     Selector,
+    /// SWAPGS.
+    SwapGs,
+    /// INVLPG.
+    InvalidatePage,
 }
 
 impl System {
@@ -34,6 +39,8 @@ impl System {
             M::Rdtsc => Some(Self::TimeStamp { aux: false }),
             M::Rdtscp => Some(Self::TimeStamp { aux: true }),
             M::Pushfq => Some(Self::PushFlags),
+            M::Swapgs => Some(Self::SwapGs),
+            M::Invlpg => Some(Self::InvalidatePage),
             M::Mov
                 if i.op_count() == 2 && i.op1_kind() == OpKind::Register && i.op1_register().is_segment_register() =>
             {
@@ -53,18 +60,46 @@ impl Translator<'_> {
             System::TimeStamp { aux } => self.time_stamp(op, aux),
             System::PushFlags => self.push_flags(),
             System::Selector => self.selector(i),
+            System::SwapGs => self.swap_gs(),
+            System::InvalidatePage => self.invalidate_page(op),
         }
     }
 
     /// CLI with CPL 0; any other goes by IOPL and may fault.
     fn cli(&mut self) {
+        self.only_in_ring_0();
+        self.e.rm(false, &[0x81], 4, frame::rflags()); // and dword
+        self.e.raw(&(!(rflags::IF as u32)).to_le_bytes());
+    }
+
+    fn only_in_ring_0(&mut self) {
         self.host_flags = false;
         self.e.rm(false, &[0x80], 7, frame::cpl()); // cmp byte
         self.e.raw(&[0]);
         let other = self.e.jcc(cc::NOT_EQUAL);
         self.slow(other);
-        self.e.rm(false, &[0x81], 4, frame::rflags()); // and dword
-        self.e.raw(&(!(rflags::IF as u32)).to_le_bytes());
+    }
+
+    fn swap_gs(&mut self) {
+        self.only_in_ring_0();
+        self.e.load(A, frame::kernel_gs_base());
+        self.e.load(B, frame::segment_base(Seg::Gs as usize));
+        self.e.store(frame::kernel_gs_base(), B);
+        self.e.store(frame::segment_base(Seg::Gs as usize), A);
+        self.e.store(frame::seg_base(Seg::Gs as u8), A);
+    }
+
+    /// INVLPG of an address that is canonical whatever the paging mode: counted, as the MMU does.
+    fn invalidate_page(&mut self, op: &Op) {
+        self.only_in_ring_0();
+        self.linear(&Address::of(op));
+        self.e.mov(B, A);
+        self.e.shl(true, B, 16);
+        self.e.sar(true, B, 16);
+        self.e.alu(Alu::Cmp, true, B, A);
+        let other = self.e.jcc(cc::NOT_EQUAL);
+        self.slow(other);
+        self.e.rm(true, &[0xff], 0, frame_field!(page_flushes)); // inc
     }
 
     /// The TSC is the virtual time, which is when the budget ends less what is left of it, and an offset.

@@ -1,4 +1,4 @@
-//! All vector registers of the guest at once, between the host's registers and the core.
+//! All vector registers of the guest at once, and MXCSR, between the host's registers and the core.
 
 use crate::emitter::Alu;
 use crate::emitter::{Emitter, Mem, cc};
@@ -15,6 +15,7 @@ pub fn emit_load(e: &mut Emitter) -> usize {
     e.alu(Alu::And, false, B, A);
     e.alu(Alu::Cmp, false, B, A);
     let forbidden = e.jcc(cc::NOT_EQUAL);
+    e.rm(false, &[0x0f, 0xae], 2, frame_field!(mxcsr)); // ldmxcsr
     let has_avx = is_x86_feature_detected!("avx");
     for n in 0..REGISTERS {
         if has_avx {
@@ -48,6 +49,8 @@ pub fn emit_store(e: &mut Emitter) {
     if has_avx {
         e.raw(&[0xc5, 0xf8, 0x77]); // vzeroupper
     }
+    e.rm(false, &[0x0f, 0xae], 3, frame_field!(mxcsr)); // stmxcsr
+    e.rm(false, &[0x0f, 0xae], 2, frame_field!(host_mxcsr)); // ldmxcsr
     e.rm(false, &[0xc6], 0, frame_field!(vectors_live)); // mov byte
     e.raw(&[0]);
     e.bind(stored);

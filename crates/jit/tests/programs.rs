@@ -1,6 +1,8 @@
 //! Random programs on the translator and on the interpreter: registers, flags, memory, counts and time are the
 //! same, whatever is translated when and wherever slices end.
 
+#[path = "programs/events.rs"]
+mod events;
 #[path = "programs/groups.rs"]
 mod groups;
 #[path = "programs/places.rs"]

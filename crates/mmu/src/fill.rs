@@ -64,9 +64,16 @@ impl Mmu {
     fn last_page(&mut self, gva: u64) -> Option<usize> {
         let place = Hints::place(gva);
         match self.hints.get(gva, self.current) {
-            Some(hint) if !self.shadow.page(hint.index).entry_for(gva).is_link() => Some(place),
+            Some(hint) if !self.leads_on(hint.index, gva) => Some(place),
             _ => self.follow_links(gva).then_some(place),
         }
+    }
+
+    /// Whether a shadow page has a link for `gva` to another one; a page that was freed leaves links to it behind.
+    #[inline(always)]
+    fn leads_on(&self, index: u32, gva: u64) -> bool {
+        let entry = self.shadow.page(index).entry_for(gva);
+        entry.is_link() && self.shadow.index_of(entry.child()).is_some()
     }
 
     #[inline(never)]

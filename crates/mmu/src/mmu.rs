@@ -387,6 +387,11 @@ impl Mmu {
         self.events.note(|| Event::FlushPage { gva });
     }
 
+    /// So many INVLPGs were executed: counted.
+    pub fn count_page_flushes(&mut self, count: u64) {
+        self.stats.flushes_page += count;
+    }
+
     /// INVPCID of a legal type and operand: counted. Nothing needs dropping.
     pub fn invpcid(&mut self, kind: u64, pcid: u16, gva: Gva) {
         match kind {

@@ -6,7 +6,7 @@ use crate::frame::{Reason, stamps};
 use crate::stubs::Flow;
 use crate::translate::OP_BITS;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use umbra_arch::VirtualTime;
+use umbra_arch::{Bus, VirtualTime, rflags};
 use umbra_cpu::op::Stop;
 
 impl Engine {
@@ -34,26 +34,28 @@ impl Engine {
         let core = self.interp.core_mut();
         core.flags = unpack(frame.flags);
         frame.give_vectors(&mut core.s);
+        // Each operation takes time, so that none of a block but its first can be the one.
+        frame.give_resume(&mut core.s, clock.plus(index as u64));
         let nmi_blocked = core.s.nmi_blocked;
         self.stats.ops_by_helper += 1;
         // SAFETY: `run` has the bus borrowed for as long as the frame holds it, and nobody else uses it.
-        let flow = self.interp.run_op(unsafe { &mut *bus }, number, index, clock);
+        let bus = unsafe { &mut *bus };
+        let flow = self.interp.run_op(bus, number, index, clock);
         let core = self.interp.core();
         frame.flags = pack(core.flags);
         frame.take_vectors(&core.s);
         frame.take_x87(&core.s);
+        if flow == Err(Stop::Fault) {
+            return self.fault(bus, number, index, clock);
+        }
         // IRET ends the blocking of NMIs, one of which may wait.
         if matches!(flow, Ok(true) | Err(Stop::Again)) && !nmi_blocked {
             let room = frame.bank == 0 && frame.budget >= ROOM;
-            // SAFETY: as above.
-            let quiet = self.interp.end_quietly(unsafe { &mut *bus }, number, index, flow.is_err(), room);
+            let quiet = self.interp.end_quietly(bus, number, index, flow.is_err(), room);
             if let Some(quiet) = quiet {
                 frame.budget += i64::from(quiet.unused) - quiet.extra as i64;
                 frame.extra += quiet.extra;
-                let core = self.interp.core();
-                frame.take_context(core, &mut self.contexts);
-                self.saved.follow(frame, &core.mmu);
-                return Flow::Block;
+                return self.another_block();
             }
         }
         if flow != Ok(false) {
@@ -62,12 +64,36 @@ impl Engine {
             frame.stop = flow.err();
             return Flow::Leave;
         }
-        let core = self.interp.core();
+        let core = self.interp.core_mut();
+        core.s.rflags &= !rflags::RF;
         self.saved.follow(frame, &core.mmu);
         if core.check_events || stamps(core) != frame.stamps {
             frame.leave_soon();
         }
         Flow::On
+    }
+
+    /// Delivers the fault that operation `index` of block `number`, whose first one started at `clock`, has raised.
+    fn fault(&mut self, bus: &mut dyn Bus, number: u32, index: usize, clock: VirtualTime) -> Flow {
+        let (exit, quiet) = self.interp.fault_in_block(bus, number, index);
+        let spent = self.interp.core().clock.since(clock);
+        self.frame.budget += i64::from(self.interp.blocks().block(number).cost) - spent as i64;
+        self.frame.extra += spent - index as u64;
+        if quiet {
+            return self.another_block();
+        }
+        self.frame.reason = Reason::Event;
+        self.frame.exit = exit;
+        Flow::Leave
+    }
+
+    /// Generated code goes on with the block at the core's RIP.
+    fn another_block(&mut self) -> Flow {
+        let core = self.interp.core_mut();
+        self.frame.take_resume(&mut core.s);
+        self.frame.follow_context(core, &mut self.contexts);
+        self.saved.follow(&mut self.frame, &core.mmu);
+        Flow::Block
     }
 }
 
