@@ -19,6 +19,8 @@ const HOLE: std::ops::Range<u64> = 0xa_0000..0xc_0000;
 const TABLE: u64 = 0x3000;
 /// Holds code that has run.
 const RUN_CODE: u64 = 0x21_0000;
+/// Has served as a page table: the first stores end that it is watched.
+const USED_TABLE: u64 = 0x22_0000;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
@@ -163,6 +165,7 @@ fn case() -> impl Strategy<Value = Case> {
             2 => (DATA + 0x8_0000)..DATA + 0x8_4000,
             1 => HOLE.start - 0x800..HOLE.start + 0x1800,
             1 => RUN_CODE - 0x800..RUN_CODE + 0x800,
+            1 => USED_TABLE - 0x800..USED_TABLE + 0x800,
         ]
     };
     let target = prop_oneof![4 => place(), 1 => TABLE + 0x100..TABLE + 0x180];
@@ -196,6 +199,10 @@ fn check(options: &EngineOptions, c: &Case) {
     jump.extend((RUN_CODE as u32).to_le_bytes());
     jump.extend([0xff, 0xe0]);
     g.run_bytes(&jump);
+    // The table maps a page behind all others: mov rax, [0x400000]
+    g.write(TABLE + 16, &(USED_TABLE | 7).to_le_bytes());
+    g.write(USED_TABLE, &(DATA | 7).to_le_bytes());
+    assert_eq!(g.run_bytes(&[0x48, 0x8b, 0x04, 0x25, 0, 0, 0x40, 0]), None);
     // Few different values, long equal runs.
     let pattern: Vec<u8> = (0..0x1_0000u64).map(|i| (i / 700 % 2) as u8).collect();
     for at in [DATA - 0x4000, 0x7_c000, DATA + 0x7_c000, RUN_CODE] {

@@ -152,14 +152,24 @@ fn repeat<O: StringOp, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flo
     if O::TARGET {
         n = n.min(room(c.seg_base[Seg::Es as usize].wrapping_add(target(c, op)), W::BYTES, down));
     }
-    let plain = !op.legacy || c.seg_checked & (1 << (op.seg & 7) | 1) == 0;
-    if !down && n > 1 && plain && O::bulk::<W>(c, op, n) {
-        advance::<O, W>(c, op, n);
-        c.set_counter(op, count - n);
+    if at_once::<O, W>(c, op, count, n) {
         charge::<O, W>(c, n);
         return if n == count { Ok(()) } else { Err(Stop::Again) };
     }
     elements::<O, W>(c, bus, op, count, n)
+}
+
+/// The first `n` of `count` elements at once; `false` if that can't be.
+#[inline(always)]
+fn at_once<O: StringOp, W: Word>(c: &mut Core, op: &Op, count: u64, n: u64) -> bool {
+    let plain = !op.legacy || c.seg_checked & (1 << (op.seg & 7) | 1) == 0;
+    let up = c.s.rflags & rflags::DF == 0;
+    let all = up && n > 1 && plain && O::bulk::<W>(c, op, n);
+    if all {
+        advance::<O, W>(c, op, n);
+        c.set_counter(op, count - n);
+    }
+    all
 }
 
 /// Charges what `n` elements of a chunk take beyond the chunk's own tick.
@@ -193,6 +203,10 @@ fn chunk<O: StringOp, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op, count: 
         // Not for `break_block`: what is decoded and cached must not decide where a chunk ends.
         if c.attention || c.extra_cost != before || c.watch.has_hit() {
             break;
+        }
+        // The first stores may have ended that the page is watched.
+        if done.is_power_of_two() && at_once::<O, W>(c, op, count - *done, n - *done) {
+            *done = n;
         }
     }
     if *done == count { Ok(()) } else { Err(Stop::Again) }
