@@ -4,7 +4,7 @@ use crate::block::Block;
 use crate::flags::Flags;
 use crate::op::{CODE_BASE, Op, Stop};
 use std::sync::Arc;
-use umbra_arch::control::{CodeContext, ControlLimits, ControlRegs, Effects};
+use umbra_arch::control::{CodeContext, ControlLimits, ControlRegs, Effects, FlushScope};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::segment::Seg;
 use umbra_arch::state::{Activity, Shadow};
@@ -345,6 +345,16 @@ impl Core {
     pub fn view_changed(&mut self) {
         self.mmu.set_view(self.s.cpl, self.s.rflags & rflags::AC != 0);
         self.guard_changed();
+    }
+
+    /// CPL, RFLAGS.AC and, `wp_changes` times, CR0.WP have changed, and the MMU doesn't know yet.
+    pub fn catch_up_view(&mut self, wp_changes: u64) {
+        if wp_changes & 1 != 0 {
+            let (regs, flush) = (self.control_regs(), FlushScope::None);
+            self.mmu.apply(&Effects { regs, flush, pdptes_loaded: false, forget_pcids: false });
+        }
+        self.mmu.count_wp_changes(wp_changes & !1);
+        self.view_changed();
     }
 
     /// Sets CPL; decoded code and the view follow.

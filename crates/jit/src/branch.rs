@@ -21,7 +21,7 @@ pub struct Search {
 
 impl Translator<'_> {
     /// The block's last operation.
-    pub fn branch(&mut self, i: &Instruction, op: &Op, kind: Kind) {
+    pub fn branch(&mut self, at: usize, i: &Instruction, op: &Op, kind: Kind) {
         let next = op.next_rip(self.block.rip);
         match kind {
             Kind::Jcc => self.jcc(i, op.imm, next),
@@ -50,6 +50,7 @@ impl Translator<'_> {
                 self.e.lea(GUEST_RSP, Mem::at(GUEST_RSP, 8 + (op.imm as usize & 0xffff)));
                 go(&mut self.e);
             }
+            Kind::System(system) => self.system_call(system, self.site(at), next),
             _ => self.exit(op.imm),
         }
     }

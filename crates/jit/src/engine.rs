@@ -70,7 +70,7 @@ impl Default for JitOptions {
 /// Room that one translation may need at most.
 const LARGEST: usize = 64 << 10;
 /// More than any block costs that is translated.
-const ROOM: i64 = umbra_cpu::block::MAX_OPS as i64;
+pub(crate) const ROOM: i64 = umbra_cpu::block::MAX_OPS as i64;
 /// Longest stretch without a look at the clock.
 const LONGEST: u64 = 1 << 60;
 
@@ -525,6 +525,7 @@ impl Engine {
             resume_unwind(panic);
         }
         let core = self.interp.core_mut();
+        self.frame.catch_up(core);
         core.flags = unpack(self.frame.flags);
         self.frame.give_vectors(&mut core.s);
         self.left(bus, budget)
@@ -542,11 +543,15 @@ impl Engine {
         frame.budget = budget as i64;
         frame.bank = 0;
         frame.extra = 0;
+        // SAFETY: the bus is borrowed until this returns.
+        frame.interrupt = unsafe { &mut *bus }.interrupt_pending().into();
         frame.bus = Some(bus);
         frame.take_resume(&mut core.s);
         frame.take_context(core, &mut self.contexts);
         frame.flags = pack(core.flags);
         self.saved.follow(frame, &core.mmu);
+        frame.take_msrs(core);
+        frame.know_view_anew(core);
         frame.take_vectors(&core.s);
         frame.take_x87(&core.s);
         budget as i64

@@ -6,6 +6,8 @@ use crate::groups::BASES;
 use crate::jumps::{self, Contexts, Half};
 use crate::ranges::{self, Ranges};
 use crate::registers::ENGINE;
+use crate::system_calls::Segments;
+use crate::views::{self, Selected, Views};
 use std::mem::offset_of;
 use umbra_arch::control::{Cr0, Cr4};
 use umbra_arch::fpu::{FpState, xcr0};
@@ -14,7 +16,7 @@ use umbra_arch::state::Msrs;
 use umbra_arch::{Bus, CpuState, Exit, VirtualTime, rflags};
 use umbra_cpu::op::{CODE_BASE, Stop};
 use umbra_cpu::{Core, Interpreter};
-use umbra_mmu::{Entry, FastTable};
+use umbra_mmu::{Entry, FastTable, Mmu};
 
 /// Why generated code was left.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -37,11 +39,7 @@ pub enum Reason {
 pub struct Frame {
     /// Host address of guest RAM.
     pub ram: u64,
-    /// The MMU's fast table.
-    pub slots: u64,
-    /// Mask of a slot's offset in bytes.
-    pub mask: u64,
-    pub generation: u64,
+    pub selected: Selected,
     /// The jump table.
     pub jumps: u64,
     /// Ticks left, negative when there is not enough for the next block. In R14 while code runs.
@@ -63,10 +61,6 @@ pub struct Frame {
     pub missed: u32,
     pub missed_gva: u64,
     pub missed_back: u64,
-    /// Numbers of the fetch stamps and code mode in force, by [`Half`].
-    pub context: [u32; 2],
-    /// What they change in the jump table's hash.
-    pub salt: [u32; 2],
     /// Packed status flags, in RAX while code runs.
     pub flags: u32,
     pub reason: Reason,
@@ -86,8 +80,28 @@ pub struct Frame {
     pub x87_live: u8,
     /// INVLPGs that have yet to be counted.
     pub page_flushes: u64,
-    /// 1: RDTSC can't fault, and no other processor's time has to be looked at.
-    pub tsc_usable: u8,
+    /// 1: EFER.SCE.
+    pub system_calls: u8,
+    /// 1: an interrupt waits, whatever RFLAGS.IF says.
+    pub interrupt: u8,
+    /// 1: the view was changed by generated code, and the MMU doesn't know.
+    pub changed_view: u8,
+    /// 1: CR0.WP may be changed by generated code.
+    pub wp_usable: u8,
+    /// Changes of CR0.WP that the MMU doesn't know of.
+    pub wp_changes: u64,
+    /// The view in force: its offset in `views`.
+    pub view: u64,
+    /// The MMU's epoch as it was last seen.
+    pub epoch: u64,
+    pub views: Views,
+    /// What system calls load into segment registers, and IA32_STAR that this is of.
+    pub segments: Segments,
+    pub star: Option<u64>,
+    /// Scratch of system calls: RFLAGS before and after, the site.
+    pub old_flags: u64,
+    pub new_flags: u64,
+    pub call_site: u32,
     /// FCW that Rust code runs with.
     pub host_fcw: u16,
     pub ranges: Ranges,
@@ -96,14 +110,10 @@ pub struct Frame {
     /// What to add to a linear address of the group that was checked last, by its base register.
     pub addends: [u64; BASES],
 
-    /// The table in force.
-    pub table: Option<FastTable>,
     /// Virtual time when the budget is used up.
     pub end: u64,
     /// Taken from the budget so that the next block's head leaves.
     pub bank: i64,
-    /// The MMU's fetch stamps in force, by [`Half`].
-    pub stamps: [u64; 2],
     /// The code mode in force.
     pub mode: u64,
     /// How the operation of a [`Reason::Op`] stopped.
@@ -161,9 +171,7 @@ impl Frame {
     pub fn new(ram: u64, [jumps, fetches, places]: [u64; 3]) -> Self {
         Self {
             ram,
-            slots: 0,
-            mask: 0,
-            generation: 0,
+            selected: Selected::NONE,
             jumps,
             budget: 0,
             scratch: 0,
@@ -176,8 +184,6 @@ impl Frame {
             missed: 0,
             missed_gva: 0,
             missed_back: 0,
-            context: [0; 2],
-            salt: [0; 2],
             flags: 0,
             reason: Reason::Op,
             site: 0,
@@ -188,15 +194,25 @@ impl Frame {
             x87_usable: 0,
             x87_live: 0,
             page_flushes: 0,
-            tsc_usable: 0,
+            system_calls: 0,
+            interrupt: 0,
+            changed_view: 0,
+            wp_usable: 0,
+            wp_changes: 0,
+            view: u64::MAX,
+            epoch: 0,
+            views: views::NONE,
+            segments: [[Segment::null(0); 2]; 2],
+            star: None,
+            old_flags: 0,
+            new_flags: 0,
+            call_site: 0,
             host_fcw: FCW_DEFAULT,
             ranges: ranges::NONE,
             used_ranges: [0; 2],
             addends: [0; BASES],
-            table: None,
             end: 0,
             bank: 0,
-            stamps: [0; 2],
             mode: 0,
             stop: None,
             exit: None,
@@ -210,12 +226,15 @@ impl Frame {
 
     /// After anything that may have moved or cleared the MMU's table.
     #[inline]
-    pub fn take_table(&mut self, table: Option<FastTable>) {
-        self.table = table;
-        let table = table.unwrap_or(FastTable { slots: &NOTHING, mask: 0, generation: 0 });
-        self.slots = table.slots as u64;
-        self.mask = table.mask * size_of::<Entry>() as u64;
-        self.generation = table.generation;
+    pub fn take_table(&mut self, table: Table) {
+        let selected = &mut self.selected;
+        (selected.slots, selected.mask, selected.generation) = table;
+    }
+
+    /// The table in force.
+    #[inline]
+    pub fn table(&self) -> Table {
+        (self.selected.slots, self.selected.mask, self.selected.generation)
     }
 
     /// Before generated code goes on: MXCSR, and which vector units it may use.
@@ -261,12 +280,12 @@ impl Frame {
     /// After anything that may have changed what code is fetched and how.
     #[inline]
     pub fn take_context(&mut self, core: &Core, contexts: &mut Contexts) {
-        self.stamps = stamps(core);
+        self.selected.stamps = stamps(core);
         self.mode = core.code_mode;
         for half in Half::BOTH {
-            let number = contexts.number(half, self.stamps[half as usize], self.mode);
-            self.context[half as usize] = number;
-            self.salt[half as usize] = jumps::salt(number);
+            let number = contexts.number(half, self.selected.stamps[half as usize], self.mode);
+            self.selected.context[half as usize] = number;
+            self.selected.salt[half as usize] = jumps::salt(number);
         }
         self.edges = edges(core.s.linear_bits());
         self.take_level(core);
@@ -275,7 +294,7 @@ impl Frame {
     /// As [`take_context`](Self::take_context) if it may well be the same as before.
     #[inline]
     pub fn follow_context(&mut self, core: &Core, contexts: &mut Contexts) {
-        if stamps(core) == self.stamps && core.code_mode == self.mode {
+        if stamps(core) == self.selected.stamps && core.code_mode == self.mode {
             self.take_level(core);
         } else {
             self.take_context(core, contexts);
@@ -285,7 +304,7 @@ impl Frame {
     /// After anything that may have changed CPL or CR4.TSD.
     #[inline]
     fn take_level(&mut self, core: &Core) {
-        self.tsc_usable = u8::from(core.cpus == 1 && (core.s.cpl == 0 || !core.s.cr4.tsd()));
+        self.selected.tsc_usable = u64::from(core.cpus == 1 && (core.s.cpl == 0 || !core.s.cr4.tsd()));
     }
 
     /// Before generated code goes on: RFLAGS.RF ends with the next instruction, unless that faults.
@@ -315,7 +334,7 @@ impl Frame {
     }
 }
 
-/// See [`Frame::stamps`].
+/// See [`Selected::stamps`].
 #[inline]
 pub fn stamps(core: &Core) -> [u64; 2] {
     [core.mmu.fetch_stamp(), core.mmu.upper_stamp()]
@@ -326,6 +345,26 @@ pub fn edges(linear_bits: u32) -> [u32; 2] {
     let half = 1 << (linear_bits - 33);
     [half - 1, 0u32.wrapping_sub(half)]
 }
+
+/// A slot's table, the mask of a slot's offset in bytes, the generation in force.
+pub type Table = (u64, u64, u64);
+
+/// The table that the MMU reads at present.
+#[inline]
+pub fn table_of(mmu: &Mmu) -> Table {
+    let table = mmu.fast_table().unwrap_or(FastTable { slots: &NOTHING, mask: 0, generation: 0 });
+    (table.slots as u64, table.mask * size_of::<Entry>() as u64, table.generation)
+}
+
+/// What a view selects, as generated code addresses it.
+macro_rules! selected {
+    ($field:ident) => {{
+        let start = $crate::frame::frame_field!(selected);
+        let offset = std::mem::offset_of!($crate::views::Selected, $field);
+        $crate::emitter::Mem { disp: start.disp + offset as i32, ..start }
+    }};
+}
+pub(crate) use selected;
 
 /// A field of the frame as generated code addresses it.
 macro_rules! frame_field {
@@ -347,12 +386,12 @@ pub fn addend(base: u8) -> Mem {
 
 /// The context number of a half.
 pub fn context(half: Half) -> Mem {
-    Mem { disp: frame_field!(context).disp + 4 * half as i32, ..frame_field!(context) }
+    Mem { disp: selected!(context).disp + 4 * half as i32, ..selected!(context) }
 }
 
 /// What that changes in the jump table's hash.
 pub fn salt(half: Half) -> Mem {
-    Mem { disp: frame_field!(salt).disp + 4 * half as i32, ..frame_field!(salt) }
+    Mem { disp: selected!(salt).disp + 4 * half as i32, ..selected!(salt) }
 }
 
 /// Guest register `n` in the core.
@@ -405,9 +444,29 @@ pub fn selector(n: usize) -> Mem {
     state(offset_of!(CpuState, seg) + n * size_of::<Segment>() + offset_of!(Segment, selector))
 }
 
+/// Segment register `n`.
+pub fn segment(n: usize) -> Mem {
+    state(offset_of!(CpuState, seg) + n * size_of::<Segment>())
+}
+
 /// The base in segment register `n`.
 pub fn segment_base(n: usize) -> Mem {
-    state(offset_of!(CpuState, seg) + n * size_of::<Segment>() + offset_of!(Segment, base))
+    Mem { disp: segment(n).disp + offset_of!(Segment, base) as i32, ..segment(n) }
+}
+
+/// CR0.
+pub fn cr0() -> Mem {
+    state(offset_of!(CpuState, cr0))
+}
+
+/// IA32_LSTAR.
+pub fn lstar() -> Mem {
+    state(offset_of!(CpuState, msr) + offset_of!(Msrs, lstar))
+}
+
+/// IA32_FMASK.
+pub fn fmask() -> Mem {
+    state(offset_of!(CpuState, msr) + offset_of!(Msrs, fmask))
 }
 
 /// IA32_KERNEL_GS_BASE.

@@ -174,6 +174,7 @@ impl Planner {
         const RSP: usize = guest::RSP as usize;
         match kind {
             Kind::Helper | Kind::Repeated(_) => (0..BASES).for_each(|base| self.close(base)),
+            Kind::System(system) if system.changes_view() => (0..BASES).for_each(|base| self.close(base)),
             Kind::Push => self.moved[RSP] = self.moved[RSP].saturating_sub(8),
             Kind::Pop if op.dst != guest::RSP => {
                 self.moved[RSP] = self.moved[RSP].saturating_add(8);

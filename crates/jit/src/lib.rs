@@ -32,10 +32,12 @@ mod stats;
 mod strings;
 mod stubs;
 mod system;
+mod system_calls;
 mod translate;
 mod turns;
 mod vector;
 mod vector_file;
+mod views;
 mod x87;
 
 pub use engine::{Jit, JitError, JitOptions};

@@ -12,6 +12,8 @@ pub enum Mechanism {
     X87,
     /// Host code for MOVS and STOS with REP.
     Strings,
+    /// Changes of CPL, RFLAGS.AC and CR0.WP in generated code.
+    Views,
     /// Looking memory operands up in generated code: without it each operation on memory is a call.
     Memory,
     /// Range registers: without them each access looks into the MMU's table.
@@ -28,11 +30,12 @@ pub enum Mechanism {
 
 impl Mechanism {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Native,
         Self::Vectors,
         Self::X87,
         Self::Strings,
+        Self::Views,
         Self::Memory,
         Self::Ranges,
         Self::Groups,

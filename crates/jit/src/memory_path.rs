@@ -1,7 +1,7 @@
 //! Guest addresses to host addresses: a range register, or one lookup in the MMU's fast table.
 
 use crate::emitter::{Alu, Jump, Mem, cc};
-use crate::frame::{self, frame_field, gpr, seg_base};
+use crate::frame::{self, frame_field, gpr, seg_base, selected};
 use crate::groups::{Check, Reach};
 use crate::ranges::{self, ABSOLUTE, Name, SEGMENT};
 use crate::registers::{A, B, Reg, guest, home};
@@ -239,13 +239,13 @@ impl Translator<'_> {
         let e = &mut self.e;
         e.mov(B, A);
         e.shr(true, B, 12 - size_of::<Entry>().trailing_zeros() as u8);
-        e.alu_mem(Alu::And, true, B, frame_field!(mask));
-        e.alu_mem(Alu::Add, true, B, frame_field!(slots));
+        e.alu_mem(Alu::And, true, B, selected!(mask));
+        e.alu_mem(Alu::Add, true, B, selected!(slots));
         if bytes > 1 {
             e.lea(A, Mem::at(A, bytes as usize - 1));
         }
         e.alu_imm(Alu::And, true, A, -4096);
-        e.alu_mem(Alu::Or, true, A, frame_field!(generation));
+        e.alu_mem(Alu::Or, true, A, selected!(generation));
         e.alu_mem(Alu::Cmp, true, A, Mem::at(B, access.tag()));
         let miss = e.jcc(cc::NOT_EQUAL);
         e.load(B, Mem::at(B, offset_of!(Entry, addend)));

@@ -74,7 +74,9 @@ pub enum ShiftKind {
 impl Kind {
     /// Whether it is the last of its block and goes on by itself.
     pub fn is_branch(self) -> bool {
-        matches!(self, Kind::Jcc | Kind::Jmp | Kind::JmpIndirect | Kind::Call | Kind::CallIndirect | Kind::Ret)
+        let near =
+            matches!(self, Kind::Jcc | Kind::Jmp | Kind::JmpIndirect | Kind::Call | Kind::CallIndirect | Kind::Ret);
+        near || matches!(self, Kind::System(system) if system.is_branch())
     }
 
     /// Whether it can't be had without these mechanisms.
@@ -82,6 +84,7 @@ impl Kind {
         off.has(Mechanism::Native)
             || off.has(Mechanism::Vectors) && self == Kind::Vector
             || off.has(Mechanism::X87) && self == Kind::X87
+            || off.has(Mechanism::Views) && matches!(self, Kind::System(system) if system.changes_view())
             || off.has(Mechanism::Strings) && matches!(self, Kind::Repeated(_))
             || off.has(Mechanism::Memory) && self.accesses_memory(i)
     }

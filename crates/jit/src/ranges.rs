@@ -5,7 +5,7 @@
 //! may say less ([`Mmu::withdrawals`]). What misses is looked up in the table by the range's [stub](crate::stubs).
 
 use crate::emitter::Mem;
-use crate::frame::{Frame, frame_field};
+use crate::frame::{Frame, Table, frame_field, table_of};
 use crate::memory_path::Access;
 use crate::registers::guest;
 use crate::translate::OP_BITS;
@@ -13,7 +13,7 @@ use std::collections::{HashMap, HashSet};
 use std::mem::offset_of;
 use umbra_arch::Gva;
 use umbra_cpu::op::CODE_BASE;
-use umbra_mmu::{FastTable, Mmu};
+use umbra_mmu::Mmu;
 
 /// A run of linear addresses.
 #[derive(Clone, Copy)]
@@ -46,7 +46,7 @@ const LONGEST: u64 = 1024;
 /// From so many pages on, a run is kept however much is missed.
 const FIXED_PAGES: u64 = 4;
 
-const EMPTY: Range = Range { first: 0, limit: 0, addend: 0, patience: PATIENCE, fixed: 0 };
+pub const EMPTY: Range = Range { first: 0, limit: 0, addend: 0, patience: PATIENCE, fixed: 0 };
 
 /// Number of a range's register: a general one, [`CODE_BASE`] for RIP-relative addresses, one of those below.
 pub type Name = u8;
@@ -98,7 +98,7 @@ type StackRanges = [Range; 2];
 /// Ranges of tables that aren't in force, for when they are again: the stack's, the only ones that copying is worth it
 /// for.
 pub struct Saved {
-    tables: Vec<(FastTable, StackRanges)>,
+    tables: Vec<(Table, StackRanges)>,
     next: usize,
     withdrawals: u64,
 }
@@ -113,12 +113,12 @@ impl Saved {
     /// After anything that may have selected another table or withdrawn translations.
     #[inline]
     pub fn follow(&mut self, frame: &mut Frame, mmu: &Mmu) {
-        let table = mmu.fast_table();
+        let table = table_of(mmu);
         if self.withdrawals != mmu.withdrawals() {
             self.withdrawals = mmu.withdrawals();
             self.tables.clear();
             frame.forget_ranges();
-        } else if table == frame.table {
+        } else if table == frame.table() {
             return;
         } else {
             self.exchange(frame, table);
@@ -127,24 +127,23 @@ impl Saved {
     }
 
     /// Keeps the stack's ranges of the table that was in force and finds those of `table`.
-    fn exchange(&mut self, frame: &mut Frame, table: Option<FastTable>) {
+    fn exchange(&mut self, frame: &mut Frame, table: Table) {
         const STACK: usize = guest::RSP as usize;
         let old = [frame.ranges[0][STACK], frame.ranges[1][STACK]];
         frame.forget_ranges();
-        if let Some((_, known)) = self.tables.iter().find(|(known, _)| Some(*known) == table) {
+        if let Some((_, known)) = self.tables.iter().find(|(known, _)| *known == table) {
             for (access, range) in known.iter().enumerate() {
                 frame.ranges[access][STACK] = *range;
                 frame.used_ranges[access] |= 1 << STACK;
             }
         }
-        if let Some(table) = frame.table {
-            match self.tables.iter().position(|(known, _)| *known == table) {
-                Some(at) => self.tables[at].1 = old,
-                None if self.tables.len() < TABLES => self.tables.push((table, old)),
-                None => {
-                    self.next = (self.next + 1) % TABLES;
-                    self.tables[self.next] = (table, old);
-                }
+        let table = frame.table();
+        match self.tables.iter().position(|(known, _)| *known == table) {
+            Some(at) => self.tables[at].1 = old,
+            None if self.tables.len() < TABLES => self.tables.push((table, old)),
+            None => {
+                self.next = (self.next + 1) % TABLES;
+                self.tables[self.next] = (table, old);
             }
         }
     }

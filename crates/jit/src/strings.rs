@@ -2,7 +2,7 @@
 //! operation's function makes and at the same cost; the function does what is left.
 
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
-use crate::frame::{self, frame_field};
+use crate::frame::{self, frame_field, selected};
 use crate::memory_path::Access;
 use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, GUEST_RAX, RBX, RCX, RDI, RDX, RSI, Reg};
 use crate::stubs::{pop, push};
@@ -183,11 +183,11 @@ fn offset(e: &mut Emitter, to: Reg, address: Reg) {
 fn find(e: &mut Emitter, address: Reg, access: Access, to: Reg) -> Jump {
     e.mov(FLAGS, address);
     e.shr(true, FLAGS, 12 - size_of::<Entry>().trailing_zeros() as u8);
-    e.alu_mem(Alu::And, true, FLAGS, frame_field!(mask));
-    e.alu_mem(Alu::Add, true, FLAGS, frame_field!(slots));
+    e.alu_mem(Alu::And, true, FLAGS, selected!(mask));
+    e.alu_mem(Alu::Add, true, FLAGS, selected!(slots));
     e.mov(to, address);
     e.alu_imm(Alu::And, true, to, -(PAGE_SIZE as i32));
-    e.alu_mem(Alu::Or, true, to, frame_field!(generation));
+    e.alu_mem(Alu::Or, true, to, selected!(generation));
     e.alu_mem(Alu::Cmp, true, to, Mem::at(FLAGS, access.tag()));
     let missed = e.jcc(cc::NOT_EQUAL);
     e.load(to, Mem::at(FLAGS, offset_of!(Entry, addend)));

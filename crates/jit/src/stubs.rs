@@ -1,14 +1,15 @@
 //! The code that all translations share: entering, leaving, calling an operation's function, finding a RIP.
 
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
-use crate::frame::{BANK, Reason, code_base, code_mode, context, frame_field, gpr, next_rip, salt};
+use crate::frame::{BANK, Reason, code_base, code_mode, context, frame_field, gpr, next_rip, salt, selected};
 use crate::jumps::{FETCHES, FOLD, Fetch, Half, PAIR_SHIFT, PLACES, Place, SLOT_SHIFT, SLOTS, Slot};
 use crate::memory_path::Access;
 use crate::ranges::{self, MARGIN, NAMES, Name, PATIENCE, Range};
 use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, home};
 use crate::strings::{self, RepeatedStubs};
+use crate::system_calls::{self, Ways};
 use crate::translate::LOOKUP_BYTES;
-use crate::{vector_file, x87};
+use crate::{vector_file, views, x87};
 use std::mem::offset_of;
 use umbra_cpu::core::CODE_SIZE_AT;
 use umbra_mmu::Entry;
@@ -37,6 +38,12 @@ pub struct Stubs {
     pub elsewhere: usize,
     /// As `lookup` for the RIP in the core.
     pub dispatch: usize,
+    /// Called: see [`views::emit_change`].
+    pub change_view: usize,
+    /// SYSCALL: see [`system_calls::emit_call`].
+    pub system_call: usize,
+    /// SYSRETQ: see [`system_calls::emit_return`].
+    pub system_return: usize,
     /// Called: the guest's vector registers go to the host's; not equal (ZF) if the units in [`A`] can't be used.
     /// Clobbers [`B`].
     pub vectors_load: usize,
@@ -102,10 +109,14 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
     e.load(A, next_rip());
     let to_absolute = e.jmp();
     let find = find(e);
-    let lookup = lookup(e, find, miss, to_absolute);
+    let (lookup, absolute) = lookup(e, find, miss, to_absolute);
     let elsewhere = elsewhere(e, find, miss);
     let helper = call_helper(e, helper, leave_spilled, dispatch);
     let rest = call_helper(e, rest, leave_spilled, dispatch);
+    let change_view = views::emit_change(e);
+    let ways = Ways { change: change_view, helper, dispatch, absolute };
+    let system_call = system_calls::emit_call(e, ways);
+    let system_return = system_calls::emit_return(e, ways);
     let mut ranges = [[0; NAMES]; 2];
     for (n, stub) in ranges.iter_mut().flatten().enumerate() {
         *stub = range(e, n);
@@ -121,6 +132,9 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
         find,
         elsewhere,
         dispatch,
+        change_view,
+        system_call,
+        system_return,
         vectors_load,
         x87_load,
         x87_store,
@@ -180,10 +194,10 @@ fn range(e: &mut Emitter, n: usize) -> usize {
     e.store(frame_field!(linear), A);
     e.alu(Alu::Add, true, B, A);
     e.alu_imm(Alu::And, true, B, -4096);
-    e.alu_mem(Alu::Or, true, B, frame_field!(generation));
+    e.alu_mem(Alu::Or, true, B, selected!(generation));
     e.shr(true, A, 12 - size_of::<Entry>().trailing_zeros() as u8);
-    e.alu_mem(Alu::And, true, A, frame_field!(mask));
-    e.alu_mem(Alu::Add, true, A, frame_field!(slots));
+    e.alu_mem(Alu::And, true, A, selected!(mask));
+    e.alu_mem(Alu::Add, true, A, selected!(slots));
     e.alu_mem(Alu::Cmp, true, B, Mem::at(A, access.tag()));
     let nowhere = e.jcc(cc::NOT_EQUAL);
     e.load(A, Mem::at(A, offset_of!(Entry, addend)));
@@ -327,10 +341,10 @@ fn find_in(e: &mut Emitter, half: Half) -> Vec<Jump> {
 fn find_page(e: &mut Emitter) -> Vec<Jump> {
     e.mov(B, A);
     e.shr(true, B, 12 - size_of::<Entry>().trailing_zeros() as u8);
-    e.alu_mem(Alu::And, true, B, frame_field!(mask));
-    e.alu_mem(Alu::Add, true, B, frame_field!(slots));
+    e.alu_mem(Alu::And, true, B, selected!(mask));
+    e.alu_mem(Alu::Add, true, B, selected!(slots));
     e.alu_imm(Alu::And, true, A, -4096);
-    e.alu_mem(Alu::Or, true, A, frame_field!(generation));
+    e.alu_mem(Alu::Or, true, A, selected!(generation));
     e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Entry, tag_fetch)));
     let other = e.jcc(cc::NOT_EQUAL);
     e.load(A, next_rip());
@@ -405,10 +419,11 @@ fn search(e: &mut Emitter, unknown: Unknown, find: usize, miss: usize) {
     e.point(nothing, miss);
 }
 
-/// See [`Stubs::lookup`]; `absolute` comes with the RIP itself.
-fn lookup(e: &mut Emitter, find: usize, miss: usize, absolute: Jump) -> usize {
+/// See [`Stubs::lookup`]; `absolute` comes with the RIP itself, to the second place.
+fn lookup(e: &mut Emitter, find: usize, miss: usize, absolute: Jump) -> (usize, usize) {
     let here = e.here();
     e.alu_mem(Alu::Add, true, A, code_base());
+    let at_absolute = e.here();
     e.bind(absolute);
     by_half(e, |e, half| {
         let unknown = compare_slot(e, half);
@@ -416,7 +431,7 @@ fn lookup(e: &mut Emitter, find: usize, miss: usize, absolute: Jump) -> usize {
         search(e, unknown, find, miss);
         go(e);
     });
-    here
+    (here, at_absolute)
 }
 
 /// See [`Stubs::other`].

@@ -1,11 +1,14 @@
 //! Operations of system code: the interrupt flag, selectors.
 
 use crate::emitter::{Alu, Mem, cc};
-use crate::frame::{self, frame_field, gpr};
+use crate::engine::ROOM;
+use crate::frame::{self, frame_field, gpr, selected};
 use crate::memory_path::{Access, Address};
 use crate::registers::{A, B, BUDGET, FLAGS, GUEST_RAX, GUEST_RSP, RCX, RDX, guest, home};
 use crate::translate::Translator;
-use iced_x86::{Instruction, Mnemonic as M, OpKind};
+use crate::views::{AC_STEP, WP_STEP, offset_of_view};
+use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
+use umbra_arch::control::Cr0;
 use umbra_arch::rflags;
 use umbra_arch::segment::Seg;
 use umbra_cpu::decode::register_index;
@@ -29,6 +32,16 @@ pub enum System {
     SwapGs,
     /// INVLPG.
     InvalidatePage,
+    /// STI.
+    Sti,
+    /// STAC and CLAC.
+    AccessFlag { set: bool },
+    /// MOV to CR0.
+    ControlRegister,
+    /// SYSCALL.
+    Syscall,
+    /// SYSRETQ.
+    Sysret,
 }
 
 impl System {
@@ -41,6 +54,12 @@ impl System {
             M::Pushfq => Some(Self::PushFlags),
             M::Swapgs => Some(Self::SwapGs),
             M::Invlpg => Some(Self::InvalidatePage),
+            M::Sti => Some(Self::Sti),
+            M::Stac => Some(Self::AccessFlag { set: true }),
+            M::Clac => Some(Self::AccessFlag { set: false }),
+            M::Syscall => Some(Self::Syscall),
+            M::Sysretq => Some(Self::Sysret),
+            M::Mov if i.op0_register() == Register::CR0 => Some(Self::ControlRegister),
             M::Mov
                 if i.op_count() == 2 && i.op1_kind() == OpKind::Register && i.op1_register().is_segment_register() =>
             {
@@ -49,6 +68,16 @@ impl System {
             }
             _ => None,
         }
+    }
+
+    /// Whether it goes on somewhere else.
+    pub fn is_branch(self) -> bool {
+        matches!(self, Self::Syscall | Self::Sysret)
+    }
+
+    /// Whether it changes what memory may be accessed.
+    pub fn changes_view(self) -> bool {
+        matches!(self, Self::AccessFlag { .. } | Self::ControlRegister | Self::Syscall | Self::Sysret)
     }
 }
 
@@ -62,6 +91,10 @@ impl Translator<'_> {
             System::Selector => self.selector(i),
             System::SwapGs => self.swap_gs(),
             System::InvalidatePage => self.invalidate_page(op),
+            System::Sti => self.sti(),
+            System::AccessFlag { set } => self.access_flag(set),
+            System::ControlRegister => self.write_cr0(i),
+            System::Syscall | System::Sysret => {}
         }
     }
 
@@ -78,6 +111,95 @@ impl Translator<'_> {
         self.e.raw(&[0]);
         let other = self.e.jcc(cc::NOT_EQUAL);
         self.slow(other);
+    }
+
+    /// STI with CPL 0 while no interrupt waits; its shadow passes unseen while the budget lasts for a block more.
+    fn sti(&mut self) {
+        self.only_in_ring_0();
+        self.e.rm(false, &[0xf7], 0, frame::rflags()); // test dword
+        self.e.raw(&(rflags::IF as u32).to_le_bytes());
+        let set = self.e.jcc(cc::NOT_EQUAL);
+        self.e.rm(false, &[0x80], 7, frame_field!(interrupt)); // cmp byte
+        self.e.raw(&[0]);
+        let waits = self.e.jcc(cc::NOT_EQUAL);
+        self.slow(waits);
+        self.e.alu_imm(Alu::Cmp, true, BUDGET, ROOM as i32);
+        let ends = self.e.jcc(cc::SIGN);
+        self.slow(ends);
+        self.e.rm(false, &[0x81], 1, frame::rflags()); // or dword
+        self.e.raw(&(rflags::IF as u32).to_le_bytes());
+        self.e.bind(set);
+    }
+
+    /// The view at [`B`] is taken.
+    fn change_view(&mut self) {
+        self.e.call(self.stubs.change_view);
+        let unknown = self.e.jcc(cc::NOT_EQUAL);
+        self.slow(unknown);
+    }
+
+    fn access_flag(&mut self, set: bool) {
+        self.only_in_ring_0();
+        self.e.load(A, frame::cr0());
+        self.supervisor_view(0);
+        self.e.alu_imm(Alu::Add, true, B, offset_of_view(false, set, false) as i32);
+        self.change_view();
+        let bits = if set { rflags::AC as u32 } else { !(rflags::AC as u32) };
+        self.e.rm(false, &[0x81], if set { 1 } else { 4 }, frame::rflags()); // or, and dword
+        self.e.raw(&bits.to_le_bytes());
+    }
+
+    /// To [`B`]: where the supervisor's view is that bits of [`A`] ask for: WP there, and the bit in RFLAGS that AC is if
+    /// `ac` says so.
+    fn supervisor_view(&mut self, ac: u64) {
+        self.e.shr(false, A, Cr0::WP.trailing_zeros() as u8);
+        self.e.alu_imm(Alu::And, false, A, 1);
+        self.e.rr(true, &[0x69], B, A); // imul
+        self.e.raw(&WP_STEP.to_le_bytes());
+        if ac != 0 {
+            self.e.load32(A, frame::rflags());
+            self.e.shr(false, A, ac.trailing_zeros() as u8);
+            self.e.alu_imm(Alu::And, false, A, 1);
+            self.e.rr(true, &[0x69], A, A); // imul
+            self.e.raw(&AC_STEP.to_le_bytes());
+            self.e.alu(Alu::Add, true, B, A);
+        }
+    }
+
+    /// MOV to CR0 that changes WP alone.
+    fn write_cr0(&mut self, i: &Instruction) {
+        self.only_in_ring_0();
+        self.e.rm(false, &[0x80], 7, frame_field!(wp_usable)); // cmp byte
+        self.e.raw(&[1]);
+        let forbidden = self.e.jcc(cc::NOT_EQUAL);
+        self.slow(forbidden);
+        let from = register_index(i.op1_register());
+        match home(from) {
+            Some(register) => self.e.mov(A, register),
+            None => self.e.load(A, gpr(from)),
+        }
+        self.e.mov(B, A);
+        self.e.alu_mem(Alu::Xor, true, B, frame::cr0());
+        self.e.alu_imm(Alu::Cmp, true, B, Cr0::WP as i32);
+        let other = self.e.jcc(cc::NOT_EQUAL);
+        self.slow(other);
+        self.supervisor_view(rflags::AC);
+        self.e.alu_imm(Alu::Add, true, B, offset_of_view(false, false, false) as i32);
+        self.change_view();
+        self.e.rm(false, &[0x81], 6, frame::cr0()); // xor dword
+        self.e.raw(&(Cr0::WP as u32).to_le_bytes());
+        self.e.rm(true, &[0xff], 0, frame_field!(wp_changes)); // inc
+    }
+
+    /// The block ends with SYSCALL or SYSRETQ.
+    pub fn system_call(&mut self, system: System, site: u32, next: u64) {
+        self.e.mov_imm(A, site.into());
+        if system == System::Syscall {
+            self.e.mov_imm(B, next);
+            self.e.jmp_to(self.stubs.system_call);
+        } else {
+            self.e.jmp_to(self.stubs.system_return);
+        }
     }
 
     fn swap_gs(&mut self) {
@@ -105,7 +227,7 @@ impl Translator<'_> {
     /// The TSC is the virtual time, which is when the budget ends less what is left of it, and an offset.
     fn time_stamp(&mut self, op: &Op, aux: bool) {
         self.host_flags = false;
-        self.e.rm(false, &[0x80], 7, frame_field!(tsc_usable)); // cmp byte
+        self.e.rm(false, &[0x80], 7, selected!(tsc_usable)); // cmp byte
         self.e.raw(&[1]);
         let other = self.e.jcc(cc::NOT_EQUAL);
         self.slow(other);

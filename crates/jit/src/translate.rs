@@ -288,7 +288,7 @@ impl<'a> Translator<'a> {
         let op: &Op = &self.block.ops[at];
         match step.kind {
             kind if kind.is_branch() => {
-                self.branch(i, op, kind);
+                self.branch(at, i, op, kind);
                 return Ok(());
             }
             Kind::Vector => self.vector(at, i, op, step.live)?,
@@ -313,9 +313,14 @@ impl<'a> Translator<'a> {
         self.vectors.live = 0;
     }
 
+    /// The site of operation `op`.
+    pub fn site(&self, op: usize) -> u32 {
+        self.number << OP_BITS | op as u32
+    }
+
     /// Does operation `op` by its function.
     fn helper(&mut self, op: usize) {
-        self.e.mov_imm(A, u64::from(self.number << OP_BITS | op as u32));
+        self.e.mov_imm(A, self.site(op).into());
         self.e.call(self.stubs.helper);
         self.host_flags = false;
     }
@@ -436,7 +441,7 @@ impl<'a> Translator<'a> {
 
     /// Does operation `op` and those behind it by their functions, and goes on with another block.
     fn rest(&mut self, op: usize) {
-        self.e.mov_imm(A, u64::from(self.number << OP_BITS | op as u32));
+        self.e.mov_imm(A, self.site(op).into());
         self.e.call(self.stubs.rest);
     }
 

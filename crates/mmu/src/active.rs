@@ -87,6 +87,7 @@ impl Mmu {
     /// alignment checks), or lets them hit again.
     pub fn set_guarded(&mut self, guarded: bool) {
         self.guarded = guarded;
+        self.selections += 1;
         self.sync_active();
     }
 

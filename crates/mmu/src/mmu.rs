@@ -98,6 +98,8 @@ pub struct Mmu {
     mem_generation: u64,
     last_stamp: u64,
     fetch_stamp: u64,
+    /// Times that something else was selected than another CPL, RFLAGS.AC or CR0.WP do.
+    pub(crate) selections: u64,
 }
 
 impl Mmu {
@@ -144,6 +146,7 @@ impl Mmu {
             random,
             last_stamp: 0,
             fetch_stamp: 0,
+            selections: 0,
         };
         mmu.select_root();
         mmu
@@ -206,6 +209,7 @@ impl Mmu {
         let role = CpuRole { smm: self.smm, guest_mode: self.guest_mode, ..CpuRole::of(regs) };
         let changed = role != self.role;
         if changed {
+            self.selections += u64::from(role != CpuRole { wp: role.wp, ..self.role });
             self.role = role;
             self.stats.role_changes += 1;
             self.events.note(|| Event::Role { role });
@@ -244,6 +248,7 @@ impl Mmu {
 
     fn select_keys(&mut self) {
         self.restricted = self.full_view().restricted_keys();
+        self.selections += 1;
         self.select_view();
     }
 
@@ -270,6 +275,7 @@ impl Mmu {
                 self.stats.root_hits_by_slot[position.min(COUNTED_SLOTS - 1)] += 1;
                 self.events.note(|| Event::RootHit { slot, position });
                 self.current = slot;
+                self.selections += 1;
             }
             None => self.build_root(regime),
         }
@@ -357,6 +363,14 @@ impl Mmu {
         self.fetch_stamp = self.current_stamp();
     }
 
+    /// As long as this is the same, a CPL, RFLAGS.AC and CR0.WP that come back bring back the same
+    /// [table](Self::fast_table) and stamps.
+    #[inline]
+    pub fn epoch(&self) -> u64 {
+        // None of them ever becomes less.
+        self.pool.withdrawals + self.last_stamp + self.selections
+    }
+
     /// What [`fetch_stamp`](Self::fetch_stamp) is made of.
     #[inline]
     pub(crate) fn current_stamp(&self) -> u64 {
@@ -385,6 +399,17 @@ impl Mmu {
     pub fn invlpg(&mut self, gva: Gva) {
         self.stats.flushes_page += 1;
         self.events.note(|| Event::FlushPage { gva });
+    }
+
+    /// CR0.WP was changed so often and came back: counted as by [`apply`](Self::apply).
+    pub fn count_wp_changes(&mut self, count: u64) {
+        self.stats.role_changes += count;
+        self.stats.flushes_none += count;
+    }
+
+    /// Whether changes of roles drop nothing, nor anything else by chance.
+    pub fn keeps_roots(&self) -> bool {
+        self.options.mode == MmuMode::NoUnload
     }
 
     /// So many INVLPGs were executed: counted.

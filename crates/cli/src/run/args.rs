@@ -161,6 +161,8 @@ pub enum JitOff {
     X87,
     /// Host code for MOVS and STOS with REP
     Strings,
+    /// Changes of CPL, RFLAGS.AC and CR0.WP in generated code
+    Views,
     /// Memory operands looked up in generated code
     Memory,
     /// Range registers: each access looks into the MMU's table
@@ -182,6 +184,7 @@ impl JitOff {
             Self::Vectors => Mechanism::Vectors,
             Self::X87 => Mechanism::X87,
             Self::Strings => Mechanism::Strings,
+            Self::Views => Mechanism::Views,
             Self::Memory => Mechanism::Memory,
             Self::Ranges => Mechanism::Ranges,
             Self::Groups => Mechanism::Groups,

@@ -32,6 +32,7 @@ impl Engine {
         let cost = i64::from(self.interp.blocks().block(number).cost);
         let clock = VirtualTime(frame.end - (frame.left() + cost) as u64);
         let core = self.interp.core_mut();
+        frame.catch_up(core);
         core.flags = unpack(frame.flags);
         frame.give_vectors(&mut core.s);
         // Each operation takes time, so that none of a block but its first can be the one.
@@ -42,6 +43,7 @@ impl Engine {
         let bus = unsafe { &mut *bus };
         let flow = self.interp.run_op(bus, number, index, clock);
         let core = self.interp.core();
+        frame.interrupt = bus.interrupt_pending().into();
         frame.flags = pack(core.flags);
         frame.take_vectors(&core.s);
         frame.take_x87(&core.s);
@@ -67,7 +69,13 @@ impl Engine {
         let core = self.interp.core_mut();
         core.s.rflags &= !rflags::RF;
         self.saved.follow(frame, &core.mmu);
-        if core.check_events || stamps(core) != frame.stamps {
+        if stamps(core) == frame.selected.stamps {
+            frame.know_view(core);
+        } else {
+            frame.forget_views();
+            frame.leave_soon();
+        }
+        if core.check_events {
             frame.leave_soon();
         }
         Flow::On
@@ -93,6 +101,8 @@ impl Engine {
         self.frame.take_resume(&mut core.s);
         self.frame.follow_context(core, &mut self.contexts);
         self.saved.follow(&mut self.frame, &core.mmu);
+        self.frame.take_msrs(core);
+        self.frame.know_view(core);
         Flow::Block
     }
 }

@@ -1,0 +1,193 @@
+//! Views of memory that generated code changes between by itself: what CPL, RFLAGS.AC and CR0.WP decide of data
+//! accesses and fetches, remembered for as long as nothing else decides otherwise ([`Mmu::epoch`]).
+//!
+//! The MMU isn't told; it [catches up](Frame::catch_up) before Rust code looks at it.
+
+use crate::emitter::{Alu, Emitter, Mem, cc};
+use crate::frame::{Frame, frame_field, gpr};
+use crate::memory_path::Access;
+use crate::ranges::{self, EMPTY, PATIENCE, Range};
+use crate::registers::{A, B, ENGINE, RDX, guest};
+use std::mem::offset_of;
+use umbra_arch::control::Cr0;
+use umbra_arch::rflags;
+use umbra_cpu::Core;
+
+/// What generated code needs of a view, in the order of the [`Frame`]'s fields of the same names.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct View {
+    /// The MMU's epoch that this holds for.
+    epoch: u64,
+    selected: Selected,
+    stack: [Range; 2],
+}
+
+/// What a view selects.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Selected {
+    /// The MMU's fast table.
+    pub slots: u64,
+    /// Mask of a slot's offset in bytes.
+    pub mask: u64,
+    pub generation: u64,
+    /// Numbers of the fetch stamps and code mode in force, by [`Half`](crate::jumps::Half).
+    pub context: [u32; 2],
+    /// What they change in the jump table's hash.
+    pub salt: [u32; 2],
+    /// The MMU's fetch stamps in force.
+    pub stamps: [u64; 2],
+    /// 1: RDTSC can't fault, and no other processor's time has to be looked at.
+    pub tsc_usable: u64,
+}
+
+impl Selected {
+    pub const NONE: Self =
+        Self { slots: 0, mask: 0, generation: 0, context: [0; 2], salt: [0; 2], stamps: [0; 2], tsc_usable: 0 };
+}
+
+/// No epoch: that of no view.
+const NEVER: u64 = u64::MAX;
+/// Nor this one, of views that aren't known.
+const UNTAKEN: u64 = u64::MAX - 1;
+const UNKNOWN: View = View { epoch: NEVER, selected: Selected::NONE, stack: [EMPTY; 2] };
+/// Ring 3 with RFLAGS.AC clear; the supervisor's four by AC and CR0.WP; whatever else there is, which is never known.
+const VIEWS: usize = 6;
+const ELSEWHERE: usize = VIEWS - 1;
+
+/// The views.
+pub type Views = [View; VIEWS];
+
+/// None of them known.
+pub const NONE: Views = [UNKNOWN; VIEWS];
+
+/// Where a view is from the first one on, in bytes.
+pub const fn offset_of_view(user: bool, ac: bool, wp: bool) -> usize {
+    let number = if user { 0 } else { 1 + ac as usize + 2 * wp as usize };
+    number * size_of::<View>()
+}
+
+/// From a supervisor's view with CR0.WP clear to that with CR0.WP set.
+pub const WP_STEP: i32 = 2 * size_of::<View>() as i32;
+/// Likewise for RFLAGS.AC.
+pub const AC_STEP: i32 = size_of::<View>() as i32;
+
+fn number(core: &Core) -> usize {
+    let (ac, wp) = (core.s.rflags & rflags::AC != 0, core.s.cr0.raw() & Cr0::WP != 0);
+    match core.s.cpl {
+        0 => offset_of_view(false, ac, wp) / size_of::<View>(),
+        3 if !ac => 0,
+        _ => ELSEWHERE,
+    }
+}
+
+impl Frame {
+    /// As [`know_view`](Self::know_view) if numbers of contexts may be others than before.
+    #[inline]
+    pub fn know_view_anew(&mut self, core: &Core) {
+        self.epoch = UNTAKEN;
+        self.know_view(core);
+    }
+
+    /// After the table and the context in force were taken: they are this view's.
+    #[inline]
+    pub fn know_view(&mut self, core: &Core) {
+        let (number, epoch) = (number(core), core.mmu.epoch());
+        let view = (number * size_of::<View>()) as u64;
+        if (self.view, self.epoch) == (view, epoch) && self.views[number].epoch == epoch {
+            return;
+        }
+        (self.view, self.epoch) = (view, epoch);
+        let known = &mut self.views[number];
+        if known.epoch != epoch {
+            known.stack = [EMPTY; 2];
+        }
+        known.selected = self.selected;
+        known.epoch = if number == ELSEWHERE { NEVER } else { epoch };
+    }
+
+    /// What was known of views doesn't hold until the context is taken again.
+    pub fn forget_views(&mut self) {
+        self.epoch = UNTAKEN;
+    }
+
+    /// Before anything looks at the MMU: generated code may have changed the view.
+    #[inline]
+    pub fn catch_up(&mut self, core: &mut Core) {
+        if self.changed_view != 0 {
+            self.changed_view = 0;
+            core.catch_up_view(std::mem::take(&mut self.wp_changes));
+        }
+    }
+}
+
+/// A field of the view at [`B`].
+fn field(offset: usize) -> Mem {
+    Mem::at(B, offset)
+}
+
+/// Called with the offset of a view in [`B`]: makes it the one in force; not equal (ZF) if it isn't known. Clobbers [`A`] and
+/// [`B`].
+pub fn emit_change(e: &mut Emitter) -> usize {
+    let here = e.here();
+    let views = frame_field!(views);
+    e.alu_mem(Alu::Cmp, true, B, frame_field!(view));
+    let same = e.jcc(cc::EQUAL);
+    e.load(A, frame_field!(epoch));
+    e.alu_mem(Alu::Cmp, true, A, Mem { base: Some(ENGINE), index: Some((B, 0)), disp: views.disp });
+    let unknown = e.jcc(cc::NOT_EQUAL);
+    e.store(gpr(RDX), RDX);
+    e.load(A, frame_field!(view));
+    e.store(frame_field!(view), B);
+    e.lea(A, Mem { base: Some(ENGINE), index: Some((A, 0)), disp: views.disp });
+    e.lea(B, Mem { base: Some(ENGINE), index: Some((B, 0)), disp: views.disp });
+    emit_ranges(e);
+    for at in (0..size_of::<Selected>()).step_by(8) {
+        e.load(RDX, field(offset_of!(View, selected) + at));
+        let selected = frame_field!(selected);
+        e.store(Mem { disp: selected.disp + at as i32, ..selected }, RDX);
+    }
+    e.rm(false, &[0xc6], 0, frame_field!(changed_view)); // mov byte
+    e.raw(&[1]);
+    e.load(RDX, gpr(RDX));
+    e.alu(Alu::Cmp, false, A, A);
+    e.bind(unknown);
+    e.bind(same);
+    e.raw(&[0xc3]);
+    here
+}
+
+/// The stack's ranges go to the view at [`A`], those of the one at [`B`] take their place; all others are emptied. Clobbers
+/// [`A`] and RDX.
+fn emit_ranges(e: &mut Emitter) {
+    let accesses = [(Access::Read, 0), (Access::Write, 1)];
+    let stack = |access: usize, at: usize| offset_of!(View, stack) + access * size_of::<Range>() + at;
+    for (access, n) in accesses {
+        for at in (0..size_of::<Range>()).step_by(8) {
+            e.load(RDX, ranges::field(guest::RSP, access, at));
+            e.store(Mem::at(A, stack(n, at)), RDX);
+            e.load(RDX, field(stack(n, at)));
+            e.store(ranges::field(guest::RSP, access, at), RDX);
+        }
+    }
+    for (access, _) in accesses {
+        e.load32(A, ranges::used(access));
+        e.store_imm32(ranges::used(access), 1 << guest::RSP);
+        e.alu_imm(Alu::And, false, A, !(1 << guest::RSP));
+        let none = e.jcc(cc::EQUAL);
+        let next = e.here();
+        e.rr(false, &[0x0f, 0xbc], RDX, A); // bsf
+        e.shl(true, RDX, size_of::<Range>().trailing_zeros() as u8);
+        let first = ranges::field(0, access, 0);
+        let part = |at: usize| Mem { base: Some(ENGINE), index: Some((RDX, 0)), disp: first.disp + at as i32 };
+        e.store_imm(part(offset_of!(Range, limit)), 0);
+        // With the field behind it, which is 0.
+        e.store_imm(part(offset_of!(Range, patience)), PATIENCE as i32);
+        e.lea(RDX, Mem { base: Some(A), index: None, disp: -1 });
+        e.alu(Alu::And, false, A, RDX);
+        let more = e.jcc(cc::NOT_EQUAL);
+        e.point(more, next);
+        e.bind(none);
+    }
+}
