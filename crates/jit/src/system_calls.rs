@@ -11,7 +11,7 @@ use umbra_cpu::Core;
 
 /// CS and SS after SYSCALL, those after SYSRET.
 pub type Segments = [[Segment; 2]; 2];
-const _: () = assert!(size_of::<Segment>() % 8 == 0);
+const _: () = assert!(size_of::<Segment>().is_multiple_of(8));
 
 impl Frame {
     /// After anything that may have changed MSRs.
