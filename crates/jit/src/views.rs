@@ -12,6 +12,7 @@ use std::mem::offset_of;
 use umbra_arch::control::Cr0;
 use umbra_arch::rflags;
 use umbra_cpu::Core;
+use umbra_cpu::core::CodeSize;
 
 /// What generated code needs of a view, in the order of the [`Frame`]'s fields of the same names.
 #[derive(Clone, Copy)]
@@ -52,7 +53,8 @@ const NEVER: u64 = u64::MAX;
 /// Nor this one, of views that aren't known.
 const UNTAKEN: u64 = u64::MAX - 1;
 const UNKNOWN: View = View { epoch: NEVER, selected: Selected::NONE, stack: [EMPTY; 2] };
-/// Ring 3 with RFLAGS.AC clear; the supervisor's four by AC and CR0.WP; whatever else there is, which is never known.
+/// In 64-bit mode: ring 3 with RFLAGS.AC clear, the supervisor's four by AC and CR0.WP; whatever else there is, which is
+/// never known.
 const VIEWS: usize = 6;
 const ELSEWHERE: usize = VIEWS - 1;
 
@@ -76,6 +78,8 @@ pub const AC_STEP: i32 = size_of::<View>() as i32;
 fn number(core: &Core) -> usize {
     let (ac, wp) = (core.s.rflags & rflags::AC != 0, core.s.cr0.raw() & Cr0::WP != 0);
     match core.s.cpl {
+        // The numbers of contexts say what code is decoded as.
+        _ if core.code_size != CodeSize::Bits64 => ELSEWHERE,
         0 => offset_of_view(false, ac, wp) / size_of::<View>(),
         3 if !ac => 0,
         _ => ELSEWHERE,

@@ -13,6 +13,8 @@ const LOG: i32 = DATA as i32 + 0x1f00;
 const COUNTER: i32 = DATA as i32 + 0x1800;
 const USER: u64 = 0x20_0000;
 const USER_STACK: u64 = 0x20_8000;
+/// Code of the user that runs as 32-bit code, too.
+const USER_32: u64 = USER + 0x1000;
 const ABSENT: i32 = 0x21_0000;
 const READ_ONLY: i32 = 0x21_1000;
 /// Of the supervisor.
@@ -113,6 +115,7 @@ fn handlers() -> Vec<(u64, Vec<u8>)> {
         (HANDLERS + 0x100, assembled(HANDLERS + 0x100, skipping(0))),
         (HANDLERS + 0x200, assembled(HANDLERS + 0x200, untracing)),
         (HANDLERS + 0x300, assembled(HANDLERS + 0x300, returning)),
+        (HANDLERS + 0x400, assembled(HANDLERS + 0x400, |a| a.mov(rsp, STACK).and_then(|()| a.jmp(rbx)))),
         (ENTRY, assembled(ENTRY, |a| a.jmp(rbx))),
     ]
 }
@@ -131,6 +134,7 @@ fn rings(code: &[u8]) -> Arc<GuestMemory> {
             6 => (HANDLERS + 0x100, 0x8f),
             0x80 => (HANDLERS + 0x300, 0xee),
             0x81 => (HANDLERS + 0x300, 0xef),
+            0x82 => (HANDLERS + 0x400, 0xee),
             2 | 0x20.. => (HANDLERS + 0x300, 0x8e),
             _ => (HANDLERS + 0x100, 0x8e),
         };
@@ -151,6 +155,8 @@ fn rings(code: &[u8]) -> Arc<GuestMemory> {
         let at = USER + 0x100 * which;
         mem.write(Gpa::new(at), &assembled(at, |a| user(a, which)));
     }
+    // inc eax; nop; inc eax; nop; int 0x82, or in 64-bit mode two NOPs with REX and INT
+    mem.write(Gpa::new(USER_32), &[0x40, 0x90, 0x40, 0x90, 0xcd, 0x82]);
     mem
 }
 
@@ -205,10 +211,12 @@ fn user(a: &mut CodeAssembler, which: u64) -> Result<(), IcedError> {
     a.syscall()
 }
 
+const EVENTS: u64 = 28;
+
 /// One thing that may happen.
 fn event(a: &mut CodeAssembler, c: &mut Choice) -> Result<(), IcedError> {
     let (mut next, mut here) = (a.create_label(), a.create_label());
-    let which = c.take(26);
+    let which = c.take(EVENTS);
     let flags = FLAGS[c.take(FLAGS.len() as u64) as usize];
     a.lea(r15, ptr(next))?;
     a.mov(r12, r15)?;
@@ -258,7 +266,8 @@ fn event(a: &mut CodeAssembler, c: &mut Choice) -> Result<(), IcedError> {
         }
         10..=13 => {
             a.lea(rbx, ptr(next))?;
-            a.mov(rcx, USER + 0x100 * c.take(USER_CODES))?;
+            let to = c.take(USER_CODES + 2);
+            a.mov(rcx, if to < USER_CODES { USER + 0x100 * to } else { USER_32 })?;
             a.mov(r11, flags)?;
             a.mov(rsp, STACK + 0x200)?;
             a.sysretq()?;
@@ -327,7 +336,15 @@ fn event(a: &mut CodeAssembler, c: &mut Choice) -> Result<(), IcedError> {
             a.mov(ss, eax)?;
             a.mov(eax, dword_ptr(if c.take(2) == 0 { ABSENT } else { PRIVATE }))?;
         }
-        _ => a.out(0x80, al)?,
+        25 => a.out(0x80, al)?,
+        _ => {
+            // To compatibility mode, which comes back by a gate.
+            a.lea(rbx, ptr(next))?;
+            a.mov(rcx, USER_32)?;
+            a.mov(r11, flags)?;
+            a.mov(rsp, STACK + 0x200)?;
+            a.sysret()?;
+        }
     }
     a.set_label(&mut next)?;
     // Something to resume at.
@@ -420,7 +437,7 @@ proptest! {
 /// The programs above are of any use: each event by itself comes to the loop's end, and most of it is translated.
 #[test]
 fn loops_of_events_come_to_their_end() {
-    for number in 0..26 * FLAGS.len() as u64 {
+    for number in 0..EVENTS * FLAGS.len() as u64 {
         let stats = compare_events(&[number], 0, SMALL, &[(TICKS, 0)]).unwrap();
         assert!(stats.ops_translated > stats.ops_interpreted, "{number}: {stats}");
     }
