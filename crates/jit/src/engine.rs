@@ -550,7 +550,7 @@ impl Engine {
         frame.take_context(core, &mut self.contexts);
         frame.flags = pack(core.flags);
         self.saved.follow(frame, &core.mmu);
-        frame.take_msrs(core);
+        frame.take_registers(core);
         frame.know_view_anew(core);
         frame.take_vectors(&core.s);
         frame.take_x87(&core.s);

@@ -98,6 +98,8 @@ pub struct Frame {
     /// What system calls load into segment registers, and IA32_STAR that this is of.
     pub segments: Segments,
     pub star: Option<u64>,
+    /// CR4.TSD as views take it into account.
+    pub tsd: bool,
     /// Scratch of system calls: RFLAGS before and after, the site.
     pub old_flags: u64,
     pub new_flags: u64,
@@ -204,6 +206,7 @@ impl Frame {
             views: views::NONE,
             segments: [[Segment::null(0); 2]; 2],
             star: None,
+            tsd: false,
             old_flags: 0,
             new_flags: 0,
             call_site: 0,

@@ -152,7 +152,7 @@ impl Saved {
 impl Frame {
     /// Empties the ranges.
     #[inline]
-    fn forget_ranges(&mut self) {
+    pub fn forget_ranges(&mut self) {
         for (ranges, used) in self.ranges.iter_mut().zip(&mut self.used_ranges) {
             while *used != 0 {
                 ranges[used.trailing_zeros() as usize] = EMPTY;

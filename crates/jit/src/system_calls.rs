@@ -14,9 +14,13 @@ pub type Segments = [[Segment; 2]; 2];
 const _: () = assert!(size_of::<Segment>().is_multiple_of(8));
 
 impl Frame {
-    /// After anything that may have changed MSRs.
+    /// After anything that may have changed MSRs or CR4: before the view in force is taken.
     #[inline]
-    pub fn take_msrs(&mut self, core: &Core) {
+    pub fn take_registers(&mut self, core: &Core) {
+        if self.tsd != core.s.cr4.tsd() {
+            self.tsd = !self.tsd;
+            self.forget_all_views();
+        }
         self.system_calls = core.s.efer.sce().into();
         self.wp_usable = (core.mmu.keeps_roots() && !core.s.cr4.cet()).into();
         let star = core.s.msr.star;

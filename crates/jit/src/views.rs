@@ -87,6 +87,35 @@ fn number(core: &Core) -> usize {
 }
 
 impl Frame {
+    /// Takes the view in force if it is known, as [`emit_change`] does; false if it isn't.
+    #[inline]
+    pub fn follow_view(&mut self, core: &Core) -> bool {
+        const STACK: usize = guest::RSP as usize;
+        let (number, epoch) = (number(core), core.mmu.epoch());
+        if self.epoch != epoch || self.views[number].epoch != epoch {
+            return false;
+        }
+        let (view, size) = ((number * size_of::<View>()) as u64, size_of::<View>() as u64);
+        if view != self.view {
+            let known = self.views[number];
+            if let Some(old) = self.views.get_mut((self.view / size) as usize) {
+                old.stack = [self.ranges[0][STACK], self.ranges[1][STACK]];
+            }
+            self.forget_ranges();
+            for (access, range) in known.stack.into_iter().enumerate() {
+                self.ranges[access][STACK] = range;
+                self.used_ranges[access] |= 1 << STACK;
+            }
+            (self.view, self.selected, self.mode) = (view, known.selected, core.code_mode);
+        }
+        true
+    }
+
+    /// What views select may depend on something else than before.
+    pub fn forget_all_views(&mut self) {
+        self.views.iter_mut().for_each(|view| view.epoch = NEVER);
+    }
+
     /// As [`know_view`](Self::know_view) if numbers of contexts may be others than before.
     #[inline]
     pub fn know_view_anew(&mut self, core: &Core) {

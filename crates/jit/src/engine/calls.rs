@@ -99,10 +99,12 @@ impl Engine {
     fn another_block(&mut self) -> Flow {
         let core = self.interp.core_mut();
         self.frame.take_resume(&mut core.s);
-        self.frame.follow_context(core, &mut self.contexts);
-        self.saved.follow(&mut self.frame, &core.mmu);
-        self.frame.take_msrs(core);
-        self.frame.know_view(core);
+        self.frame.take_registers(core);
+        if !self.frame.follow_view(core) {
+            self.frame.follow_context(core, &mut self.contexts);
+            self.saved.follow(&mut self.frame, &core.mmu);
+            self.frame.know_view(core);
+        }
         Flow::Block
     }
 }

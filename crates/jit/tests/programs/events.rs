@@ -176,7 +176,7 @@ fn ring_0(data: u64) -> CpuState {
     s
 }
 
-const USER_CODES: u64 = 10;
+const USER_CODES: u64 = 11;
 
 /// Code of the user, which ends with SYSCALL.
 fn user(a: &mut CodeAssembler, which: u64) -> Result<(), IcedError> {
@@ -205,13 +205,14 @@ fn user(a: &mut CodeAssembler, which: u64) -> Result<(), IcedError> {
             a.set_label(&mut first)?;
             a.mov(eax, dword_ptr(ABSENT))?;
         }
+        9 => a.rdtsc()?,
         _ => a.int(0x81)?,
     }
     a.set_label(&mut next)?;
     a.syscall()
 }
 
-const EVENTS: u64 = 28;
+const EVENTS: u64 = 29;
 
 /// One thing that may happen.
 fn event(a: &mut CodeAssembler, c: &mut Choice) -> Result<(), IcedError> {
@@ -337,6 +338,12 @@ fn event(a: &mut CodeAssembler, c: &mut Choice) -> Result<(), IcedError> {
             a.mov(eax, dword_ptr(if c.take(2) == 0 { ABSENT } else { PRIVATE }))?;
         }
         25 => a.out(0x80, al)?,
+        26 => {
+            // CR4.TSD
+            a.mov(rax, cr4)?;
+            a.xor(eax, 4)?;
+            a.mov(cr4, rax)?;
+        }
         _ => {
             // To compatibility mode, which comes back by a gate.
             a.lea(rbx, ptr(next))?;
