@@ -4,7 +4,7 @@ use crate::word::Word;
 use umbra_arch::rflags;
 
 /// Lazy CF, PF, AF, ZF, SF and OF.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Flags {
     /// ZF is 1 exactly when this is 0.
     pub zero: u64,

@@ -92,6 +92,8 @@ pub struct Frame {
     pub wp_changes: u64,
     /// The view in force: its offset in `views`.
     pub view: u64,
+    /// Where the views of the root in force begin there.
+    pub root_views: u64,
     /// The MMU's epoch as it was last seen.
     pub epoch: u64,
     pub views: Views,
@@ -202,6 +204,7 @@ impl Frame {
             wp_usable: 0,
             wp_changes: 0,
             view: u64::MAX,
+            root_views: 0,
             epoch: 0,
             views: views::NONE,
             segments: [[Segment::null(0); 2]; 2],

@@ -14,12 +14,14 @@ use umbra_arch::rflags;
 use umbra_cpu::Core;
 use umbra_cpu::core::CodeSize;
 
-/// What generated code needs of a view, in the order of the [`Frame`]'s fields of the same names.
+/// What generated code needs of a view.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct View {
     /// The MMU's epoch that this holds for.
     epoch: u64,
+    /// The slot of its root.
+    root: usize,
     selected: Selected,
     stack: [Range; 2],
 }
@@ -52,19 +54,21 @@ impl Selected {
 const NEVER: u64 = u64::MAX;
 /// Nor this one, of views that aren't known.
 const UNTAKEN: u64 = u64::MAX - 1;
-const UNKNOWN: View = View { epoch: NEVER, selected: Selected::NONE, stack: [EMPTY; 2] };
+const UNKNOWN: View = View { epoch: NEVER, root: 0, selected: Selected::NONE, stack: [EMPTY; 2] };
 /// In 64-bit mode: ring 3 with RFLAGS.AC clear, the supervisor's four by AC and CR0.WP; whatever else there is, which is
 /// never known.
 const VIEWS: usize = 6;
 const ELSEWHERE: usize = VIEWS - 1;
+/// Roots whose views are kept, by their slots' last bits.
+const ROOTS: usize = 4;
 
 /// The views.
-pub type Views = [View; VIEWS];
+pub type Views = [View; ROOTS * VIEWS];
 
 /// None of them known.
-pub const NONE: Views = [UNKNOWN; VIEWS];
+pub const NONE: Views = [UNKNOWN; ROOTS * VIEWS];
 
-/// Where a view is from the first one on, in bytes.
+/// Where a view is from its root's first one on, in bytes.
 pub const fn offset_of_view(user: bool, ac: bool, wp: bool) -> usize {
     let number = if user { 0 } else { 1 + ac as usize + 2 * wp as usize };
     number * size_of::<View>()
@@ -86,13 +90,19 @@ fn number(core: &Core) -> usize {
     }
 }
 
+/// The number of the view in force.
+fn place(core: &Core) -> usize {
+    core.mmu.root() % ROOTS * VIEWS + number(core)
+}
+
 impl Frame {
     /// Takes the view in force if it is known, as [`emit_change`] does; false if it isn't.
     #[inline]
     pub fn follow_view(&mut self, core: &Core) -> bool {
         const STACK: usize = guest::RSP as usize;
-        let (number, epoch) = (number(core), core.mmu.epoch());
-        if self.epoch != epoch || self.views[number].epoch != epoch {
+        let (number, epoch) = (place(core), core.mmu.epoch());
+        let known = &self.views[number];
+        if self.epoch != epoch || known.epoch != epoch || known.root != core.mmu.root() {
             return false;
         }
         let (view, size) = ((number * size_of::<View>()) as u64, size_of::<View>() as u64);
@@ -107,6 +117,7 @@ impl Frame {
                 self.used_ranges[access] |= 1 << STACK;
             }
             (self.view, self.selected, self.mode) = (view, known.selected, core.code_mode);
+            self.take_root(core);
         }
         true
     }
@@ -126,18 +137,28 @@ impl Frame {
     /// After the table and the context in force were taken: they are this view's.
     #[inline]
     pub fn know_view(&mut self, core: &Core) {
-        let (number, epoch) = (number(core), core.mmu.epoch());
+        let (number, root, epoch) = (place(core), core.mmu.root(), core.mmu.epoch());
         let view = (number * size_of::<View>()) as u64;
-        if (self.view, self.epoch) == (view, epoch) && self.views[number].epoch == epoch {
+        let known = &mut self.views[number];
+        if (self.view, self.epoch) == (view, epoch) && (known.epoch, known.root) == (epoch, root) {
             return;
         }
-        (self.view, self.epoch) = (view, epoch);
-        let known = &mut self.views[number];
-        if known.epoch != epoch {
+        if (known.epoch, known.root) != (epoch, root) {
             known.stack = [EMPTY; 2];
         }
-        known.selected = self.selected;
-        known.epoch = if number == ELSEWHERE { NEVER } else { epoch };
+        (known.selected, known.root) = (self.selected, root);
+        known.epoch = if number % VIEWS == ELSEWHERE { NEVER } else { epoch };
+        (self.view, self.epoch) = (view, epoch);
+        self.take_root(core);
+    }
+
+    /// Generated code only changes between views of one root.
+    fn take_root(&mut self, core: &Core) {
+        let first = core.mmu.root() % ROOTS * VIEWS;
+        self.root_views = (first * size_of::<View>()) as u64;
+        for view in self.views[first..first + VIEWS].iter_mut().filter(|view| view.root != core.mmu.root()) {
+            view.epoch = NEVER;
+        }
     }
 
     /// What was known of views doesn't hold until the context is taken again.
@@ -160,11 +181,12 @@ fn field(offset: usize) -> Mem {
     Mem::at(B, offset)
 }
 
-/// Called with the offset of a view in [`B`]: makes it the one in force; not equal (ZF) if it isn't known. Clobbers [`A`] and
+/// Called with the offset of a view of the root in force in [`B`]: makes it the one in force; not equal (ZF) if it isn't known. Clobbers [`A`] and
 /// [`B`].
 pub fn emit_change(e: &mut Emitter) -> usize {
     let here = e.here();
     let views = frame_field!(views);
+    e.alu_mem(Alu::Add, true, B, frame_field!(root_views));
     e.alu_mem(Alu::Cmp, true, B, frame_field!(view));
     let same = e.jcc(cc::EQUAL);
     e.load(A, frame_field!(epoch));

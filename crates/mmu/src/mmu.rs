@@ -98,7 +98,7 @@ pub struct Mmu {
     mem_generation: u64,
     last_stamp: u64,
     fetch_stamp: u64,
-    /// Times that something else was selected than another CPL, RFLAGS.AC or CR0.WP do.
+    /// Times that something else was selected than another root, CPL, RFLAGS.AC or CR0.WP do.
     pub(crate) selections: u64,
 }
 
@@ -275,7 +275,6 @@ impl Mmu {
                 self.stats.root_hits_by_slot[position.min(COUNTED_SLOTS - 1)] += 1;
                 self.events.note(|| Event::RootHit { slot, position });
                 self.current = slot;
-                self.selections += 1;
             }
             None => self.build_root(regime),
         }
@@ -363,12 +362,18 @@ impl Mmu {
         self.fetch_stamp = self.current_stamp();
     }
 
-    /// As long as this is the same, a CPL, RFLAGS.AC and CR0.WP that come back bring back the same
+    /// As long as this is the same, a [root](Self::root), CPL, RFLAGS.AC and CR0.WP that come back bring back the same
     /// [table](Self::fast_table) and stamps.
     #[inline]
     pub fn epoch(&self) -> u64 {
         // None of them ever becomes less.
         self.pool.withdrawals + self.last_stamp + self.selections
+    }
+
+    /// The root in force, by its slot.
+    #[inline]
+    pub fn root(&self) -> usize {
+        self.current
     }
 
     /// What [`fetch_stamp`](Self::fetch_stamp) is made of.

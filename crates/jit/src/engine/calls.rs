@@ -33,7 +33,8 @@ impl Engine {
         let clock = VirtualTime(frame.end - (frame.left() + cost) as u64);
         let core = self.interp.core_mut();
         frame.catch_up(core);
-        core.flags = unpack(frame.flags);
+        let flags = unpack(frame.flags);
+        core.flags = flags;
         frame.give_vectors(&mut core.s);
         // Each operation takes time, so that none of a block but its first can be the one.
         frame.give_resume(&mut core.s, clock.plus(index as u64));
@@ -44,7 +45,9 @@ impl Engine {
         let flow = self.interp.run_op(bus, number, index, clock);
         let core = self.interp.core();
         frame.interrupt = bus.interrupt_pending().into();
-        frame.flags = pack(core.flags);
+        if core.flags != flags {
+            frame.flags = pack(core.flags);
+        }
         frame.take_vectors(&core.s);
         frame.take_x87(&core.s);
         if flow == Err(Stop::Fault) {

@@ -6,6 +6,7 @@ use iced_x86::code_asm::*;
 const BIG_IDT: u64 = 0x6000;
 const TSS: u64 = 0x7000;
 const LAST_TABLE: u64 = 0x5000;
+const OTHER_TABLES: u64 = 0xc000;
 const HANDLERS: u64 = 0xa000;
 const ENTRY: u64 = 0xb000;
 /// What handlers saw, mixed.
@@ -150,6 +151,15 @@ fn rings(code: &[u8]) -> Arc<GuestMemory> {
     for (page, rights) in [(ABSENT, 0), (READ_ONLY, 1), (PRIVATE, 3)] {
         put(LAST_TABLE + 8 * ((page as u64 - USER) >> 12), page as u64 | rights);
     }
+    // The topmost table at other places; half of them map the user's stack to another page, and all pages are the user's.
+    (1..6).for_each(|n| put(top_table(n), if n & 1 == 0 { TABLES + 0x1007 } else { OTHER_TABLES | 7 }));
+    put(OTHER_TABLES, OTHER_TABLES + 0x1007);
+    put(OTHER_TABLES + 0x1000, 0x83);
+    put(OTHER_TABLES + 0x1008, OTHER_TABLES + 0x2007);
+    for page in 0..512u64 {
+        let frame = if USER + 0x1000 * page == USER_STACK { DATA + 0x2_0000 } else { USER + 0x1000 * page };
+        put(OTHER_TABLES + 0x2000 + 8 * page, frame | 7);
+    }
     handlers().iter().for_each(|(at, bytes)| mem.write(Gpa::new(*at), bytes));
     for which in 0..USER_CODES {
         let at = USER + 0x100 * which;
@@ -210,6 +220,11 @@ fn user(a: &mut CodeAssembler, which: u64) -> Result<(), IcedError> {
     }
     a.set_label(&mut next)?;
     a.syscall()
+}
+
+/// Topmost tables.
+fn top_table(n: u64) -> u64 {
+    if n == 0 { TABLES } else { 0x10_0000 + 0x1000 * n }
 }
 
 const EVENTS: u64 = 29;
@@ -329,7 +344,7 @@ fn event(a: &mut CodeAssembler, c: &mut Choice) -> Result<(), IcedError> {
         }
         23 => {
             a.invlpg(byte_ptr(ABSENT))?;
-            a.mov(rax, cr3)?;
+            a.mov(eax, top_table(c.take(6)) as i32)?;
             a.mov(cr3, rax)?;
         }
         24 => {
@@ -406,11 +421,15 @@ fn compare_events(
     options: JitOptions,
     stops: &[(u64, u8)],
 ) -> Result<JitStats, TestCaseError> {
-    let (code, profile) = (events(body), CpuidProfile::default());
-    let mem = rings(&code);
+    compare_code(&events(body), data, options, stops)
+}
+
+fn compare_code(code: &[u8], data: u64, options: JitOptions, stops: &[(u64, u8)]) -> Result<JitStats, TestCaseError> {
+    let profile = CpuidProfile::default();
+    let mem = rings(code);
     let mut interp = Interpreter::new(Arc::clone(&mem), &profile, 0, &EngineOptions::default()).unwrap();
     let expected = run_with(&mut interp, &mem, &ring_0(data), stops);
-    let mem = rings(&code);
+    let mem = rings(code);
     let mut jit = Jit::new(Arc::clone(&mem), &profile, 0, &EngineOptions::default(), options).unwrap();
     let seen = run_with(&mut jit, &mem, &ring_0(data), stops);
     let difference = seen.memory.iter().zip(&expected.memory).position(|(a, b)| a != b);
@@ -448,4 +467,38 @@ fn loops_of_events_come_to_their_end() {
         let stats = compare_events(&[number], 0, SMALL, &[(TICKS, 0)]).unwrap();
         assert!(stats.ops_translated > stats.ops_interpreted, "{number}: {stats}");
     }
+}
+
+/// Two roots in turn, and in each of them changes of AC, WP and CPL with accesses that tell them apart.
+#[test]
+fn views_are_those_of_their_root() {
+    let code = assembled(CODE, |a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        for table in [0, 1, 2, 3] {
+            let mut back = a.create_label();
+            a.mov(eax, top_table(table) as i32)?;
+            a.mov(cr3, rax)?;
+            a.stac()?;
+            a.add(dword_ptr(USER_STACK as i32), 1)?;
+            a.clac()?;
+            for _ in 0..2 {
+                a.mov(rax, cr0)?;
+                a.btc(eax, 16)?;
+                a.mov(cr0, rax)?;
+                a.add(dword_ptr(DATA as i32), 1)?;
+            }
+            a.lea(rbx, ptr(back))?;
+            a.mov(ecx, (USER + 0x100) as i32)?;
+            a.mov(r11d, 2)?;
+            a.sysretq()?;
+            a.set_label(&mut back)?;
+        }
+        a.dec(dword_ptr(COUNTER))?;
+        a.jnz(again)?;
+        a.hlt()
+    });
+    let run = |off| compare_code(&code, 6, JitOptions { off, ..SMALL }, &[(TICKS, 0)]).unwrap();
+    let (all, without) = (run(Mechanisms::NONE), run(Mechanisms::NONE.with(Mechanism::Views)));
+    assert!(2 * all.ops_by_helper < without.ops_by_helper, "{all}\n{without}");
 }
