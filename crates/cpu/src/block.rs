@@ -251,6 +251,15 @@ impl BlockCache {
         Ok(number)
     }
 
+    /// The block behind the end of block `number`, if that is 64-bit code and the page goes on there.
+    pub fn behind(&self, number: u32) -> Option<u32> {
+        let block = self.block(number);
+        let same_page = !block.is_legacy() && !block.crosses() && block.end_rip >> 12 == block.rip >> 12;
+        let offset = block.offset + block.end_rip.wrapping_sub(block.rip);
+        let key = Key { offset, rip: block.end_rip, mode: block.mode };
+        self.number_of(&key).filter(|&next| same_page && !self.block(next).crosses())
+    }
+
     fn number_of(&self, key: &Key) -> Option<u32> {
         let is_it = |&number: &u32| self.blocks[number as usize].key() == *key;
         self.map.find(self.hasher.hash_one(key), is_it).copied()

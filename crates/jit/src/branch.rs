@@ -60,8 +60,7 @@ impl Translator<'_> {
             self.e.restore_flags();
         }
         // iced-x86 numbers conditions as encodings do, from 1 on.
-        self.exit_if(i.condition_code() as u8 - 1, target);
-        self.exit(next);
+        self.ends(i.condition_code() as u8 - 1, target, next);
     }
 
     /// The target RIP to [`A`].

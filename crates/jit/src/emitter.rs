@@ -48,16 +48,18 @@ pub mod cc {
 pub struct Jump(pub usize);
 
 /// Code to be placed at offset `base` of the code memory, what is rarely executed elsewhere.
+#[derive(Default)]
 pub struct Emitter {
     pub bytes: Vec<u8>,
     base: usize,
     /// Bytes that go to `base`, and the offset that those behind them go to.
     rare: Option<(usize, usize)>,
+    has_bmi2: bool,
 }
 
 impl Emitter {
     pub fn new(base: usize) -> Self {
-        Self { bytes: Vec::with_capacity(1024), base, rare: None }
+        Self { bytes: Vec::with_capacity(1024), base, rare: None, has_bmi2: is_x86_feature_detected!("bmi2") }
     }
 
     /// What follows goes to offset `at`.
@@ -182,6 +184,14 @@ impl Emitter {
         self.rr(wide, &[op as u8], to, from);
     }
 
+    /// `opcode`, that of 32 bits, on registers of so many bytes.
+    pub fn sized(&mut self, bytes: u32, opcode: u8, reg: Reg, rm: Reg) {
+        if bytes == 2 {
+            self.byte(0x66);
+        }
+        self.rr(bytes == 8, &[if bytes == 1 { opcode & !1 } else { opcode }], reg, rm);
+    }
+
     pub fn alu_mem(&mut self, op: Alu, wide: bool, to: Reg, mem: Mem) {
         self.rm(wide, &[op as u8], to, mem);
     }
@@ -212,6 +222,17 @@ impl Emitter {
     pub fn shr(&mut self, wide: bool, r: Reg, count: u8) {
         self.rr(wide, &[0xc1], 5, r);
         self.byte(count);
+    }
+
+    /// `from`, shifted right, to another register; bits above those that are left hold whatever was below them.
+    pub fn shifted(&mut self, to: Reg, from: Reg, count: u8) {
+        if self.has_bmi2 {
+            self.raw(&[0xc4, !(to & 8) << 4 & 0x80 | !(from & 8) << 2 & 0x20 | 0x43, 0xfb, 0xf0]); // rorx
+            self.raw(&[0xc0 | (to & 7) << 3 | from & 7, count]);
+        } else {
+            self.mov(to, from);
+            self.shr(true, to, count);
+        }
     }
 
     pub fn sar(&mut self, wide: bool, r: Reg, count: u8) {

@@ -12,14 +12,16 @@ use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::ranges::{Misses, Saved};
 use crate::stats::JitStats;
 use crate::stubs::{self, Stubs};
-use crate::translate::{Code, OP_BITS, Offsets, Source, dropped_code, translate};
+use crate::traces::trace;
+use crate::translate::{Code, OP_BITS, Offsets, Settings, Source, dropped_code, translate};
 use calls::{run_helper, run_rest};
 use links::KnownExit;
+use std::collections::HashMap;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Bus, CpuState, Exit, Gva, Slice, Stopped, Vcpu, VirtualTime};
-use umbra_cpu::core::{CodeSize, code_bits};
+use umbra_cpu::core::code_bits;
 use umbra_cpu::op::CODE_BASE;
 use umbra_cpu::{EngineError, EngineOptions, Interpreter};
 use umbra_hostexec::{CodeMemory, HostExecError};
@@ -115,6 +117,8 @@ pub(crate) struct Engine {
     /// By block number.
     states: Vec<State>,
     exits: Vec<KnownExit>,
+    /// By block number: the first blocks of the traces that it is a part of.
+    traces: HashMap<u32, Vec<u32>>,
     jumps: Jumps,
     fetches: Fetches,
     places: Places,
@@ -179,6 +183,7 @@ impl Jit {
             stubs,
             states: Vec::new(),
             exits: Vec::new(),
+            traces: HashMap::new(),
             jumps,
             fetches,
             places,
@@ -217,10 +222,8 @@ impl Jit {
         });
         let listed = found.map(|(number, entry)| {
             let at = Offsets { often: entry, ..engine.next() };
-            let (bytes, code) = engine.translated(number, at, Half::of(rip));
-            let base = engine.code.address();
-            let names = listing::names(&engine.stubs, base);
-            Translated::of(engine.interp.blocks().block(number), rip, bytes, &code, (base, at), names)
+            let (trace, code) = engine.translated(number, at, Half::of(rip));
+            engine.listed(&trace, rip, &code, at)
         });
         listed.collect()
     }
@@ -302,11 +305,6 @@ impl Engine {
             return Some(exit);
         }
         self.forget_dropped();
-        if !alone && !self.options.legacy && self.interp.core().code_size != CodeSize::Bits64 {
-            self.pending = None;
-            self.look_up = true;
-            return self.interp.run_chain(bus, until);
-        }
         if !alone && let Some(slot) = self.known() {
             return self.enter(bus, slot.code, slot.base, until);
         }
@@ -369,8 +367,11 @@ impl Engine {
         }
     }
 
-    /// Forgets a block's translation. True if there was one.
+    /// Forgets a block's translation, and those it is a part of. True if it had one of its own.
     fn forget(&mut self, number: u32) -> bool {
+        for first in self.traces.remove(&number).into_iter().flatten() {
+            self.forget(first);
+        }
         let Some(state) = self.states.get_mut(number as usize) else { return false };
         let State::Translated(old) = std::mem::replace(state, State::Cold(0)) else { return false };
         let code = dropped_code(old.entry, old.rip, &self.stubs);
@@ -418,16 +419,16 @@ impl Engine {
         }
         let (at, rip) = (self.next(), self.interp.core().next_rip);
         let entry = at.often;
-        let (bytes, code) = self.translated(number, at, Half::of(rip));
+        let (trace, code) = self.translated(number, at, Half::of(rip));
         let (often, rare) = code.bytes.split_at(code.often);
         self.code.append(often).ok()?;
         self.code.append_rare(rare).ok()?;
-        if let Some(listener) = &mut self.listener {
-            let names = listing::names(&self.stubs, self.code.address());
-            listener(&Translated::of(block, rip, bytes, &code, (self.code.address(), at), names));
+        if let Some(mut listener) = self.listener.take() {
+            listener(&self.listed(&trace, rip, &code, at));
+            self.listener = Some(listener);
         }
         self.stats.translated += 1;
-        self.stats.translated_ops += block.ops.len() as u64;
+        self.stats.translated_ops += (code.starts.len() - 1) as u64;
         self.stats.translated_helpers += code.helpers as u64;
         self.misses.know(code.missers);
         self.exits.extend(code.exits.into_iter().map(|exit| KnownExit { exit, number, entry }));
@@ -444,8 +445,21 @@ impl Engine {
             self.places.enter(Place { offset: block.offset(), code });
         }
         self.states[number as usize] = State::Translated(translation);
-        self.interp.keep_block(number);
+        for &member in &trace {
+            self.interp.keep_block(member);
+            let firsts = self.traces.entry(member).or_default();
+            if member != number && !firsts.contains(&number) {
+                firsts.push(number);
+            }
+        }
         Some(translation)
+    }
+
+    fn listed(&self, trace: &[u32], rip: u64, code: &Code, at: Offsets) -> Translated {
+        let base = self.code.address();
+        let blocks: Vec<_> = trace.iter().map(|&number| self.interp.blocks().block(number)).collect();
+        let guest = self.bytes_of(trace);
+        Translated::of(&blocks, rip, guest, code, (base, at), listing::names(&self.stubs, base))
     }
 
     /// Where the next translation goes.
@@ -453,21 +467,37 @@ impl Engine {
         Offsets { often: self.code.next(), rare: self.code.next_rare() }
     }
 
-    /// A block's bytes, and host code for these offsets of the code memory.
-    fn translated(&self, number: u32, at: Offsets, half: Half) -> (Vec<u8>, Code) {
-        let block = self.interp.blocks().block(number);
-        let mut bytes = Vec::with_capacity(block.bytes() as usize);
-        for (offset, len) in block.pieces() {
-            let at = bytes.len();
-            bytes.resize(at + len as usize, 0);
-            self.interp.core().mem.load_bytes(RamOffset::new(offset), &mut bytes[at..]);
+    /// The blocks that a block is translated with, and host code of all of them for these offsets of the code memory.
+    fn translated(&self, number: u32, at: Offsets, half: Half) -> (Vec<u32>, Code) {
+        let (off, blocks) = (self.options.off, self.interp.blocks());
+        let alone = off.has(Mechanism::Traces);
+        let mut trace = if alone { vec![number] } else { trace(number, blocks, &self.interp.core().mem) };
+        let bytes: Vec<_> = trace.iter().map(|&number| self.bytes_of(&[number])).collect();
+        let sources = trace.iter().zip(&bytes).map(|(&number, bytes)| Source {
+            block: blocks.block(number),
+            number,
+            bytes,
+            missing: if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) },
+            alone: self.misses.is_alone(number),
+        });
+        let sources: Vec<_> = sources.collect();
+        let code = translate(&sources, at, self.exits.len(), Settings { half, off, stubs: &self.stubs });
+        trace.truncate(code.parts);
+        (trace, code)
+    }
+
+    /// The bytes of blocks, each one's once.
+    fn bytes_of(&self, trace: &[u32]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for (at, &number) in trace.iter().enumerate().filter(|(at, number)| !trace[..*at].contains(number)) {
+            debug_assert!(at == 0 || !self.interp.blocks().block(number).crosses());
+            for (offset, len) in self.interp.blocks().block(number).pieces() {
+                let at = bytes.len();
+                bytes.resize(at + len as usize, 0);
+                self.interp.core().mem.load_bytes(RamOffset::new(offset), &mut bytes[at..]);
+            }
         }
-        let off = self.options.off;
-        let missing = if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) };
-        let alone = self.misses.is_alone(number);
-        let source = Source { block, number, half, bytes: &bytes, missing, alone, off };
-        let code = translate(source, at, self.exits.len(), &self.stubs);
-        (bytes, code)
+        bytes
     }
 
     /// Empties the code memory.
@@ -475,6 +505,7 @@ impl Engine {
         self.code.truncate(self.stubs_end);
         self.states.iter_mut().for_each(|state| *state = State::Cold(0));
         self.exits.clear();
+        self.traces.clear();
         self.misses.forget_code();
         self.jumps.clear();
         self.fetches.clear();

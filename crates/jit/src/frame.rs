@@ -45,6 +45,8 @@ pub struct Frame {
     /// Ticks left, negative when there is not enough for the next block. In R14 while code runs.
     pub budget: i64,
     pub scratch: u64,
+    /// What the flags of the last operation that has a [recipe](crate::recipes) are made from, if no register keeps it.
+    pub kept: u64,
     /// Where pages of the upper half are fetched from.
     pub fetches: u64,
     /// The table of translations by place.
@@ -179,6 +181,7 @@ impl Frame {
             jumps,
             budget: 0,
             scratch: 0,
+            kept: 0,
             fetches,
             places,
             edges: [0; 2],

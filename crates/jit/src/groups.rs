@@ -49,7 +49,7 @@ pub enum Check {
 const LOOKUPS: usize = 2;
 
 /// The groups of a block.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Groups {
     /// By operation and lookup.
     checks: Vec<[Check; LOOKUPS]>,

@@ -80,9 +80,9 @@ pub(crate) fn names(stubs: &Stubs, base: u64) -> Vec<(u64, String)> {
 }
 
 impl Translated {
-    /// A block at `rip` with these bytes whose code is at these offsets from an address.
+    /// Blocks, the first one at `rip`, with these bytes, whose code is at these offsets from an address.
     pub(crate) fn of(
-        block: &Block,
+        blocks: &[&Block],
         rip: u64,
         guest: Vec<u8>,
         code: &Code,
@@ -90,13 +90,18 @@ impl Translated {
         stubs: Vec<(u64, String)>,
     ) -> Self {
         let ends = code.starts.iter().skip(1).map(|(end, _)| *end);
-        let parts = block.ops.iter().zip(&code.starts).zip(ends).map(|((op, (start, kind)), end)| Part {
-            guest: usize::from(op.start)..usize::from(op.start) + usize::from(op.len),
+        let first = blocks[0];
+        let ops = blocks.iter().flat_map(|block| {
+            let into = block.rip.wrapping_sub(first.rip) as usize;
+            block.ops.iter().map(move |op| (into + usize::from(op.start), op.len))
+        });
+        let parts = ops.zip(&code.starts).zip(ends).map(|(((at, len), (start, kind)), end)| Part {
+            guest: at..at + usize::from(len),
             host: *start..end,
             way: kind.map_or_else(String::new, |kind| format!("{kind:?}")),
         });
         let (address, rare_address) = (base + at.often as u64, base + at.rare as u64);
-        let (bits, parts) = (block.bits(), parts.collect());
+        let (bits, parts) = (first.bits(), parts.collect());
         Self { rip, bits, parts, guest, host: code.bytes.clone(), often: code.often, address, rare_address, stubs }
     }
 

@@ -22,6 +22,8 @@ pub enum Mechanism {
     Groups,
     /// Saving status flags only where something looks at them.
     Flags,
+    /// Translating a block together with those that its conditional branch mostly leads to.
+    Traces,
     /// Jumps from one block straight to another.
     Links,
     /// Finding a block by its RIP in generated code.
@@ -30,7 +32,7 @@ pub enum Mechanism {
 
 impl Mechanism {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Native,
         Self::Vectors,
         Self::X87,
@@ -40,6 +42,7 @@ impl Mechanism {
         Self::Ranges,
         Self::Groups,
         Self::Flags,
+        Self::Traces,
         Self::Links,
         Self::Jumps,
     ];

@@ -237,8 +237,7 @@ impl Translator<'_> {
             self.e.store(frame_field!(linear), A);
         }
         let e = &mut self.e;
-        e.mov(B, A);
-        e.shr(true, B, 12 - size_of::<Entry>().trailing_zeros() as u8);
+        e.shifted(B, A, 12 - size_of::<Entry>().trailing_zeros() as u8);
         e.alu_mem(Alu::And, true, B, selected!(mask));
         e.alu_mem(Alu::Add, true, B, selected!(slots));
         if bytes > 1 {
@@ -249,7 +248,6 @@ impl Translator<'_> {
         e.alu_mem(Alu::Cmp, true, A, Mem::at(B, access.tag()));
         let miss = e.jcc(cc::NOT_EQUAL);
         e.load(B, Mem::at(B, offset_of!(Entry, addend)));
-        e.alu_mem(Alu::Add, true, B, frame_field!(ram));
         self.slow(miss);
     }
 

@@ -28,16 +28,21 @@ impl Translator<'_> {
     pub fn data(&mut self, i: &Instruction, op: &Op, step: Step) -> Result<(), Unencodable> {
         match step.kind {
             Kind::Move => {
-                let renamed = self.renamed(i, op, reads_flags(i))?;
+                let renamed = self.in_core_or_renamed(i, op, reads_flags(i))?;
                 self.put_high_byte(i, &renamed);
                 Ok(())
             }
             Kind::Exchange => self.renamed(i, op, false).map(drop),
-            Kind::Arithmetic => self.arithmetic(i, op, step.live),
+            Kind::Arithmetic => self.arithmetic(i, op, step),
             Kind::Silent => self.silent(i, op).map(drop),
-            Kind::Shift(kind) => self.shift(i, op, kind, step.live),
+            Kind::Shift(kind) => {
+                if step.keeps {
+                    self.keep(op.dst);
+                }
+                self.shift(i, op, kind, step.live)
+            }
             Kind::Turn(turn) => self.turn(i, op, turn),
-            Kind::Imul => self.imul(i, op, step.live),
+            Kind::Imul => self.imul(i, op, step),
             Kind::Bits(bits) => self.bits(i, op, bits, step.live),
             Kind::BitTest => self.bit_test(i, op, step.live),
             Kind::CompareExchange => {
@@ -196,12 +201,12 @@ impl Translator<'_> {
         Ok(())
     }
 
-    pub fn arithmetic(&mut self, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
+    fn arithmetic(&mut self, i: &Instruction, op: &Op, step: Step) -> Result<(), Unencodable> {
         // INC and DEC need CF only to keep it.
-        let needs = reads_flags(i) && (live || !matches!(i.mnemonic(), M::Inc | M::Dec));
-        let renamed = self.renamed(i, op, needs)?;
-        self.host_flags = live;
-        if live {
+        let needs = reads_flags(i) && (step.live || !matches!(i.mnemonic(), M::Inc | M::Dec));
+        let renamed = self.in_core_or_renamed(i, op, needs)?;
+        self.host_flags = step.live;
+        if step.live && !step.unsaved {
             self.e.save_flags();
         }
         self.put_high_byte(i, &renamed);
@@ -210,41 +215,80 @@ impl Translator<'_> {
 
     /// OF follows the one-bit rule whatever the count, AF is cleared.
     fn shift(&mut self, i: &Instruction, op: &Op, kind: ShiftKind, live: bool) -> Result<(), Unencodable> {
-        let renamed = self.silent(i, op)?;
-        if !live {
-            return Ok(());
+        if live && kind == ShiftKind::Right && has_memory(i) {
+            return self.shift_memory_right(i, op);
         }
+        let renamed = self.silent(i, op)?;
+        if live {
+            let result = renamed.first().map_or(A, |result| result.host);
+            self.shift_flags(kind, width(i), shift_count(i), result);
+        }
+        Ok(())
+    }
+
+    /// Saves the flags that a shift has left, `result` being what was shifted.
+    pub fn shift_flags(&mut self, kind: ShiftKind, width: u32, count: u8, result: Reg) {
         self.e.save_flags_without_af_and_of();
-        match (kind, renamed.first()) {
-            (ShiftKind::Left, _) => {
+        match kind {
+            ShiftKind::Left => {
                 // OF is SF xor CF: of these two bits of AH, an odd number.
                 self.e.raw(&[0xf6, 0xc4, 0x81]);
                 self.e.set_al(cc::ODD);
             }
-            (ShiftKind::Right, Some(result)) => {
-                let bits = width(i) * 8;
-                let count = u32::from(i.immediate8()) & if bits == 64 { 63 } else { 31 };
-                // The operand's sign bit, where it is now.
-                self.e.rr(true, &[0x0f, 0xba], 4, result.host);
-                self.e.raw(&[(bits - 1 - count) as u8]);
-                self.e.set_al(cc::BELOW);
-            }
-            _ => {}
+            // The operand's sign bit, where it is now.
+            ShiftKind::Right => self.overflow_is_bit(result, width as u8 * 8 - 1 - count),
+            ShiftKind::Arithmetic => {}
         }
+    }
+
+    /// OF to AL from a bit of a register.
+    fn overflow_is_bit(&mut self, register: Reg, bit: u8) {
+        self.e.rr(true, &[0x0f, 0xba], 4, register); // bt
+        self.e.raw(&[bit]);
+        self.e.set_al(cc::BELOW);
+    }
+
+    /// SHR of memory by a constant, the flags being looked at: OF is the operand's sign bit.
+    fn shift_memory_right(&mut self, i: &Instruction, op: &Op) -> Result<(), Unencodable> {
+        let width = width(i);
+        let place = self.lookup(&Address::of(op), width, Access::Write);
+        match width {
+            1 => self.e.rm(false, &[0x0f, 0xb6], place.free, place.mem),
+            2 => self.e.rm(false, &[0x0f, 0xb7], place.free, place.mem),
+            _ => self.e.rm(width == 8, &[0x8b], place.free, place.mem),
+        }
+        let mut host = *i;
+        host_operand(&mut host, &place);
+        self.encode(&host)?;
+        self.host_flags = false;
+        self.e.save_flags_without_af_and_of();
+        self.overflow_is_bit(place.free, width as u8 * 8 - 1);
         Ok(())
     }
 
-    fn imul(&mut self, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
+    fn imul(&mut self, i: &Instruction, op: &Op, step: Step) -> Result<(), Unencodable> {
         let renamed = self.silent(i, op)?;
-        if let (true, Some(result)) = (live, renamed.first()) {
+        if let (true, Some(result)) = (step.live, renamed.first()) {
+            self.e.set_al(0);
             self.product_flags(result.host, width(i));
         }
+        if step.keeps {
+            self.e.rm(false, &[0x0f, 0x90], 0, frame_field!(kept)); // seto
+        }
         Ok(())
     }
 
-    /// CF and OF are the host's OF, the others follow from the low half.
-    fn product_flags(&mut self, low: Reg, width: u32) {
-        self.e.set_al(0);
+    /// What an operation on a guest register begins with stays in the frame.
+    fn keep(&mut self, guest: u8) {
+        let register = home(guest).unwrap_or_else(|| {
+            self.e.load(A, gpr(guest));
+            A
+        });
+        self.e.store(frame_field!(kept), register);
+    }
+
+    /// CF and OF are in AL, the others follow from the low half.
+    pub fn product_flags(&mut self, low: Reg, width: u32) {
         if width == 2 {
             self.e.raw(&[0x66]);
         }
@@ -309,6 +353,7 @@ impl Translator<'_> {
         self.e.rr(wide, &[0xf7], if i.mnemonic() == M::Mul { 4 } else { 5 }, by);
         self.e.rr(wide, &[0x8b], GUEST_RAX, FLAGS);
         if live {
+            self.e.set_al(0);
             self.product_flags(GUEST_RAX, width(i));
         }
         Ok(())
@@ -395,6 +440,11 @@ impl Translator<'_> {
         self.e.lea(GUEST_RSP, Mem::at(guest::RBP, 8));
         self.e.mov(guest::RBP, A);
     }
+}
+
+/// The count of a shift by a constant.
+pub fn shift_count(i: &Instruction) -> u8 {
+    i.immediate8() & if width(i) == 8 { 63 } else { 31 }
 }
 
 /// Whether the first operand is written.

@@ -3,6 +3,7 @@
 use crate::bits::Bits;
 use crate::groups::Groups;
 use crate::mechanisms::{Mechanism, Mechanisms};
+use crate::recipes::Recipe;
 use crate::strings::Repeated;
 use crate::system::System;
 use crate::turns::Turn;
@@ -71,6 +72,17 @@ pub enum ShiftKind {
     Arithmetic,
 }
 
+impl ShiftKind {
+    /// What says so in the ModRM byte.
+    pub const fn extension(self) -> u8 {
+        match self {
+            Self::Left => 4,
+            Self::Right => 5,
+            Self::Arithmetic => 7,
+        }
+    }
+}
+
 impl Kind {
     /// Whether it is the last of its block and goes on by itself.
     pub fn is_branch(self) -> bool {
@@ -105,6 +117,17 @@ pub struct Step {
     pub kind: Kind,
     /// Its flags can be looked at.
     pub live: bool,
+    /// How its slow path gets the flags that are there before it, if they aren't saved.
+    pub recipe: Option<Recipe>,
+    /// What its recipe is made from is to be kept.
+    pub keeps: bool,
+    /// Its flags are in the host's when the branch behind it is done, and saved only where that leaves the trace.
+    pub unsaved: bool,
+}
+
+impl Step {
+    /// By its function, with flags that can be looked at.
+    pub const HELPER: Self = Self { kind: Kind::Helper, live: true, recipe: None, keeps: false, unsaved: false };
 }
 
 /// Whether an instruction has a memory operand.
@@ -115,12 +138,12 @@ pub fn has_memory(i: &Instruction) -> bool {
 /// Plans a block without the mechanisms that are `off`, last operation first. Flags are live at its end and before
 /// everything that can leave it.
 pub fn plan(instructions: &[Instruction], ops: &[Op], off: Mechanisms) -> Vec<Step> {
-    let mut steps = vec![Step { kind: Kind::Helper, live: true }; ops.len()];
+    let mut steps = vec![Step::HELPER; ops.len()];
     let mut live = true;
     for (at, i) in instructions.iter().enumerate().rev() {
         live |= off.has(Mechanism::Flags);
         let kind = Some(kind(i, &ops[at], live)).filter(|kind| !kind.needs(i, off)).unwrap_or(Kind::Helper);
-        steps[at] = Step { kind, live };
+        steps[at] = Step { kind, live, ..Step::HELPER };
         live = live_before(i, kind, kind.accesses_memory(i), live);
     }
     steps
@@ -138,13 +161,14 @@ pub fn regard_groups(steps: &mut [Step], instructions: &[Instruction], groups: &
 /// Whether flags are live before an instruction, by whether it `can_miss` memory and whether they are live behind it.
 fn live_before(i: &Instruction, kind: Kind, can_miss: bool, live: bool) -> bool {
     let observes = kind == Kind::Helper || can_miss || matches!(kind, Kind::Divide { .. });
-    let kills = writes_all(kind) || kind == Kind::Vector && vector::writes_flags(i);
+    let kills = writes_all_flags(kind) || kind == Kind::Vector && vector::writes_flags(i);
     // Vector or x87 registers may be forbidden.
     let observes = observes || matches!(kind, Kind::Vector | Kind::X87);
     observes || reads_flags(i) || live && !kills
 }
 
-fn writes_all(kind: Kind) -> bool {
+/// Whether all status flags are written, those before it forgotten.
+pub fn writes_all_flags(kind: Kind) -> bool {
     let bits = if let Kind::Bits(bits) = kind { bits.writes_all() } else { false };
     bits || matches!(kind, Kind::Arithmetic | Kind::Shift(_) | Kind::Imul | Kind::Multiply | Kind::CompareExchange)
 }
@@ -260,7 +284,7 @@ fn shift(i: &Instruction, kind: ShiftKind, live: bool) -> Kind {
     let bits = width(i) * 8;
     let constant = i.op1_kind() == OpKind::Immediate8;
     let count = if constant { u32::from(i.immediate8()) & if bits == 64 { 63 } else { 31 } } else { 0 };
-    if constant && count > 0 && count < bits && !(live && kind == ShiftKind::Right && has_memory(i)) {
+    if constant && count > 0 && count < bits {
         return Kind::Shift(kind);
     }
     turn(i, live)

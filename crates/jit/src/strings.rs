@@ -181,8 +181,7 @@ fn offset(e: &mut Emitter, to: Reg, address: Reg) {
 /// What to add to a linear address in the page at `address` to `to`, by the MMU's table; the jump is taken if that
 /// doesn't have it. Clobbers [`FLAGS`].
 fn find(e: &mut Emitter, address: Reg, access: Access, to: Reg) -> Jump {
-    e.mov(FLAGS, address);
-    e.shr(true, FLAGS, 12 - size_of::<Entry>().trailing_zeros() as u8);
+    e.shifted(FLAGS, address, 12 - size_of::<Entry>().trailing_zeros() as u8);
     e.alu_mem(Alu::And, true, FLAGS, selected!(mask));
     e.alu_mem(Alu::Add, true, FLAGS, selected!(slots));
     e.mov(to, address);
@@ -191,7 +190,6 @@ fn find(e: &mut Emitter, address: Reg, access: Access, to: Reg) -> Jump {
     e.alu_mem(Alu::Cmp, true, to, Mem::at(FLAGS, access.tag()));
     let missed = e.jcc(cc::NOT_EQUAL);
     e.load(to, Mem::at(FLAGS, offset_of!(Entry, addend)));
-    e.alu_mem(Alu::Add, true, to, frame_field!(ram));
     missed
 }
 

@@ -201,7 +201,6 @@ fn range(e: &mut Emitter, n: usize) -> usize {
     e.alu_mem(Alu::Cmp, true, B, Mem::at(A, access.tag()));
     let nowhere = e.jcc(cc::NOT_EQUAL);
     e.load(A, Mem::at(A, offset_of!(Entry, addend)));
-    e.alu_mem(Alu::Add, true, A, frame_field!(ram));
     e.rm(false, &[0x81], 1, ranges::used(access)); // or
     e.raw(&(1u32 << name).to_le_bytes());
     e.rm(false, &[0xff], 1, ranges::field(name, access, offset_of!(Range, patience))); // dec
@@ -264,8 +263,7 @@ fn reload(e: &mut Emitter) {
 
 /// Hashes the RIP in [`A`], of that half: the slot's address to [`B`].
 fn hash(e: &mut Emitter, half: Half) {
-    e.mov(B, A);
-    e.shr(true, B, FOLD);
+    e.shifted(B, A, FOLD);
     e.alu(Alu::Xor, false, B, A);
     e.alu_mem(Alu::Xor, false, B, salt(half));
     e.alu_imm(Alu::And, false, B, SLOTS as i32 - 1);
@@ -339,8 +337,7 @@ fn find_in(e: &mut Emitter, half: Half) -> Vec<Jump> {
 /// The RAM offset of the RIP in [`A`], which is that in the core, to [`A`], if the MMU's table says where it is fetched
 /// from.
 fn find_page(e: &mut Emitter) -> Vec<Jump> {
-    e.mov(B, A);
-    e.shr(true, B, 12 - size_of::<Entry>().trailing_zeros() as u8);
+    e.shifted(B, A, 12 - size_of::<Entry>().trailing_zeros() as u8);
     e.alu_mem(Alu::And, true, B, selected!(mask));
     e.alu_mem(Alu::Add, true, B, selected!(slots));
     e.alu_imm(Alu::And, true, A, -4096);
@@ -349,6 +346,7 @@ fn find_page(e: &mut Emitter) -> Vec<Jump> {
     let other = e.jcc(cc::NOT_EQUAL);
     e.load(A, next_rip());
     e.alu_mem(Alu::Add, true, A, Mem::at(B, offset_of!(Entry, addend)));
+    e.alu_mem(Alu::Sub, true, A, frame_field!(ram));
     vec![other]
 }
 

@@ -13,9 +13,10 @@ use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::memory_path::Cold;
 use crate::native::Unencodable;
 use crate::plan::{Kind, Step, plan, regard_groups};
+use crate::recipes::Recipe;
 use crate::registers::{A, B, BUDGET};
 use crate::stubs::Stubs;
-use crate::{vector, x87};
+use crate::{recipes, traces, vector, x87};
 use iced_x86::{Decoder, DecoderOptions, Encoder, Instruction};
 use umbra_cpu::block::Block;
 use umbra_cpu::op::Op;
@@ -52,7 +53,10 @@ pub struct Guard {
 }
 
 /// A translation to be placed where its emitter was told.
+#[derive(Default)]
 pub struct Code {
+    /// How many blocks of the trace it has.
+    pub parts: usize,
     pub bytes: Vec<u8>,
     /// How many of the bytes are executed often; where the others are to be placed was told, too.
     pub often: usize,
@@ -86,6 +90,8 @@ pub fn dropped_code(at: usize, rip: u64, stubs: &Stubs) -> Vec<u8> {
 #[derive(Default)]
 struct Slow {
     op: usize,
+    /// How the flags are found that aren't saved.
+    recipe: Option<Recipe>,
     /// It works on the x87 state, which what follows wants in the host's registers.
     x87: bool,
     jumps: Vec<Jump>,
@@ -128,24 +134,39 @@ pub struct Translator<'a> {
     number: u32,
     slow: Vec<Slow>,
     exits: Vec<(Exit, Vec<Jump>)>,
+    end: End,
+    /// The host's flags that the branch looks at aren't saved.
+    unsaved: bool,
+    /// How flags are found that aren't saved when it begins.
+    recipe: Option<Recipe>,
+    /// Where it begins.
+    head: usize,
+    spent: Option<Jump>,
+    /// Branches that leave the trace, and where to.
+    sides: Vec<(Jump, u64)>,
     /// Jumps to where an operation and all that follow are done by their functions.
     by_function: Vec<(usize, Jump)>,
-    rare: usize,
 }
 
-/// What is to be translated.
+/// A block to be translated.
 #[derive(Clone, Copy)]
 pub struct Source<'a> {
     pub block: &'a Block,
     pub number: u32,
-    pub half: Half,
     pub bytes: &'a [u8],
     /// Operations, by bits, that ranges are no good for.
     pub missing: u64,
     /// Groups are no good for it.
     pub alone: bool,
+}
+
+/// How all of it is translated.
+#[derive(Clone, Copy)]
+pub struct Settings<'a> {
+    pub half: Half,
     /// Mechanisms that aren't used.
     pub off: Mechanisms,
+    pub stubs: &'a Stubs,
 }
 
 /// Where code goes in the code memory: what is executed often, and what is not.
@@ -155,30 +176,98 @@ pub struct Offsets {
     pub rare: usize,
 }
 
-/// Translates for these offsets of the code memory. The numbers of the exits begin with `first_exit`.
-pub fn translate(source: Source<'_>, at: Offsets, first_exit: usize, stubs: &Stubs) -> Code {
-    let block = source.block;
-    let instructions = decode(block, source.bytes);
-    let mut steps = plan(&instructions, &block.ops, source.off);
-    let mut translator = Translator::new(source, at, stubs);
-    if !source.alone && !source.off.has(Mechanism::Groups) {
-        translator.groups = groups(&instructions, &block.ops, &steps);
-        regard_groups(&mut steps, &instructions, &translator.groups, source.off);
+/// A block of a trace and what is to be done with it.
+pub struct Part<'a> {
+    source: Source<'a>,
+    pub instructions: Vec<Instruction>,
+    pub steps: Vec<Step>,
+    groups: Groups,
+    /// How flags are found that aren't saved when it begins.
+    pub recipe: Option<Recipe>,
+    pub end: End,
+}
+
+/// How a block's conditional branch goes on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// To other translations, both ways.
+    Exits,
+    /// Behind it comes the trace's next block, where it isn't taken.
+    Falls,
+    /// Where it is taken.
+    Enters,
+    /// To this block's head, where it is taken.
+    Loops,
+}
+
+impl<'a> Part<'a> {
+    fn new(source: Source<'a>, off: Mechanisms) -> Self {
+        let block = source.block;
+        let instructions = decode(block, source.bytes);
+        let mut steps = plan(&instructions, &block.ops, off);
+        let mut all = Groups::default();
+        if !source.alone && !off.has(Mechanism::Groups) {
+            all = groups(&instructions, &block.ops, &steps);
+            regard_groups(&mut steps, &instructions, &all, off);
+        }
+        if !off.has(Mechanism::Flags) {
+            recipes::plan(&mut steps, &instructions);
+        }
+        Self { source, instructions, steps, groups: all, recipe: None, end: End::Exits }
     }
-    let native = translator.run(&instructions, &steps, first_exit);
+
+    /// Every operation by its function: no encoder is asked.
+    fn by_functions(source: Source<'a>) -> Self {
+        let steps = vec![Step::HELPER; source.block.ops.len()];
+        Self { source, instructions: Vec::new(), steps, groups: Groups::default(), recipe: None, end: End::Exits }
+    }
+
+    pub fn block(&self) -> &'a Block {
+        self.source.block
+    }
+}
+
+/// Translates a trace for these offsets of the code memory. The numbers of the exits begin with `first_exit`.
+pub fn translate(trace: &[Source<'_>], at: Offsets, first_exit: usize, settings: Settings<'_>) -> Code {
+    let parts = trace.iter().map(|&source| Part::new(source, settings.off)).collect();
+    let native = emit(&traces::join(parts), at, first_exit, settings);
     native.unwrap_or_else(|Unencodable| {
-        // Every operation by its function: no encoder is asked.
-        let helpers = vec![Step { kind: Kind::Helper, live: true }; block.ops.len()];
-        let all = Translator::new(source, at, stubs).run(&[], &helpers, first_exit);
-        all.unwrap_or(Code {
-            bytes: Vec::new(),
-            often: 0,
-            exits: Vec::new(),
-            missers: Vec::new(),
-            helpers: 0,
-            starts: Vec::new(),
-        })
+        let parts: Vec<_> = trace.iter().take(1).map(|&source| Part::by_functions(source)).collect();
+        emit(&parts, at, first_exit, settings).unwrap_or_default()
     })
+}
+
+/// The code of parts, each of which goes on with the next one.
+fn emit(parts: &[Part<'_>], at: Offsets, first_exit: usize, settings: Settings<'_>) -> Result<Code, Unencodable> {
+    let mut code = Code { parts: parts.len(), ..Code::default() };
+    let mut e = Emitter::new(at.often);
+    let mut translators = Vec::with_capacity(parts.len());
+    for part in parts {
+        let mut translator = Translator::new(part, settings, e);
+        translator.run(part, &mut code.starts)?;
+        code.helpers += part.steps.iter().filter(|step| step.kind == Kind::Helper).count();
+        e = std::mem::take(&mut translator.e);
+        translators.push(translator);
+    }
+    code.starts.push((e.bytes.len(), None));
+    // A dropped block's code must have room.
+    while e.bytes.len() < LOOKUP_BYTES {
+        e.raw(&[0xcc]);
+    }
+    code.often = e.bytes.len();
+    e.go_on_at(at.rare);
+    let mut exits = Vec::new();
+    for mut translator in translators {
+        translator.e = e;
+        translator.emit_rare();
+        let site = |op| translator.number << OP_BITS | op as u32;
+        code.missers.extend(translator.missers.iter().map(|&(back, op)| (back, site(op))));
+        exits.append(&mut translator.exits);
+        e = translator.e;
+    }
+    code.exits = emit_exits(&mut e, exits, first_exit, settings.stubs);
+    code.bytes = e.bytes;
+    Ok(code)
 }
 
 /// The block's instructions; none where operations aren't those of 64-bit mode or the bytes don't say the same.
@@ -208,11 +297,11 @@ fn closes_loop(block: &Block, steps: &[Step]) -> bool {
 }
 
 impl<'a> Translator<'a> {
-    fn new(source: Source<'a>, at: Offsets, stubs: &'a Stubs) -> Self {
-        let Source { block, number, half, missing, .. } = source;
+    fn new(part: &Part<'a>, settings: Settings<'a>, e: Emitter) -> Self {
+        let Source { block, number, missing, .. } = part.source;
+        let Settings { half, stubs, .. } = settings;
         Self {
-            e: Emitter::new(at.often),
-            rare: at.rare,
+            e,
             block,
             host_flags: false,
             encoder: Encoder::new(64),
@@ -220,10 +309,10 @@ impl<'a> Translator<'a> {
             x87: x87::Place::default(),
             cold: Vec::new(),
             missing,
-            groups: Groups::default(),
+            groups: part.groups.clone(),
             checked: [None; BASES],
             lookups: 0,
-            closes_loop: false,
+            closes_loop: closes_loop(block, &part.steps),
             missers: Vec::new(),
             searches: Vec::new(),
             stubs,
@@ -231,15 +320,21 @@ impl<'a> Translator<'a> {
             number,
             slow: Vec::new(),
             exits: Vec::new(),
+            end: part.end,
+            unsaved: part.steps.iter().any(|step| step.unsaved),
+            recipe: part.recipe,
+            head: 0,
+            spent: None,
+            sides: Vec::new(),
             by_function: Vec::new(),
         }
     }
 
-    fn run(mut self, instructions: &[Instruction], steps: &[Step], first_exit: usize) -> Result<Code, Unencodable> {
-        self.closes_loop = closes_loop(self.block, steps);
+    fn run(&mut self, part: &Part<'_>, starts: &mut Vec<(usize, Option<Kind>)>) -> Result<(), Unencodable> {
+        let (instructions, steps) = (&part.instructions, &part.steps);
+        self.head = self.e.here();
         self.e.alu_imm(Alu::Sub, true, BUDGET, self.block.cost as i32);
-        let spent = self.e.jcc(cc::SIGN);
-        let mut starts = Vec::with_capacity(steps.len() + 1);
+        self.spent = Some(self.e.jcc(cc::SIGN));
         for (at, step) in steps.iter().enumerate() {
             starts.push((self.e.bytes.len(), Some(step.kind)));
             match step.kind {
@@ -255,27 +350,26 @@ impl<'a> Translator<'a> {
                 self.exit(self.block.end_rip);
             }
         }
-        starts.push((self.e.bytes.len(), None));
-        // A dropped block's code must have room.
-        while self.e.bytes.len() < LOOKUP_BYTES {
-            self.e.raw(&[0xcc]);
+        Ok(())
+    }
+
+    /// What is rarely executed.
+    fn emit_rare(&mut self) {
+        if let Some(spent) = self.spent {
+            self.e.bind(spent);
         }
-        let often = self.e.bytes.len();
-        self.e.go_on_at(self.rare);
-        self.e.bind(spent);
+        if let Some(recipe) = self.recipe {
+            self.recover_flags(&recipe);
+        }
         self.e.mov_imm(A, u64::from(self.number << OP_BITS));
         self.e.jmp_to(self.stubs.budget);
+        self.emit_sides();
         self.emit_cold();
         self.emit_searches();
         self.emit_vector_loads();
         self.emit_x87_loads();
         self.emit_slow();
         self.emit_by_function();
-        let exits = self.emit_exits(first_exit);
-        let helpers = steps.iter().filter(|step| step.kind == Kind::Helper).count();
-        let site = |op| self.number << OP_BITS | op as u32;
-        let missers = self.missers.into_iter().map(|(back, op)| (back, site(op))).collect();
-        Ok(Code { bytes: self.e.bytes, often, exits, missers, helpers, starts })
     }
 
     fn native(&mut self, at: usize, i: &Instruction, step: Step) -> Result<(), Unencodable> {
@@ -284,7 +378,7 @@ impl<'a> Translator<'a> {
         }
         self.lookups = 0;
         let pointers = self.x87.pointers;
-        self.slow.push(Slow { op: at, x87: step.kind == Kind::X87, pointers, ..Slow::default() });
+        self.slow.push(Slow { op: at, x87: step.kind == Kind::X87, pointers, recipe: step.recipe, ..Slow::default() });
         let op: &Op = &self.block.ops[at];
         match step.kind {
             kind if kind.is_branch() => {
@@ -353,6 +447,9 @@ impl<'a> Translator<'a> {
                 continue;
             }
             slow.jumps.iter().for_each(|&jump| self.e.bind(jump));
+            if let Some(recipe) = &slow.recipe {
+                self.recover_flags(recipe);
+            }
             if let Some(op) = slow.pointers {
                 self.emit_pointers(op);
             }
@@ -445,19 +542,59 @@ impl<'a> Translator<'a> {
         self.e.call(self.stubs.rest);
     }
 
-    fn emit_exits(&mut self, first: usize) -> Vec<Exit> {
-        let exits = std::mem::take(&mut self.exits).into_iter().enumerate();
-        exits
-            .map(|(n, (exit, jumps))| {
-                let unlinked = self.e.here();
-                jumps.into_iter().for_each(|jump| self.e.bind(jump));
-                self.e.mov_imm(A, (first + n) as u64);
-                self.e.jmp_to(self.stubs.link);
-                while self.e.here() < unlinked + UNLINKED_BYTES {
-                    self.e.raw(&[0xcc]);
+    /// The block's conditional branch.
+    pub fn ends(&mut self, condition: u8, target: u64, next: u64) {
+        match self.end {
+            End::Exits => {
+                self.exit_if(condition, target);
+                self.exit(next);
+            }
+            End::Falls => self.leave_if(condition, target),
+            End::Enters => self.leave_if(condition ^ 1, next),
+            End::Loops => {
+                let again = self.e.jcc(condition);
+                self.e.point(again, self.head);
+                if self.unsaved {
+                    self.e.save_flags();
                 }
-                Exit { unlinked, ..exit }
-            })
-            .collect()
+                self.exit(next);
+            }
+        }
     }
+
+    /// Leaves the trace for `target` where `condition` holds.
+    fn leave_if(&mut self, condition: u8, target: u64) {
+        if self.unsaved || self.leaves_page(target) {
+            let side = self.e.jcc(condition);
+            self.sides.push((side, target));
+        } else {
+            self.exit_if(condition, target);
+        }
+    }
+
+    fn emit_sides(&mut self) {
+        for (side, target) in std::mem::take(&mut self.sides) {
+            self.e.bind(side);
+            if self.unsaved {
+                self.e.save_flags();
+            }
+            self.exit(target);
+        }
+    }
+}
+
+fn emit_exits(e: &mut Emitter, exits: Vec<(Exit, Vec<Jump>)>, first: usize, stubs: &Stubs) -> Vec<Exit> {
+    let numbered = exits.into_iter().enumerate();
+    numbered
+        .map(|(n, (exit, jumps))| {
+            let unlinked = e.here();
+            jumps.into_iter().for_each(|jump| e.bind(jump));
+            e.mov_imm(A, (first + n) as u64);
+            e.jmp_to(stubs.link);
+            while e.here() < unlinked + UNLINKED_BYTES {
+                e.raw(&[0xcc]);
+            }
+            Exit { unlinked, ..exit }
+        })
+        .collect()
 }

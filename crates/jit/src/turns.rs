@@ -24,7 +24,7 @@ pub enum Turn {
 }
 
 impl Turn {
-    /// What `i` is, if it has 32 or 64 bits in a register and its count isn't known to be 0.
+    /// What `i` is, if it is in a register and its count isn't known to be 0.
     pub fn of(i: &Instruction) -> Option<Self> {
         let last = i.op_count().checked_sub(1)?;
         let mask = if width(i) == 8 { 63 } else { 31 };
@@ -33,10 +33,10 @@ impl Turn {
             OpKind::Register => i.op0_register().full_register() != Register::RCX,
             _ => i.immediate(last) & mask != 0,
         };
-        if has_memory(i) || width(i) < 4 || !turns {
+        if has_memory(i) || !turns {
             return None;
         }
-        match i.mnemonic() {
+        let turn = match i.mnemonic() {
             M::Shl | M::Sal => Some(Self::Left),
             M::Shr => Some(Self::Right),
             M::Sar => Some(Self::Arithmetic),
@@ -44,7 +44,9 @@ impl Turn {
             M::Ror => Some(Self::RotateRight),
             M::Shld | M::Shrd => Some(Self::Double),
             _ => None,
-        }
+        };
+        // A shift of less may be by more than there is.
+        turn.filter(|turn| turn.rotates() || width(i) >= 4)
     }
 
     fn rotates(self) -> bool {

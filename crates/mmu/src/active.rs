@@ -48,15 +48,13 @@ impl Active {
     }
 
     #[inline(always)]
-    fn read(&self, pool: &Pool, gva: Gva, bytes: u64) -> Option<RamOffset> {
-        let slot = self.slot(pool, gva)?;
-        (slot.tag_read == self.tag(gva, bytes)).then(|| RamOffset::new(gva.raw().wrapping_add(slot.addend)))
+    fn read<'a>(&self, pool: &'a Pool, gva: Gva, bytes: u64) -> Option<&'a Entry> {
+        self.slot(pool, gva).filter(|slot| slot.tag_read == self.tag(gva, bytes))
     }
 
     #[inline(always)]
-    fn write(&self, pool: &Pool, gva: Gva, bytes: u64) -> Option<RamOffset> {
-        let slot = self.slot(pool, gva)?;
-        (slot.tag_write == self.tag(gva, bytes)).then(|| RamOffset::new(gva.raw().wrapping_add(slot.addend)))
+    fn write<'a>(&self, pool: &'a Pool, gva: Gva, bytes: u64) -> Option<&'a Entry> {
+        self.slot(pool, gva).filter(|slot| slot.tag_write == self.tag(gva, bytes))
     }
 }
 
@@ -105,14 +103,14 @@ impl Mmu {
     /// an access that crosses a page's end.
     #[inline(always)]
     pub fn lookup_read(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {
-        self.active.read(&self.pool, gva, bytes)
+        self.active.read(&self.pool, gva, bytes).map(|slot| self.offset_in(slot, gva))
     }
 
     /// As [`lookup_read`](Self::lookup_read) for a write that nobody has to be told of: the page is
     /// RAM, dirty already, no code and no table.
     #[inline(always)]
     pub fn lookup_write(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {
-        self.active.write(&self.pool, gva, bytes)
+        self.active.write(&self.pool, gva, bytes).map(|slot| self.offset_in(slot, gva))
     }
 
     /// The table that [`lookup_read`](Self::lookup_read) and [`lookup_write`](Self::lookup_write) read; `None`
@@ -146,19 +144,25 @@ impl Mmu {
     /// As [`lookup_read`](Self::lookup_read) for an implicit supervisor access.
     #[inline(always)]
     pub fn lookup_system_read(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {
-        self.system.read(&self.pool, gva, bytes)
+        self.system.read(&self.pool, gva, bytes).map(|slot| self.offset_in(slot, gva))
     }
 
     /// As [`lookup_write`](Self::lookup_write) for an implicit supervisor access.
     #[inline(always)]
     pub fn lookup_system_write(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {
-        self.system.write(&self.pool, gva, bytes)
+        self.system.write(&self.pool, gva, bytes).map(|slot| self.offset_in(slot, gva))
     }
 
     /// As [`lookup_read`](Self::lookup_read) for one byte of an instruction fetch.
     #[inline(always)]
     pub fn lookup_fetch(&self, gva: Gva) -> Option<RamOffset> {
         let slot = self.active.slot(&self.pool, gva)?;
-        (slot.tag_fetch == self.active.tag(gva, 1)).then(|| RamOffset::new(gva.raw().wrapping_add(slot.addend)))
+        (slot.tag_fetch == self.active.tag(gva, 1)).then(|| self.offset_in(slot, gva))
+    }
+
+    /// Where `gva` is in RAM by its page's slot.
+    #[inline(always)]
+    pub(crate) fn offset_in(&self, slot: &Entry, gva: Gva) -> RamOffset {
+        RamOffset::new(gva.raw().wrapping_add(slot.addend).wrapping_sub(self.ram))
     }
 }

@@ -122,7 +122,7 @@ impl Mmu {
         let walked = walk::look(&mut tables, &root.regime, Gva::new(page), access, &view)
             .map_err(|fault| format!("a walk gives {fault}"))?;
         let backing = self.mem.map(walked.gpa.page());
-        let off = RamOffset::new(page.wrapping_add(entry.addend));
+        let off = self.offset_in(entry, Gva::new(page));
         if backing.readable() != Some(off) {
             return Err(format!("leads to {off:?}, a walk to {backing:?}"));
         }

@@ -18,7 +18,7 @@ pub struct Entry {
     pub tag_write: u64,
     /// Likewise for instruction fetches.
     pub tag_fetch: u64,
-    /// What to add to a linear address to get its RAM offset, wrapping.
+    /// What to add to a linear address to get its host address, wrapping.
     pub addend: u64,
 }
 

@@ -349,7 +349,7 @@ impl Mmu {
             self.record_writer(off, page);
         }
         self.stats.refills += 1;
-        let addend = off.page_base().raw().wrapping_sub(page);
+        let addend = self.ram.wrapping_add(off.page_base().raw()).wrapping_sub(page);
         let Some(root) = &mut self.roots.slots[self.current] else { return };
         let mut grown = false;
         let mut left = root.existing;

@@ -96,6 +96,8 @@ pub struct Mmu {
     options: MmuOptions,
     random: u64,
     mem_generation: u64,
+    /// Host address of RAM.
+    pub(crate) ram: u64,
     last_stamp: u64,
     fetch_stamp: u64,
     /// Times that something else was selected than another root, CPL, RFLAGS.AC or CR0.WP do.
@@ -126,6 +128,7 @@ impl Mmu {
             writers: Writers::new(frames),
             hints: Hints::new(),
             mem_generation: mem.generation(),
+            ram: mem.mapping_address(),
             mem,
             watcher,
             format: Format::intel(limits.maxphyaddr),

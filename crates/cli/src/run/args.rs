@@ -171,6 +171,8 @@ pub enum JitOff {
     Groups,
     /// Saving status flags only where something looks at them
     Flags,
+    /// Translating blocks together
+    Traces,
     /// Jumps from block to block
     Links,
     /// Finding blocks by address in generated code
@@ -189,6 +191,7 @@ impl JitOff {
             Self::Ranges => Mechanism::Ranges,
             Self::Groups => Mechanism::Groups,
             Self::Flags => Mechanism::Flags,
+            Self::Traces => Mechanism::Traces,
             Self::Links => Mechanism::Links,
             Self::Jumps => Mechanism::Jumps,
         }

@@ -1,0 +1,81 @@
+//! Blocks that are translated together: behind a conditional branch comes the block that it mostly goes to. What the
+//! flags were then often needn't be saved: the blocks behind replace them.
+//!
+//! Each block charges its own cost, and can be left as if it were alone.
+
+use crate::plan::Kind;
+use crate::recipes;
+use crate::translate::{End, Part};
+use umbra_cpu::block::{Block, BlockCache};
+use umbra_memory::{GuestMemory, RamOffset};
+
+/// Blocks of a trace at most.
+const LONGEST: usize = 4;
+/// Operations of a trace at most.
+const MOST_OPS: usize = 40;
+
+/// The blocks that a trace from block `first` on has; a loop has its only block twice.
+pub fn trace(first: u32, blocks: &BlockCache, mem: &GuestMemory) -> Vec<u32> {
+    let mut trace = vec![first];
+    let (mut last, mut ops) = (first, blocks.block(first).ops.len());
+    while trace.len() < LONGEST {
+        let block = blocks.block(last);
+        let Some(target) = branches_to(block, mem) else { break };
+        if target == block.rip && trace.len() == 1 && 2 * ops <= MOST_OPS {
+            return vec![first, first];
+        }
+        // Behind a loop comes what is seldom executed.
+        let Some(next) = blocks.behind(last).filter(|_| target > block.rip) else { break };
+        ops += blocks.block(next).ops.len();
+        if ops > MOST_OPS || trace.contains(&next) {
+            break;
+        }
+        trace.push(next);
+        last = next;
+    }
+    trace
+}
+
+/// The target of a block's conditional branch.
+fn branches_to(block: &Block, mem: &GuestMemory) -> Option<u64> {
+    let op = block.ops.last().filter(|_| !block.is_legacy() && !block.crosses())?;
+    let mut bytes = [0; 2];
+    let len = usize::from(op.len).min(bytes.len());
+    mem.load_bytes(RamOffset::new(block.offset() + u64::from(op.start)), &mut bytes[..len]);
+    let short = op.len == 2 && bytes[0] & 0xf0 == 0x70;
+    let near = op.len == 6 && bytes[0] == 0x0f && bytes[1] & 0xf0 == 0x80;
+    (short || near).then_some(op.imm)
+}
+
+/// Lets each part go on with the next one, as far as that is possible.
+pub fn join(mut parts: Vec<Part<'_>>) -> Vec<Part<'_>> {
+    let branches = |part: &Part<'_>| part.steps.last().is_some_and(|step| step.kind == Kind::Jcc);
+    let joined = parts.iter().take_while(|part| branches(part)).count() + 1;
+    parts.truncate(joined);
+    let loops = parts.len() == 2 && parts[0].block().rip == parts[1].block().rip;
+    if loops && !branches(&parts[1]) {
+        parts.truncate(1);
+    }
+    for at in 1..parts.len() {
+        let (before, behind) = parts.split_at_mut(at);
+        let (Some(from), Some(to)) = (before.last_mut(), behind.first_mut()) else { break };
+        to.recipe = recipes::carry(&mut from.steps, &from.instructions, (&mut to.steps, &to.instructions));
+        from.end = if loops { End::Enters } else { End::Falls };
+    }
+    if let [first, second] = &mut parts[..]
+        && loops
+    {
+        match (second.recipe, second.steps.len().checked_sub(2)) {
+            (Some(_), Some(last)) => {
+                second.steps[last].unsaved = true;
+                second.end = End::Loops;
+            }
+            // Without that the loop is as good alone.
+            _ => {
+                first.end = End::Exits;
+                parts.truncate(1);
+            }
+        }
+    }
+    parts
+}
