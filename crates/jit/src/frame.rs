@@ -465,7 +465,17 @@ pub fn segment_base(n: usize) -> Mem {
 
 /// CR0.
 pub fn cr0() -> Mem {
-    state(offset_of!(CpuState, cr0))
+    control(0)
+}
+
+/// CR0, CR2, CR3 or CR4.
+pub fn control(number: u8) -> Mem {
+    state(match number {
+        0 => offset_of!(CpuState, cr0),
+        2 => offset_of!(CpuState, cr2),
+        3 => offset_of!(CpuState, cr3),
+        _ => offset_of!(CpuState, cr4),
+    })
 }
 
 /// IA32_LSTAR.

@@ -36,6 +36,8 @@ pub enum System {
     Sti,
     /// STAC and CLAC.
     AccessFlag { set: bool },
+    /// MOV from CR0, CR2, CR3 or CR4.
+    ReadControl(u8),
     /// MOV to CR0.
     ControlRegister,
     /// SYSCALL.
@@ -60,6 +62,9 @@ impl System {
             M::Syscall => Some(Self::Syscall),
             M::Sysretq => Some(Self::Sysret),
             M::Mov if i.op0_register() == Register::CR0 => Some(Self::ControlRegister),
+            M::Mov if matches!(i.op1_register(), Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4) => {
+                Some(Self::ReadControl(i.op1_register().number() as u8))
+            }
             M::Mov
                 if i.op_count() == 2 && i.op1_kind() == OpKind::Register && i.op1_register().is_segment_register() =>
             {
@@ -93,6 +98,7 @@ impl Translator<'_> {
             System::InvalidatePage => self.invalidate_page(op),
             System::Sti => self.sti(),
             System::AccessFlag { set } => self.access_flag(set),
+            System::ReadControl(number) => self.read_control(i, number),
             System::ControlRegister => self.write_cr0(i),
             System::Syscall | System::Sysret => {}
         }
@@ -163,6 +169,16 @@ impl Translator<'_> {
             self.e.rr(true, &[0x69], A, A); // imul
             self.e.raw(&AC_STEP.to_le_bytes());
             self.e.alu(Alu::Add, true, B, A);
+        }
+    }
+
+    fn read_control(&mut self, i: &Instruction, number: u8) {
+        self.only_in_ring_0();
+        let general = register_index(i.op0_register());
+        let to = home(general).unwrap_or(A);
+        self.e.load(to, frame::control(number));
+        if home(general).is_none() {
+            self.e.store(gpr(general), A);
         }
     }
 

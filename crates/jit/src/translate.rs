@@ -16,6 +16,7 @@ use crate::plan::{Kind, Step, plan, regard_groups};
 use crate::recipes::Recipe;
 use crate::registers::{A, B, BUDGET};
 use crate::stubs::Stubs;
+use crate::system::System;
 use crate::{recipes, traces, vector, x87};
 use iced_x86::{Decoder, DecoderOptions, Encoder, Instruction};
 use umbra_cpu::block::Block;
@@ -94,6 +95,8 @@ struct Slow {
     recipe: Option<Recipe>,
     /// It works on the x87 state, which what follows wants in the host's registers.
     x87: bool,
+    /// It ends its block and may forbid the x87 unit.
+    forbids_x87: bool,
     jumps: Vec<Jump>,
     /// Where the block goes on; a branch's successor otherwise.
     back: Option<usize>,
@@ -378,7 +381,9 @@ impl<'a> Translator<'a> {
         }
         self.lookups = 0;
         let pointers = self.x87.pointers;
-        self.slow.push(Slow { op: at, x87: step.kind == Kind::X87, pointers, recipe: step.recipe, ..Slow::default() });
+        let (x87, recipe) = (step.kind == Kind::X87, step.recipe);
+        let forbids_x87 = step.kind == Kind::System(System::ControlRegister);
+        self.slow.push(Slow { op: at, x87, forbids_x87, pointers, recipe, ..Slow::default() });
         let op: &Op = &self.block.ops[at];
         match step.kind {
             kind if kind.is_branch() => {
@@ -453,7 +458,7 @@ impl<'a> Translator<'a> {
             if let Some(op) = slow.pointers {
                 self.emit_pointers(op);
             }
-            if slow.x87 {
+            if slow.x87 || slow.forbids_x87 {
                 self.e.call(self.stubs.x87_store);
             }
             if self.groups.are_open_behind(slow.op) {

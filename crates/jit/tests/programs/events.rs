@@ -186,7 +186,7 @@ fn ring_0(data: u64) -> CpuState {
     s
 }
 
-const USER_CODES: u64 = 11;
+const USER_CODES: u64 = 12;
 
 /// Code of the user, which ends with SYSCALL.
 fn user(a: &mut CodeAssembler, which: u64) -> Result<(), IcedError> {
@@ -216,6 +216,7 @@ fn user(a: &mut CodeAssembler, which: u64) -> Result<(), IcedError> {
             a.mov(eax, dword_ptr(ABSENT))?;
         }
         9 => a.rdtsc()?,
+        10 => a.mov(rax, cr0)?,
         _ => a.int(0x81)?,
     }
     a.set_label(&mut next)?;
@@ -227,7 +228,7 @@ fn top_table(n: u64) -> u64 {
     if n == 0 { TABLES } else { 0x10_0000 + 0x1000 * n }
 }
 
-const EVENTS: u64 = 29;
+const EVENTS: u64 = 30;
 
 /// One thing that may happen.
 fn event(a: &mut CodeAssembler, c: &mut Choice) -> Result<(), IcedError> {
@@ -353,6 +354,14 @@ fn event(a: &mut CodeAssembler, c: &mut Choice) -> Result<(), IcedError> {
             a.mov(eax, dword_ptr(if c.take(2) == 0 { ABSENT } else { PRIVATE }))?;
         }
         25 => a.out(0x80, al)?,
+        27 => {
+            for _ in 0..2 {
+                a.mov(rax, cr2)?;
+                a.mov(rdx, cr3)?;
+                a.mov(r10, cr4)?;
+            }
+            a.add(qword_ptr(LOG), r10)?;
+        }
         26 => {
             // CR4.TSD
             a.mov(rax, cr4)?;

@@ -1,6 +1,6 @@
 //! x87 and MMX instructions for random programs, and what looks at their state.
 
-use super::{Choice, DATA};
+use super::{Choice, DATA, SMALL, TICKS, compare, looped};
 use iced_x86::{Decoder, DecoderOptions, Mnemonic as M};
 
 /// Control words at [`CONTROL`]: of all precisions and roundings, the last two with exceptions unmasked.
@@ -88,4 +88,12 @@ fn state(c: &mut Choice) -> Vec<u8> {
         &[0x0f, 0x20, 0xc0, 0x0c, 8, 0x0f, 0x22, 0xc0],
     ];
     CHOICES[c.take(16) as usize].to_vec()
+}
+
+/// The unit becomes forbidden while its state is in the host's registers.
+#[test]
+fn a_forbidden_unit_loses_its_state_to_the_core() {
+    // fld1; mov rax, cr0; or eax, TS; mov cr0, rax; fld1, which is #NM first; fstp st0, twice
+    let body = [0xd9, 0xe8, 0x0f, 0x20, 0xc0, 0x83, 0xc8, 8, 0x0f, 0x22, 0xc0, 0xd9, 0xe8, 0xdd, 0xd8, 0xdd, 0xd8];
+    compare(&looped(body.into_iter()), 0, SMALL, &[TICKS]).unwrap();
 }
