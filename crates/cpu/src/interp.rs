@@ -134,7 +134,7 @@ impl Interpreter {
 
     /// Runs blocks one after the other until something has to be looked at. HOT.
     #[inline(always)]
-    fn chain(&mut self, bus: &mut dyn Bus, first: Result<u32, Stop>, until: VirtualTime) -> Option<Exit> {
+    pub(crate) fn chain(&mut self, bus: &mut dyn Bus, first: Result<u32, Stop>, until: VirtualTime) -> Option<Exit> {
         let mut found = first;
         loop {
             let number = match found {

@@ -73,6 +73,12 @@ impl Interpreter {
         self.whole_block(bus, number, until).err().flatten()
     }
 
+    /// Interprets blocks one after the other until something has to be looked at. They are all of one code size.
+    pub fn run_chain(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Option<Exit> {
+        let found = self.cache.find(&mut self.core);
+        self.chain(bus, found, until)
+    }
+
     /// Executes operation `index` of block `number`, whose first operation started at `clock` and whose page is at
     /// [`CODE_BASE`](crate::op::CODE_BASE). True if
     /// nothing of the block may follow it: then, and after an error, [`leave_block`](Self::leave_block).

@@ -21,7 +21,7 @@ use std::panic::resume_unwind;
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Bus, CpuState, Exit, Gva, Slice, Stopped, Vcpu, VirtualTime};
-use umbra_cpu::core::code_bits;
+use umbra_cpu::core::{CodeSize, code_bits};
 use umbra_cpu::op::CODE_BASE;
 use umbra_cpu::{EngineError, EngineOptions, Interpreter};
 use umbra_hostexec::{CodeMemory, HostExecError};
@@ -305,6 +305,11 @@ impl Engine {
             return Some(exit);
         }
         self.forget_dropped();
+        if !alone && !self.options.legacy && self.interp.core().code_size != CodeSize::Bits64 {
+            self.pending = None;
+            self.look_up = true;
+            return self.interp.run_chain(bus, until);
+        }
         if !alone && let Some(slot) = self.known() {
             return self.enter(bus, slot.code, slot.base, until);
         }
