@@ -13,7 +13,7 @@ use crate::ranges::{Misses, Saved};
 use crate::stats::JitStats;
 use crate::stubs::{self, Stubs};
 use crate::traces::trace;
-use crate::translate::{Code, OP_BITS, Offsets, Settings, Source, dropped_code, translate};
+use crate::translate::{Code, OP_BITS, Offsets, Settings, Source, dropped_code, jump, translate};
 use calls::{run_helper, run_rest};
 use links::KnownExit;
 use std::collections::HashMap;
@@ -119,6 +119,8 @@ pub(crate) struct Engine {
     exits: Vec<KnownExit>,
     /// By block number: the first blocks of the traces that it is a part of.
     traces: HashMap<u32, Vec<u32>>,
+    /// By block number: where its forgotten translations are, until it has another one.
+    moved: HashMap<u32, Vec<(usize, Half)>>,
     jumps: Jumps,
     fetches: Fetches,
     places: Places,
@@ -184,6 +186,7 @@ impl Jit {
             states: Vec::new(),
             exits: Vec::new(),
             traces: HashMap::new(),
+            moved: HashMap::new(),
             jumps,
             fetches,
             places,
@@ -362,25 +365,30 @@ impl Engine {
     /// Translations of dropped blocks become lookups of their RIP; so do those to be made anew.
     fn forget_dropped(&mut self) {
         for number in self.misses.take_again() {
-            self.forget(number);
+            self.forget(number, true);
         }
         for number in self.interp.take_dropped() {
             self.misses.forget_block(number);
-            if self.forget(number) {
+            self.moved.remove(&number);
+            if self.forget(number, false) {
                 self.stats.dropped += 1;
             }
         }
     }
 
-    /// Forgets a block's translation, and those it is a part of. True if it had one of its own.
-    fn forget(&mut self, number: u32) -> bool {
+    /// Forgets a block's translation, and those it is a part of. True if it had one of its own. The next one is gone to
+    /// from there, too, if the block is translated `again`.
+    fn forget(&mut self, number: u32, again: bool) -> bool {
         for first in self.traces.remove(&number).into_iter().flatten() {
-            self.forget(first);
+            self.forget(first, true);
         }
         let Some(state) = self.states.get_mut(number as usize) else { return false };
         let State::Translated(old) = std::mem::replace(state, State::Cold(0)) else { return false };
         let code = dropped_code(old.entry, old.rip, &self.stubs);
         self.patch(old.entry, &code);
+        if again {
+            self.moved.entry(number).or_default().push((old.entry, Half::of(old.seen_at)));
+        }
         self.fetches.forget(old.offset);
         self.places.forget(old.offset, self.code.address() + old.entry as u64);
         true
@@ -435,7 +443,6 @@ impl Engine {
         self.stats.translated += 1;
         self.stats.translated_ops += (code.starts.len() - 1) as u64;
         self.stats.translated_helpers += code.helpers as u64;
-        self.misses.know(code.missers);
         self.exits.extend(code.exits.into_iter().map(|exit| KnownExit { exit, number, entry }));
         let translation = Translation {
             entry,
@@ -448,6 +455,11 @@ impl Engine {
         if translation.is_placed() && !self.options.off.has(Mechanism::Jumps) {
             let code = self.code.address() + entry as u64;
             self.places.enter(Place { offset: block.offset(), code });
+        }
+        for (old, half) in self.moved.remove(&number).unwrap_or_default() {
+            if half == Half::of(rip) {
+                self.patch(old, &jump(old, entry));
+            }
         }
         self.states[number as usize] = State::Translated(translation);
         for &member in &trace {
@@ -511,6 +523,7 @@ impl Engine {
         self.states.iter_mut().for_each(|state| *state = State::Cold(0));
         self.exits.clear();
         self.traces.clear();
+        self.moved.clear();
         self.misses.forget_code();
         self.jumps.clear();
         self.fetches.clear();
@@ -600,7 +613,7 @@ impl Engine {
 
     /// Accounts for what generated code did, by the reason for which it was left.
     fn left(&mut self, bus: &mut dyn Bus, budget: i64) -> Option<Exit> {
-        self.misses.look(&mut self.frame, &self.interp.core().mmu, self.code.address());
+        self.misses.look(&mut self.frame, &self.interp.core().mmu);
         let (reason, site) = (self.frame.reason, self.frame.site);
         self.look_up = matches!(reason, Reason::Op | Reason::Event);
         let number = site >> OP_BITS;

@@ -4,7 +4,7 @@ use crate::emitter::Mem;
 use crate::engine::Engine;
 use crate::groups::BASES;
 use crate::jumps::{self, Contexts, Half};
-use crate::ranges::{self, Ranges};
+use crate::ranges::{self, COUNTERS, Ranges, STRIKES};
 use crate::registers::ENGINE;
 use crate::system_calls::Segments;
 use crate::views::{self, Selected, Views};
@@ -62,7 +62,8 @@ pub struct Frame {
     /// A range that was missed for some time, and one: where, and where the code that missed goes on.
     pub missed: u32,
     pub missed_gva: u64,
-    pub missed_back: u64,
+    /// A site whose counter is down.
+    pub struck: u32,
     /// Packed status flags, in RAX while code runs.
     pub flags: u32,
     pub reason: Reason,
@@ -111,6 +112,8 @@ pub struct Frame {
     /// FCW that Rust code runs with.
     pub host_fcw: u16,
     pub ranges: Ranges,
+    /// Misses of [sites](crate::ranges::counter) until one is looked at.
+    pub strikes: [u32; COUNTERS],
     /// By kind of access: the ranges, by bits, that aren't empty.
     pub used_ranges: [u32; 2],
     /// What to add to a linear address of the group that was checked last, by its base register.
@@ -190,7 +193,7 @@ impl Frame {
             linear: 0,
             missed: 0,
             missed_gva: 0,
-            missed_back: 0,
+            struck: ranges::NO_SITE,
             flags: 0,
             reason: Reason::Op,
             site: 0,
@@ -218,6 +221,7 @@ impl Frame {
             call_site: 0,
             host_fcw: FCW_DEFAULT,
             ranges: ranges::NONE,
+            strikes: [STRIKES; COUNTERS],
             used_ranges: [0; 2],
             addends: [0; BASES],
             end: 0,

@@ -255,13 +255,16 @@ impl Translator<'_> {
     pub fn emit_cold(&mut self) {
         for cold in std::mem::take(&mut self.cold) {
             self.e.bind(cold.missed);
+            let site = self.site(self.op_of(cold.slow));
+            self.e.rm(false, &[0xff], 1, ranges::counter(site)); // dec
+            let struck = self.e.jcc(cc::EQUAL);
+            let counted = self.e.here();
             let direct = cold.address.is_direct();
             if direct {
                 self.linear(&cold.address);
             }
             self.e.mov_imm(B, u64::from(cold.bytes) - 1);
             self.e.call(self.stubs.range(cold.address.range(), cold.access));
-            self.missers.push((self.e.here(), self.op_of(cold.slow)));
             let nowhere = self.e.jcc(cc::NOT_EQUAL);
             self.slow_of(cold.slow, nowhere);
             match (cold.group, direct) {
@@ -270,6 +273,10 @@ impl Translator<'_> {
                 (false, false) => self.e.alu(Alu::Add, true, A, B),
             }
             self.e.jmp_to(cold.back);
+            self.e.bind(struck);
+            self.e.mov_imm32(B, site);
+            self.e.call(self.stubs.struck);
+            self.e.jmp_to(counted);
         }
     }
 

@@ -39,8 +39,9 @@ pub const PATIENCE: u32 = 64;
 const MOST_PATIENCE: u32 = 8192;
 /// Instructions a miss between two looks, above which the next one comes as soon as it can.
 const SELDOM: u64 = 1024;
-/// Instructions from one miss to the next, when a range is missed too often.
-const OFTEN: u64 = 12;
+/// Instructions from one miss of a site to the next, when its range is missed too often. Going through memory misses
+/// [`MARGIN`] times a page in a row, which is still better than a lookup each time.
+const OFTEN: u64 = 48;
 /// Pages of a run in each direction.
 const LONGEST: u64 = 1024;
 /// From so many pages on, a run is kept however much is missed.
@@ -162,21 +163,27 @@ impl Frame {
     }
 }
 
-/// An access.
-struct Site {
-    /// Where the range's stub goes back to.
-    back: usize,
-    site: u32,
-    strikes: u8,
+/// Counters of misses; a power of two. Each belongs to the sites whose numbers agree so far.
+pub const COUNTERS: usize = 1 << 10;
+/// Misses of a site until the engine looks how often they come.
+pub const STRIKES: u32 = 128;
+/// No site.
+pub const NO_SITE: u32 = u32::MAX;
+
+const fn counter_of(site: u32) -> usize {
+    site.wrapping_mul(0x9e37_79b1) as usize >> 20 & (COUNTERS - 1)
 }
 
-/// Times in a row that a site is found missing its range [`OFTEN`] before it is given up.
-const STRIKES: u8 = 8;
+/// Where the misses of a site are counted down.
+pub fn counter(site: u32) -> Mem {
+    let start = frame_field!(strikes);
+    Mem { disp: start.disp + 4 * counter_of(site) as i32, ..start }
+}
 
 /// What is known of accesses that miss their ranges.
 pub struct Misses {
-    /// In the order of the code.
-    sites: Vec<Site>,
+    /// By counter: when it was last down, and what it began with then.
+    struck: Box<[(u64, u32)]>,
     /// When each range was last missed [`PATIENCE`] times.
     last: [[u64; NAMES]; 2],
     /// Misses of each range until the next look: more each time that there was no long run or that it didn't help.
@@ -193,12 +200,12 @@ pub struct Misses {
 
 /// Misses of a block's groups until it is given up, if they come so many instructions apart or less.
 const GROUP_MISSES: u32 = 32;
-const GROUP_INTERVAL: u64 = 4096;
+const GROUP_INTERVAL: u64 = 1 << 16;
 
 impl Misses {
     pub fn new() -> Self {
         Self {
-            sites: Vec::new(),
+            struck: vec![(0, STRIKES); COUNTERS].into_boxed_slice(),
             last: [[0; NAMES]; 2],
             patience: [[PATIENCE; NAMES]; 2],
             operations: HashMap::new(),
@@ -208,14 +215,8 @@ impl Misses {
         }
     }
 
-    /// A translation with these sites was appended to the code.
-    pub fn know(&mut self, sites: Vec<(usize, u32)>) {
-        self.sites.extend(sites.into_iter().map(|(back, site)| Site { back, site, strikes: 0 }));
-    }
-
     /// All code was emptied.
     pub fn forget_code(&mut self) {
-        self.sites.clear();
         self.again.clear();
     }
 
@@ -257,19 +258,23 @@ impl Misses {
         std::mem::take(&mut self.again)
     }
 
-    /// If a range was missed [`PATIENCE`] times it gets the longest run around the last miss; if it is missed all the
-    /// time, the site is no good for ranges.
+    /// If a range was missed [`PATIENCE`] times it gets the longest run around the last miss; a site that misses all the
+    /// time is no good for ranges.
     #[inline]
-    pub fn look(&mut self, frame: &mut Frame, mmu: &Mmu, code: u64) {
+    pub fn look(&mut self, frame: &mut Frame, mmu: &Mmu) {
         if let Some(number) = std::mem::take(&mut frame.missed).checked_sub(1) {
-            let back = frame.missed_back.wrapping_sub(code) as usize;
-            self.widen(frame, mmu, (number as usize % NAMES, number as usize / NAMES != 0), back);
+            self.widen(frame, mmu, (number as usize % NAMES, number as usize / NAMES != 0));
+        }
+        let site = std::mem::replace(&mut frame.struck, NO_SITE);
+        if site != NO_SITE {
+            self.strike(frame, site);
         }
     }
 
-    fn widen(&mut self, frame: &mut Frame, mmu: &Mmu, (name, write): (usize, bool), back: usize) {
+    fn widen(&mut self, frame: &mut Frame, mmu: &Mmu, (name, write): (usize, bool)) {
         let (ram, now) = (frame.ram, frame.now());
         let gva = Gva::new(frame.missed_gva);
+        let range = &mut frame.ranges[usize::from(write)][name];
         let since = now.wrapping_sub(std::mem::replace(&mut self.last[usize::from(write)][name], now));
         let (Some((first, pages)), Some(offset)) = (
             mmu.run_around(gva, write, LONGEST),
@@ -277,12 +282,10 @@ impl Misses {
         ) else {
             return;
         };
-        frame.used_ranges[usize::from(write)] |= 1 << name;
-        let range = &mut frame.ranges[usize::from(write)][name];
         let long = pages >= FIXED_PAGES;
         let patience = &mut self.patience[usize::from(write)][name];
         let worth_it = long && since > SELDOM * u64::from(*patience);
-        let missed = std::mem::replace(patience, if worth_it { PATIENCE } else { (*patience * 4).min(MOST_PATIENCE) });
+        *patience = if worth_it { PATIENCE } else { (*patience * 4).min(MOST_PATIENCE) };
         *range = Range {
             first: first.raw(),
             limit: (pages << 12) - MARGIN,
@@ -290,16 +293,17 @@ impl Misses {
             patience: *patience,
             fixed: long.into(),
         };
-        self.judge(back, since < OFTEN * u64::from(missed));
     }
 
-    /// The site that goes on at `back` has missed often or not: [`STRIKES`] in a row, and it is given up.
-    fn judge(&mut self, back: usize, often: bool) {
-        let Ok(at) = self.sites.binary_search_by_key(&back, |site| site.back) else { return };
-        let site = &mut self.sites[at];
-        site.strikes = if often { site.strikes + 1 } else { 0 };
-        if site.strikes >= STRIKES {
-            let (number, op) = (site.site >> OP_BITS, site.site & ((1 << OP_BITS) - 1));
+    /// A site's counter is down: if its misses came [`OFTEN`] it is given up, else its next look comes later.
+    fn strike(&mut self, frame: &mut Frame, site: u32) {
+        let (counter, now) = (counter_of(site), frame.now());
+        let (then, misses) = self.struck[counter];
+        let often = now.wrapping_sub(then) < OFTEN * u64::from(misses);
+        let next = if often { STRIKES } else { (misses * 4).min(MOST_PATIENCE) };
+        (self.struck[counter], frame.strikes[counter]) = ((now, next), next);
+        if often {
+            let (number, op) = (site >> OP_BITS, site & ((1 << OP_BITS) - 1));
             *self.operations.entry(number).or_default() |= 1 << op;
             self.again.push(number);
         }

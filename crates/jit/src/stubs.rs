@@ -55,6 +55,8 @@ pub struct Stubs {
     /// Called: does MOVS or STOS with REP as far as it can; not equal (ZF) if the operation's function must do the rest.
     /// Clobbers [`A`] and [`B`].
     pub repeated: RepeatedStubs,
+    /// Called with a site in [`B`], which it clobbers, whose counter of misses is down.
+    pub struck: usize,
     /// By range: called with a linear address in [`A`] and a number of bytes less one in [`B`]. If the MMU's table has
     /// them in one page: ZF set, the addend in [`A`], the linear address in [`B`].
     ranges: [[usize; NAMES]; 2],
@@ -136,6 +138,7 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
         system_call,
         system_return,
         vectors_load,
+        struck: struck(e),
         x87_load,
         x87_store,
         repeated: strings::emit(e),
@@ -218,13 +221,19 @@ fn range(e: &mut Emitter, n: usize) -> usize {
     e.bind(nowhere);
     e.raw(&[0xc3]);
     e.bind(impatient);
-    e.load(B, Mem { base: Some(RSP), index: None, disp: 0 });
-    e.store(frame_field!(missed_back), B);
     e.load(B, frame_field!(linear));
     e.store(frame_field!(missed_gva), B);
     e.store_imm32(frame_field!(missed), n as u32 + 1);
     e.store_imm32(ranges::field(name, access, offset_of!(Range, patience)), PATIENCE);
-    // The next block's head leaves, as after `Frame::leave_soon`.
+    leave_soon(e);
+    e.load(B, frame_field!(linear));
+    e.alu_imm(Alu::And, true, B, -4096);
+    e.jmp_to(patient);
+    here
+}
+
+/// As [`Frame::leave_soon`](crate::frame::Frame::leave_soon): the next block's head leaves. Clobbers [`B`].
+fn leave_soon(e: &mut Emitter) {
     e.rm(true, &[0x83], 7, frame_field!(bank)); // cmp
     e.raw(&[0]);
     let banked = e.jcc(cc::NOT_EQUAL);
@@ -232,9 +241,14 @@ fn range(e: &mut Emitter, n: usize) -> usize {
     e.store(frame_field!(bank), B);
     e.alu(Alu::Sub, true, BUDGET, B);
     e.bind(banked);
-    e.load(B, frame_field!(linear));
-    e.alu_imm(Alu::And, true, B, -4096);
-    e.jmp_to(patient);
+}
+
+/// See [`Stubs::struck`].
+fn struck(e: &mut Emitter) -> usize {
+    let here = e.here();
+    e.store32(frame_field!(struck), B);
+    leave_soon(e);
+    e.raw(&[0xc3]);
     here
 }
 

@@ -62,8 +62,6 @@ pub struct Code {
     /// How many of the bytes are executed often; where the others are to be placed was told, too.
     pub often: usize,
     pub exits: Vec<Exit>,
-    /// Where stubs of ranges go back to, and the sites there.
-    pub missers: Vec<(usize, u32)>,
     /// Operations that are done by their functions.
     pub helpers: usize,
     /// Where each operation's code begins in `bytes`, in what way it is done; then where the last one's ends.
@@ -84,6 +82,13 @@ pub fn dropped_code(at: usize, rip: u64, stubs: &Stubs) -> Vec<u8> {
     let mut e = Emitter::new(at);
     e.mov_imm64(A, rip);
     e.call(stubs.elsewhere);
+    e.bytes
+}
+
+/// What a translation becomes whose block has another one at offset `to`.
+pub fn jump(at: usize, to: usize) -> Vec<u8> {
+    let mut e = Emitter::new(at);
+    e.jmp_to(to);
     e.bytes
 }
 
@@ -128,8 +133,6 @@ pub struct Translator<'a> {
     pub lookups: usize,
     /// The block ends with a branch a little back.
     pub closes_loop: bool,
-    /// Where stubs of ranges go back to, and the operations there.
-    pub missers: Vec<(usize, usize)>,
     pub searches: Vec<Search>,
     pub stubs: &'a Stubs,
     /// Where the block is, and all that it is linked to.
@@ -263,8 +266,6 @@ fn emit(parts: &[Part<'_>], at: Offsets, first_exit: usize, settings: Settings<'
     for mut translator in translators {
         translator.e = e;
         translator.emit_rare();
-        let site = |op| translator.number << OP_BITS | op as u32;
-        code.missers.extend(translator.missers.iter().map(|&(back, op)| (back, site(op))));
         exits.append(&mut translator.exits);
         e = translator.e;
     }
@@ -316,7 +317,6 @@ impl<'a> Translator<'a> {
             checked: [None; BASES],
             lookups: 0,
             closes_loop: closes_loop(block, &part.steps),
-            missers: Vec::new(),
             searches: Vec::new(),
             stubs,
             half,
