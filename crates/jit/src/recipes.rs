@@ -5,7 +5,7 @@ use crate::bits::Bits;
 use crate::emitter::Alu;
 use crate::frame::{frame_field, gpr};
 use crate::native::shift_count;
-use crate::plan::{Kind, ShiftKind, Step, reads_flags, width, writes_all_flags};
+use crate::plan::{Kind, ShiftKind, Step, has_memory, reads_flags, width, writes_all_flags};
 use crate::registers::{A, B, FLAGS, Reg, home};
 use crate::translate::Translator;
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register};
@@ -62,6 +62,8 @@ impl Recipe {
                 let second = Second::Immediate(shift_count(i).into());
                 return Some(Self { how: How::Shift(kind), width, first, second });
             }
+            // Its function keeps nothing.
+            Kind::Imul if has_memory(i) => return None,
             Kind::Imul => return Some(Self { how: How::Product, width, first, second: Second::None }),
             Kind::Arithmetic => {}
             _ => return None,

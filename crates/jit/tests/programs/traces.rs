@@ -222,3 +222,16 @@ fn a_trace_is_forgotten_with_any_of_its_blocks() {
     let code = looped(body.into_iter());
     compare(&code, 3, SMALL, &[TICKS]).unwrap();
 }
+
+/// In the one round in which the product's operand lies across a page's end, the next access faults.
+#[test]
+fn a_product_by_its_function_leaves_its_own_flags() {
+    let mut body = climb(79);
+    // xor r9d, r9d; mov r8d, 0x1234567; shl r8, 3; imul r12, [rbx + r9], -1; mov rsi, [rbx + 0x1000]; add esi, 1
+    body.extend([0x45, 0x31, 0xc9, 0x41, 0xb8, 0x67, 0x45, 0x23, 1, 0x49, 0xc1, 0xe0, 3, 0x4e, 0x6b, 0x24, 0x0b, 0xff]);
+    body.extend([0x48, 0x8b, 0xb3, 0, 0x10, 0, 0, 0x83, 0xc6, 1]);
+    let code = looped(body.into_iter());
+    for data in [3, 0x55, u64::MAX - 9] {
+        compare_on(|| prepared(&code, data), &code, data, SMALL, &[TICKS]).unwrap();
+    }
+}
