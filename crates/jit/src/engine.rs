@@ -2,30 +2,31 @@
 
 mod calls;
 mod links;
+mod translations;
 
 use crate::emitter::Emitter;
 use crate::flags::{logic_clears_af, pack, unpack};
 use crate::frame::{Frame, RELINK, Reason, edges, stamps};
-use crate::jumps::{Contexts, Fetches, Half, Jumps, Place, Places, Slot};
-use crate::listing::{self, Listener, Translated};
+use crate::jumps::{Contexts, Fetches, Half, Jumps, Places, Slot};
+use crate::listing::{Listener, Translated};
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::ranges::{Misses, Saved};
 use crate::stats::JitStats;
 use crate::stubs::{self, Stubs};
-use crate::traces::trace;
-use crate::translate::{Code, OP_BITS, Offsets, Settings, Source, dropped_code, jump, translate};
+use crate::translate::{OP_BITS, Offsets};
 use calls::{run_helper, run_rest};
 use links::KnownExit;
 use std::collections::HashMap;
 use std::panic::resume_unwind;
 use std::sync::Arc;
+use translations::{State, Translation};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Bus, CpuState, Exit, Gva, Slice, Stopped, Vcpu, VirtualTime};
-use umbra_cpu::core::{CodeSize, code_bits};
+use umbra_cpu::core::CodeSize;
 use umbra_cpu::op::CODE_BASE;
 use umbra_cpu::{EngineError, EngineOptions, Interpreter};
 use umbra_hostexec::{CodeMemory, HostExecError};
-use umbra_memory::{GuestMemory, RamOffset};
+use umbra_memory::GuestMemory;
 
 /// What makes a translator impossible to build on this host.
 #[derive(Debug, thiserror::Error)]
@@ -75,35 +76,6 @@ const LARGEST: usize = 64 << 10;
 pub(crate) const ROOM: i64 = umbra_cpu::block::MAX_OPS as i64;
 /// Longest stretch without a look at the clock.
 const LONGEST: u64 = 1 << 60;
-
-/// A block's translation.
-#[derive(Clone, Copy)]
-enum State {
-    /// Interpreted so many times.
-    Cold(u8),
-    Translated(Translation),
-}
-
-#[derive(Clone, Copy)]
-struct Translation {
-    /// Offset in the code memory.
-    entry: usize,
-    /// RIP of its first instruction, from [`CODE_BASE`].
-    rip: u64,
-    /// RIP when it was made.
-    seen_at: u64,
-    /// RAM offset and code mode of the block.
-    offset: u64,
-    mode: u64,
-    crosses: bool,
-}
-
-impl Translation {
-    /// Whether it can be found by where its code is.
-    fn is_placed(&self) -> bool {
-        !self.crosses && code_bits(self.mode) == 64
-    }
-}
 
 /// All of the engine, at an address that generated code knows.
 #[repr(C)]
@@ -360,176 +332,6 @@ impl Engine {
     fn context_of(&mut self, rip: u64) -> u32 {
         let (core, half) = (self.interp.core(), Half::of(rip));
         self.contexts.number(half, stamps(core)[half as usize], core.code_mode)
-    }
-
-    /// Translations of dropped blocks become lookups of their RIP; so do those to be made anew.
-    fn forget_dropped(&mut self) {
-        for number in self.misses.take_again() {
-            self.forget(number, true);
-        }
-        for number in self.interp.take_dropped() {
-            self.misses.forget_block(number);
-            self.moved.remove(&number);
-            if self.forget(number, false) {
-                self.stats.dropped += 1;
-            }
-        }
-    }
-
-    /// Forgets a block's translation, and those it is a part of. True if it had one of its own. The next one is gone to
-    /// from there, too, if the block is translated `again`.
-    fn forget(&mut self, number: u32, again: bool) -> bool {
-        for first in self.traces.remove(&number).into_iter().flatten() {
-            self.forget(first, true);
-        }
-        let Some(state) = self.states.get_mut(number as usize) else { return false };
-        let State::Translated(old) = std::mem::replace(state, State::Cold(0)) else { return false };
-        let code = dropped_code(old.entry, old.rip, &self.stubs);
-        self.patch(old.entry, &code);
-        if again {
-            self.moved.entry(number).or_default().push((old.entry, Half::of(old.seen_at)));
-        }
-        self.fetches.forget(old.offset);
-        self.places.forget(old.offset, self.code.address() + old.entry as u64);
-        true
-    }
-
-    fn patch(&mut self, at: usize, code: &[u8]) {
-        let patched = self.code.patch(at, code);
-        debug_assert!(patched.is_ok(), "{at:#x} lies beyond the code in use");
-    }
-
-    /// The block's translation, made if it has become hot.
-    fn translation(&mut self, number: u32) -> Option<Translation> {
-        let index = number as usize;
-        if index >= self.states.len() {
-            self.states.resize(index + 1, State::Cold(0));
-        }
-        match &mut self.states[index] {
-            State::Translated(translation) => Some(*translation),
-            State::Cold(runs) if *runs < self.options.threshold => {
-                *runs += 1;
-                None
-            }
-            State::Cold(_) => self.translate(number),
-        }
-    }
-
-    fn translate(&mut self, number: u32) -> Option<Translation> {
-        if self.stats.translated >= self.options.limit {
-            return None;
-        }
-        if self.code.room() < LARGEST || self.exits.len() > 1 << 30 {
-            self.forget_everything();
-        }
-        let block = self.interp.blocks().block(number);
-        // Ticks and instructions are counted by one register.
-        if block.cost as usize != block.ops.len() {
-            return None;
-        }
-        if !self.options.legacy && block.is_legacy() {
-            return None;
-        }
-        let (at, rip) = (self.next(), self.interp.core().next_rip);
-        let entry = at.often;
-        let (trace, code) = self.translated(number, at, Half::of(rip));
-        let (often, rare) = code.bytes.split_at(code.often);
-        self.code.append(often).ok()?;
-        self.code.append_rare(rare).ok()?;
-        if let Some(mut listener) = self.listener.take() {
-            listener(&self.listed(&trace, rip, &code, at));
-            self.listener = Some(listener);
-        }
-        self.stats.translated += 1;
-        self.stats.translated_ops += (code.starts.len() - 1) as u64;
-        self.stats.translated_helpers += code.helpers as u64;
-        self.exits.extend(code.exits.into_iter().map(|exit| KnownExit { exit, number, entry }));
-        let translation = Translation {
-            entry,
-            rip: block.rip,
-            seen_at: rip,
-            offset: block.offset(),
-            mode: block.mode(),
-            crosses: block.crosses(),
-        };
-        if translation.is_placed() && !self.options.off.has(Mechanism::Jumps) {
-            let code = self.code.address() + entry as u64;
-            self.places.enter(Place { offset: block.offset(), code });
-        }
-        for (old, half) in self.moved.remove(&number).unwrap_or_default() {
-            if half == Half::of(rip) {
-                self.patch(old, &jump(old, entry));
-            }
-        }
-        self.states[number as usize] = State::Translated(translation);
-        for &member in &trace {
-            self.interp.keep_block(member);
-            let firsts = self.traces.entry(member).or_default();
-            if member != number && !firsts.contains(&number) {
-                firsts.push(number);
-            }
-        }
-        Some(translation)
-    }
-
-    fn listed(&self, trace: &[u32], rip: u64, code: &Code, at: Offsets) -> Translated {
-        let base = self.code.address();
-        let blocks: Vec<_> = trace.iter().map(|&number| self.interp.blocks().block(number)).collect();
-        let guest = self.bytes_of(trace);
-        Translated::of(&blocks, rip, guest, code, (base, at), listing::names(&self.stubs, base))
-    }
-
-    /// Where the next translation goes.
-    fn next(&self) -> Offsets {
-        Offsets { often: self.code.next(), rare: self.code.next_rare() }
-    }
-
-    /// The blocks that a block is translated with, and host code of all of them for these offsets of the code memory.
-    fn translated(&self, number: u32, at: Offsets, half: Half) -> (Vec<u32>, Code) {
-        let (off, blocks) = (self.options.off, self.interp.blocks());
-        let alone = off.has(Mechanism::Traces);
-        let mut trace = if alone { vec![number] } else { trace(number, blocks, &self.interp.core().mem) };
-        let bytes: Vec<_> = trace.iter().map(|&number| self.bytes_of(&[number])).collect();
-        let sources = trace.iter().zip(&bytes).map(|(&number, bytes)| Source {
-            block: blocks.block(number),
-            number,
-            bytes,
-            missing: if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) },
-            alone: self.misses.is_alone(number),
-        });
-        let sources: Vec<_> = sources.collect();
-        let code = translate(&sources, at, self.exits.len(), Settings { half, off, stubs: &self.stubs });
-        trace.truncate(code.parts);
-        (trace, code)
-    }
-
-    /// The bytes of blocks, each one's once.
-    fn bytes_of(&self, trace: &[u32]) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        for (at, &number) in trace.iter().enumerate().filter(|(at, number)| !trace[..*at].contains(number)) {
-            debug_assert!(at == 0 || !self.interp.blocks().block(number).crosses());
-            for (offset, len) in self.interp.blocks().block(number).pieces() {
-                let at = bytes.len();
-                bytes.resize(at + len as usize, 0);
-                self.interp.core().mem.load_bytes(RamOffset::new(offset), &mut bytes[at..]);
-            }
-        }
-        bytes
-    }
-
-    /// Empties the code memory.
-    fn forget_everything(&mut self) {
-        self.code.truncate(self.stubs_end);
-        self.states.iter_mut().for_each(|state| *state = State::Cold(0));
-        self.exits.clear();
-        self.traces.clear();
-        self.moved.clear();
-        self.misses.forget_code();
-        self.jumps.clear();
-        self.fetches.clear();
-        self.places.clear();
-        self.pending = None;
-        self.stats.emptied += 1;
     }
 
     /// Runs generated code from `translation` on until it is left.

@@ -30,6 +30,7 @@ mod ranges;
 mod recipes;
 mod registers;
 mod sample;
+mod shifts;
 mod stats;
 mod strings;
 mod stubs;

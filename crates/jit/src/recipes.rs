@@ -4,9 +4,9 @@
 use crate::bits::Bits;
 use crate::emitter::Alu;
 use crate::frame::{frame_field, gpr};
-use crate::native::shift_count;
 use crate::plan::{Kind, ShiftKind, Step, has_memory, reads_flags, width, writes_all_flags};
 use crate::registers::{A, B, FLAGS, Reg, home};
+use crate::shifts::shift_count;
 use crate::translate::Translator;
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register};
 use umbra_arch::rflags;

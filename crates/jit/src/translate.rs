@@ -4,9 +4,11 @@
 //! the next block. Behind that lie the rarely executed parts: operations that missed the MMU's table, exits
 //! without a link.
 
+mod exits;
+mod slow;
+
 use crate::branch::Search;
-use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
-use crate::frame::{code_base, context};
+use crate::emitter::{Alu, Emitter, Jump, cc};
 use crate::groups::{BASES, Groups, groups};
 use crate::jumps::Half;
 use crate::mechanisms::{Mechanism, Mechanisms};
@@ -14,7 +16,7 @@ use crate::memory_path::Cold;
 use crate::native::Unencodable;
 use crate::plan::{Kind, Step, plan, regard_groups};
 use crate::recipes::Recipe;
-use crate::registers::{A, B, BUDGET};
+use crate::registers::{A, BUDGET};
 use crate::stubs::Stubs;
 use crate::system::System;
 use crate::{recipes, traces, vector, x87};
@@ -22,36 +24,13 @@ use iced_x86::{Decoder, DecoderOptions, Encoder, Instruction};
 use umbra_cpu::block::Block;
 use umbra_cpu::op::Op;
 
+use exits::emit_exits;
+pub use exits::{Exit, LOOKUP_BYTES, dropped_code, jump, other_code};
+use slow::Slow;
+
 /// Bits of a site that say which operation of its block is meant.
 pub const OP_BITS: u32 = 6;
 const _: () = assert!(umbra_cpu::block::MAX_OPS <= 1 << OP_BITS);
-
-/// Bytes of [`dropped_code`], the least size of a block's code.
-pub const LOOKUP_BYTES: usize = 15;
-/// Bytes of [`other_code`], the size of an exit without a link.
-const UNLINKED_BYTES: usize = LOOKUP_BYTES + 6;
-
-/// A direct exit of a translation. All places are offsets in the code memory.
-#[derive(Clone, Copy, Debug)]
-pub struct Exit {
-    /// RIP that it goes to, from where RIPs count.
-    pub target: u64,
-    /// Displacement of its jump.
-    pub jump: usize,
-    /// If it leaves the page.
-    pub guard: Option<Guard>,
-    /// Its code as long as it isn't linked, or for other contexts: [`UNLINKED_BYTES`].
-    pub unlinked: usize,
-}
-
-/// What an exit that leaves its page holds for.
-#[derive(Clone, Copy, Debug)]
-pub struct Guard {
-    /// Context number, 32 bits.
-    pub context: usize,
-    /// Where its own page is mapped, 64 bits.
-    pub base: usize,
-}
 
 /// A translation to be placed where its emitter was told.
 #[derive(Default)]
@@ -66,51 +45,6 @@ pub struct Code {
     pub helpers: usize,
     /// Where each operation's code begins in `bytes`, in what way it is done; then where the last one's ends.
     pub starts: Vec<(usize, Option<Kind>)>,
-}
-
-/// Code of an exit, by its number, to `rip` where its guard fails.
-pub fn other_code(at: usize, number: u32, rip: u64, stubs: &Stubs) -> Vec<u8> {
-    let mut e = Emitter::new(at);
-    e.mov_imm64(A, rip);
-    e.mov_imm32(B, number);
-    e.jmp_to(stubs.other);
-    e.bytes
-}
-
-/// What a dropped translation of `rip` becomes: always [`LOOKUP_BYTES`].
-pub fn dropped_code(at: usize, rip: u64, stubs: &Stubs) -> Vec<u8> {
-    let mut e = Emitter::new(at);
-    e.mov_imm64(A, rip);
-    e.call(stubs.elsewhere);
-    e.bytes
-}
-
-/// What a translation becomes whose block has another one at offset `to`.
-pub fn jump(at: usize, to: usize) -> Vec<u8> {
-    let mut e = Emitter::new(at);
-    e.jmp_to(to);
-    e.bytes
-}
-
-/// Operations of a block done by their functions after all, once or in part.
-#[derive(Default)]
-struct Slow {
-    op: usize,
-    /// How the flags are found that aren't saved.
-    recipe: Option<Recipe>,
-    /// It works on the x87 state, which what follows wants in the host's registers.
-    x87: bool,
-    /// It ends its block and may forbid the x87 unit.
-    forbids_x87: bool,
-    jumps: Vec<Jump>,
-    /// Where the block goes on; a branch's successor otherwise.
-    back: Option<usize>,
-    /// The host's flags are relied on there.
-    flags: bool,
-    /// Units whose registers what follows wants in the host's.
-    vectors: u8,
-    /// The last x87 operation before, whose pointers aren't in the core.
-    pointers: Option<usize>,
 }
 
 /// The state of one translation.
@@ -423,183 +357,4 @@ impl<'a> Translator<'a> {
         self.e.call(self.stubs.helper);
         self.host_flags = false;
     }
-
-    /// `jump` is taken where the running operation must be done by its function, from its start.
-    pub fn slow(&mut self, jump: Jump) {
-        if let Some(slow) = self.slow.last_mut() {
-            slow.jumps.push(jump);
-        }
-    }
-
-    /// The operation that a slow path belongs to.
-    pub fn op_of(&self, slow: usize) -> usize {
-        self.slow[slow].op
-    }
-
-    /// The running operation's slow path.
-    pub fn slow_number(&self) -> usize {
-        self.slow.len() - 1
-    }
-
-    /// `jump` is taken where the operation of that slow path must be done by its function.
-    pub fn slow_of(&mut self, number: usize, jump: Jump) {
-        self.slow[number].jumps.push(jump);
-    }
-
-    fn emit_slow(&mut self) {
-        for slow in std::mem::take(&mut self.slow) {
-            if slow.jumps.is_empty() {
-                continue;
-            }
-            slow.jumps.iter().for_each(|&jump| self.e.bind(jump));
-            if let Some(recipe) = &slow.recipe {
-                self.recover_flags(recipe);
-            }
-            if let Some(op) = slow.pointers {
-                self.emit_pointers(op);
-            }
-            if slow.x87 || slow.forbids_x87 {
-                self.e.call(self.stubs.x87_store);
-            }
-            if self.groups.are_open_behind(slow.op) {
-                self.e.call(self.stubs.x87_store);
-                self.rest(slow.op);
-                continue;
-            }
-            self.helper(slow.op);
-            if slow.x87 {
-                self.e.call(self.stubs.x87_load);
-                let unusable = self.e.jcc(cc::NOT_EQUAL);
-                self.by_function(slow.op + 1, unusable);
-            }
-            if slow.vectors != 0 {
-                self.load_vectors(slow.vectors, slow.op + 1);
-            }
-            if slow.flags {
-                self.e.restore_flags();
-            }
-            self.e.jmp_to(slow.back.unwrap_or(self.stubs.dispatch));
-        }
-    }
-
-    /// Goes on at `target`.
-    pub fn exit(&mut self, target: u64) {
-        let mut others = Vec::new();
-        let page = i32::try_from(target as i64 & !0xfff).ok();
-        let guard = page.filter(|_| self.leaves_page(target)).map(|page| {
-            // No context has number 0.
-            let number = self.e.cmp_mem_imm(context(self.half), 0);
-            others.push(self.e.jcc(cc::NOT_EQUAL));
-            self.e.mov_imm64(A, 0);
-            let base = self.e.here() - 8;
-            self.e.alu_mem(Alu::Cmp, true, A, code_base());
-            others.push(self.e.jcc(cc::NOT_EQUAL));
-            if !self.block.is_legacy() {
-                self.e.lea(A, Mem { base: Some(A), index: None, disp: page });
-                self.e.store(code_base(), A);
-            }
-            Guard { context: number, base }
-        });
-        let jump = self.e.jmp();
-        others.push(jump);
-        self.exits.push((Exit { target, jump: jump.0, guard, unlinked: 0 }, others));
-    }
-
-    fn leaves_page(&self, target: u64) -> bool {
-        target >> 12 != self.block.rip >> 12
-    }
-
-    /// Goes on at `target` where `condition` holds, else behind.
-    pub fn exit_if(&mut self, condition: u8, target: u64) {
-        if self.leaves_page(target) {
-            let not = self.e.jcc(condition ^ 1);
-            self.exit(target);
-            self.e.bind(not);
-        } else {
-            let jump = self.e.jcc(condition);
-            self.exits.push((Exit { target, jump: jump.0, guard: None, unlinked: 0 }, vec![jump]));
-        }
-    }
-
-    /// `jump` is taken, with the x87 state in the core, where operation `op` and those behind it must be done by
-    /// their functions.
-    pub fn by_function(&mut self, op: usize, jump: Jump) {
-        self.by_function.push((op, jump));
-    }
-
-    fn emit_by_function(&mut self) {
-        let jumps = std::mem::take(&mut self.by_function);
-        let Some(first) = jumps.iter().map(|&(op, _)| op).min() else { return };
-        for op in first..=self.block.ops.len() {
-            let here: Vec<_> = jumps.iter().filter(|&&(to, _)| to == op).map(|&(_, jump)| jump).collect();
-            here.iter().for_each(|&jump| self.e.bind(jump));
-            match here.is_empty() {
-                true => {}
-                false if op < self.block.ops.len() => self.rest(op),
-                false => self.e.jmp_to(self.stubs.dispatch),
-            }
-        }
-    }
-
-    /// Does operation `op` and those behind it by their functions, and goes on with another block.
-    fn rest(&mut self, op: usize) {
-        self.e.mov_imm(A, self.site(op).into());
-        self.e.call(self.stubs.rest);
-    }
-
-    /// The block's conditional branch.
-    pub fn ends(&mut self, condition: u8, target: u64, next: u64) {
-        match self.end {
-            End::Exits => {
-                self.exit_if(condition, target);
-                self.exit(next);
-            }
-            End::Falls => self.leave_if(condition, target),
-            End::Enters => self.leave_if(condition ^ 1, next),
-            End::Loops => {
-                let again = self.e.jcc(condition);
-                self.e.point(again, self.head);
-                if self.unsaved {
-                    self.e.save_flags();
-                }
-                self.exit(next);
-            }
-        }
-    }
-
-    /// Leaves the trace for `target` where `condition` holds.
-    fn leave_if(&mut self, condition: u8, target: u64) {
-        if self.unsaved || self.leaves_page(target) {
-            let side = self.e.jcc(condition);
-            self.sides.push((side, target));
-        } else {
-            self.exit_if(condition, target);
-        }
-    }
-
-    fn emit_sides(&mut self) {
-        for (side, target) in std::mem::take(&mut self.sides) {
-            self.e.bind(side);
-            if self.unsaved {
-                self.e.save_flags();
-            }
-            self.exit(target);
-        }
-    }
-}
-
-fn emit_exits(e: &mut Emitter, exits: Vec<(Exit, Vec<Jump>)>, first: usize, stubs: &Stubs) -> Vec<Exit> {
-    let numbered = exits.into_iter().enumerate();
-    numbered
-        .map(|(n, (exit, jumps))| {
-            let unlinked = e.here();
-            jumps.into_iter().for_each(|jump| e.bind(jump));
-            e.mov_imm(A, (first + n) as u64);
-            e.jmp_to(stubs.link);
-            while e.here() < unlinked + UNLINKED_BYTES {
-                e.raw(&[0xcc]);
-            }
-            Exit { unlinked, ..exit }
-        })
-        .collect()
 }

@@ -1,6 +1,7 @@
 //! Jumps from a translation straight to another.
 
-use super::{Engine, State, Translation};
+use super::Engine;
+use super::translations::{State, Translation};
 use crate::emitter::displacement;
 use crate::jumps::Half;
 use crate::translate::{Exit, other_code};

@@ -1,0 +1,155 @@
+//! How a block is left: exits and their links.
+
+use super::{End, Translator};
+use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
+use crate::frame::{code_base, context};
+use crate::registers::{A, B};
+use crate::stubs::Stubs;
+
+/// Bytes of [`dropped_code`], the least size of a block's code.
+pub const LOOKUP_BYTES: usize = 15;
+/// Bytes of [`other_code`], the size of an exit without a link.
+const UNLINKED_BYTES: usize = LOOKUP_BYTES + 6;
+
+/// A direct exit of a translation. All places are offsets in the code memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Exit {
+    /// RIP that it goes to, from where RIPs count.
+    pub target: u64,
+    /// Displacement of its jump.
+    pub jump: usize,
+    /// If it leaves the page.
+    pub guard: Option<Guard>,
+    /// Its code as long as it isn't linked, or for other contexts: [`UNLINKED_BYTES`].
+    pub unlinked: usize,
+}
+
+/// What an exit that leaves its page holds for.
+#[derive(Clone, Copy, Debug)]
+pub struct Guard {
+    /// Context number, 32 bits.
+    pub context: usize,
+    /// Where its own page is mapped, 64 bits.
+    pub base: usize,
+}
+
+/// Code of an exit, by its number, to `rip` where its guard fails.
+pub fn other_code(at: usize, number: u32, rip: u64, stubs: &Stubs) -> Vec<u8> {
+    let mut e = Emitter::new(at);
+    e.mov_imm64(A, rip);
+    e.mov_imm32(B, number);
+    e.jmp_to(stubs.other);
+    e.bytes
+}
+
+/// What a dropped translation of `rip` becomes: always [`LOOKUP_BYTES`].
+pub fn dropped_code(at: usize, rip: u64, stubs: &Stubs) -> Vec<u8> {
+    let mut e = Emitter::new(at);
+    e.mov_imm64(A, rip);
+    e.call(stubs.elsewhere);
+    e.bytes
+}
+
+/// What a translation becomes whose block has another one at offset `to`.
+pub fn jump(at: usize, to: usize) -> Vec<u8> {
+    let mut e = Emitter::new(at);
+    e.jmp_to(to);
+    e.bytes
+}
+
+impl Translator<'_> {
+    /// Goes on at `target`.
+    pub fn exit(&mut self, target: u64) {
+        let mut others = Vec::new();
+        let page = i32::try_from(target as i64 & !0xfff).ok();
+        let guard = page.filter(|_| self.leaves_page(target)).map(|page| {
+            // No context has number 0.
+            let number = self.e.cmp_mem_imm(context(self.half), 0);
+            others.push(self.e.jcc(cc::NOT_EQUAL));
+            self.e.mov_imm64(A, 0);
+            let base = self.e.here() - 8;
+            self.e.alu_mem(Alu::Cmp, true, A, code_base());
+            others.push(self.e.jcc(cc::NOT_EQUAL));
+            if !self.block.is_legacy() {
+                self.e.lea(A, Mem { base: Some(A), index: None, disp: page });
+                self.e.store(code_base(), A);
+            }
+            Guard { context: number, base }
+        });
+        let jump = self.e.jmp();
+        others.push(jump);
+        self.exits.push((Exit { target, jump: jump.0, guard, unlinked: 0 }, others));
+    }
+
+    fn leaves_page(&self, target: u64) -> bool {
+        target >> 12 != self.block.rip >> 12
+    }
+
+    /// Goes on at `target` where `condition` holds, else behind.
+    pub fn exit_if(&mut self, condition: u8, target: u64) {
+        if self.leaves_page(target) {
+            let not = self.e.jcc(condition ^ 1);
+            self.exit(target);
+            self.e.bind(not);
+        } else {
+            let jump = self.e.jcc(condition);
+            self.exits.push((Exit { target, jump: jump.0, guard: None, unlinked: 0 }, vec![jump]));
+        }
+    }
+
+    /// The block's conditional branch.
+    pub fn ends(&mut self, condition: u8, target: u64, next: u64) {
+        match self.end {
+            End::Exits => {
+                self.exit_if(condition, target);
+                self.exit(next);
+            }
+            End::Falls => self.leave_if(condition, target),
+            End::Enters => self.leave_if(condition ^ 1, next),
+            End::Loops => {
+                let again = self.e.jcc(condition);
+                self.e.point(again, self.head);
+                if self.unsaved {
+                    self.e.save_flags();
+                }
+                self.exit(next);
+            }
+        }
+    }
+
+    /// Leaves the trace for `target` where `condition` holds.
+    fn leave_if(&mut self, condition: u8, target: u64) {
+        if self.unsaved || self.leaves_page(target) {
+            let side = self.e.jcc(condition);
+            self.sides.push((side, target));
+        } else {
+            self.exit_if(condition, target);
+        }
+    }
+
+    pub(super) fn emit_sides(&mut self) {
+        for (side, target) in std::mem::take(&mut self.sides) {
+            self.e.bind(side);
+            if self.unsaved {
+                self.e.save_flags();
+            }
+            self.exit(target);
+        }
+    }
+}
+
+pub(super) fn emit_exits(e: &mut Emitter, exits: Vec<(Exit, Vec<Jump>)>, first: usize, stubs: &Stubs) -> Vec<Exit> {
+    let numbered = exits.into_iter().enumerate();
+    numbered
+        .map(|(n, (exit, jumps))| {
+            let unlinked = e.here();
+            jumps.into_iter().for_each(|jump| e.bind(jump));
+            e.mov_imm(A, (first + n) as u64);
+            e.jmp_to(stubs.link);
+            while e.here() < unlinked + UNLINKED_BYTES {
+                e.raw(&[0xcc]);
+            }
+            Exit { unlinked, ..exit }
+        })
+        .collect()
+}
