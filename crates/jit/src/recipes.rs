@@ -131,7 +131,7 @@ fn give(recipe: &Recipe, steps: &mut [Step], instructions: &[Instruction], info:
     end.is_some()
 }
 
-/// Which operation replaces the flags of the one before before anything but slow paths looks at them.
+/// The operation that replaces the flags, unless anything but slow paths looks at them before or the recipe is spoilt.
 fn replaced(
     recipe: &Recipe,
     steps: &[Step],

@@ -181,8 +181,8 @@ fn field(offset: usize) -> Mem {
     Mem::at(B, offset)
 }
 
-/// Called with the offset of a view of the root in force in [`B`]: makes it the one in force; not equal (ZF) if it isn't known. Clobbers [`A`] and
-/// [`B`].
+/// Called with the offset of a view of the root in force in [`B`]: makes it the one in force; not equal (ZF) if it isn't
+/// known. Clobbers [`A`] and [`B`].
 pub fn emit_change(e: &mut Emitter) -> usize {
     let here = e.here();
     let views = frame_field!(views);
