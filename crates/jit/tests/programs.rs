@@ -40,10 +40,16 @@ const DATA: u64 = 0x4_0000;
 const STACK: u64 = 0x8_0800;
 const TICKS: u64 = 20_000;
 
-/// Nothing is attached.
-struct Nothing;
+/// Nothing is attached but what makes interrupts and NMIs wait.
+#[derive(Default)]
+struct Devices {
+    interrupt: Option<u8>,
+    nmi: bool,
+    /// The interrupt that any OUT makes wait.
+    by_out: Option<u8>,
+}
 
-impl Bus for Nothing {
+impl Bus for Devices {
     fn mmio_read(&mut self, _: VirtualTime, _: Gpa, width: AccessWidth) -> Reply<u64> {
         Reply { value: width.mask(), cost: 3, attention: false }
     }
@@ -54,7 +60,8 @@ impl Bus for Nothing {
         Reply { value: 0, cost: 7, attention: false }
     }
     fn port_write(&mut self, _: VirtualTime, _: u16, _: AccessWidth, _: u32) -> Reply<()> {
-        Reply { value: (), cost: 9, attention: false }
+        self.interrupt = self.by_out.or(self.interrupt);
+        Reply { value: (), cost: 9, attention: self.by_out.is_some() }
     }
     fn apic_msr_read(&mut self, _: VirtualTime, _: u32) -> Result<Reply<u64>, Fault> {
         Err(Fault::GP0)
@@ -69,13 +76,13 @@ impl Bus for Nothing {
         Reply { value: (), cost: 0, attention: false }
     }
     fn interrupt_pending(&mut self) -> bool {
-        false
+        self.interrupt.is_some()
     }
     fn interrupt_acknowledge(&mut self, _: VirtualTime) -> Option<u8> {
-        None
+        self.interrupt.take()
     }
     fn take_nmi(&mut self) -> bool {
-        false
+        std::mem::take(&mut self.nmi)
     }
 }
 
@@ -498,7 +505,7 @@ fn run(engine: &mut dyn Vcpu, mem: &GuestMemory, start: &CpuState, stops: &[u64]
     let mut now = VirtualTime(0);
     'end: for &stop in stops {
         while now.0 < stop {
-            let stopped = engine.run(&mut Nothing, Slice { now, until: VirtualTime(stop) });
+            let stopped = engine.run(&mut Devices::default(), Slice { now, until: VirtualTime(stop) });
             now = stopped.now;
             match stopped.exit {
                 Exit::BudgetSpent | Exit::Attention => {}

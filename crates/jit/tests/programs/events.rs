@@ -26,51 +26,6 @@ const USER_DATA: u64 = 32 | 3;
 const FLAGS: [u64; 12] =
     [2, 0x202, 0x202, 0x102, 0x302, 0x4_0002, 0x4_0202, 0x1_0002, 0x1_0302, 0x3602, 0x8d7, 0x3f_ffd7];
 
-/// Interrupts and NMIs that wait from a slice's start on.
-#[derive(Default)]
-struct Waiting {
-    interrupt: Option<u8>,
-    nmi: bool,
-}
-
-impl Bus for Waiting {
-    fn mmio_read(&mut self, _: VirtualTime, _: Gpa, width: AccessWidth) -> Reply<u64> {
-        Reply { value: width.mask(), cost: 3, attention: false }
-    }
-    fn mmio_write(&mut self, _: VirtualTime, _: Gpa, _: AccessWidth, _: u64) -> Reply<()> {
-        Reply { value: (), cost: 5, attention: false }
-    }
-    fn port_read(&mut self, _: VirtualTime, _: u16, _: AccessWidth) -> Reply<u32> {
-        Reply { value: 0, cost: 7, attention: false }
-    }
-    /// Any OUT makes an interrupt wait.
-    fn port_write(&mut self, _: VirtualTime, _: u16, _: AccessWidth, _: u32) -> Reply<()> {
-        self.interrupt = Some(0x21);
-        Reply { value: (), cost: 9, attention: true }
-    }
-    fn apic_msr_read(&mut self, _: VirtualTime, _: u32) -> Result<Reply<u64>, Fault> {
-        Err(Fault::GP0)
-    }
-    fn apic_msr_write(&mut self, _: VirtualTime, _: u32, _: u64) -> Result<Reply<()>, Fault> {
-        Err(Fault::GP0)
-    }
-    fn read_cr8(&mut self) -> u8 {
-        0
-    }
-    fn write_cr8(&mut self, _: VirtualTime, _: u8) -> Reply<()> {
-        Reply { value: (), cost: 0, attention: false }
-    }
-    fn interrupt_pending(&mut self) -> bool {
-        self.interrupt.is_some()
-    }
-    fn interrupt_acknowledge(&mut self, _: VirtualTime) -> Option<u8> {
-        self.interrupt.take()
-    }
-    fn take_nmi(&mut self) -> bool {
-        std::mem::take(&mut self.nmi)
-    }
-}
-
 fn assembled(at: u64, write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
     let mut a = CodeAssembler::new(64).unwrap();
     write(&mut a).unwrap();
@@ -406,7 +361,7 @@ fn events(body: &[u64]) -> Vec<u8> {
 fn run_with(engine: &mut dyn Vcpu, mem: &GuestMemory, start: &CpuState, stops: &[(u64, u8)]) -> Seen {
     engine.set_state(start);
     let mut now = VirtualTime(0);
-    let mut bus = Waiting::default();
+    let mut bus = Devices { by_out: Some(0x21), ..Devices::default() };
     'end: for &(stop, waits) in stops {
         while now.0 < stop {
             let stopped = engine.run(&mut bus, Slice { now, until: VirtualTime(stop) });
