@@ -1,10 +1,10 @@
 //! Near branches.
 
 use crate::emitter::{Mem, cc};
-use crate::frame::{code_base, frame_field, gpr};
+use crate::frame::{code_base, frame_field};
 use crate::memory_path::{Access, Address};
 use crate::plan::Kind;
-use crate::registers::{A, B, GUEST_RSP, Reg, guest, home};
+use crate::registers::{A, B, GUEST_RSP, Reg, guest};
 use crate::stubs::{Unknown, compare_slot, go, unknown_rip};
 use crate::translate::Translator;
 use iced_x86::{Instruction, OpKind};
@@ -56,9 +56,7 @@ impl Translator<'_> {
     }
 
     fn jcc(&mut self, i: &Instruction, target: u64, next: u64) {
-        if !self.host_flags {
-            self.e.restore_flags();
-        }
+        self.need_flags();
         // iced-x86 numbers conditions as encodings do, from 1 on.
         self.ends(i.condition_code() as u8 - 1, target, next);
     }
@@ -69,10 +67,7 @@ impl Translator<'_> {
             let place = self.lookup(&Address::of(op), 8, Access::Read);
             self.e.load(A, place.mem);
         } else {
-            match home(op.dst) {
-                Some(r) => self.e.mov(A, r),
-                None => self.e.load(A, gpr(op.dst)),
-            }
+            self.guest_register(A, op.dst);
         }
     }
 

@@ -20,9 +20,8 @@ impl Translator<'_> {
         needs_flags: bool,
     ) -> Result<Vec<Renamed>, Unencodable> {
         let Some(host) = in_core(i) else { return self.renamed(i, op, needs_flags) };
-        if needs_flags && !self.host_flags {
-            self.e.restore_flags();
-            self.host_flags = true;
+        if needs_flags {
+            self.need_flags();
         }
         self.encode(&host)?;
         Ok(Vec::new())

@@ -96,9 +96,8 @@ impl Translator<'_> {
             free = place.free;
         }
         let renamed = self.rename(i, &mut host, free);
-        if needs_flags && !self.host_flags {
-            self.e.restore_flags();
-            self.host_flags = true;
+        if needs_flags {
+            self.need_flags();
         }
         self.encode(&host)?;
         for r in renamed.iter().filter(|r| r.guest & HIGH_BYTE == 0) {
@@ -108,6 +107,14 @@ impl Translator<'_> {
             }
         }
         Ok(renamed)
+    }
+
+    /// The guest's flags are in the host's from here on.
+    pub fn need_flags(&mut self) {
+        if !self.host_flags {
+            self.e.restore_flags();
+            self.host_flags = true;
+        }
     }
 
     /// As [`renamed`](Self::renamed) for one after which the host's flags say nothing.

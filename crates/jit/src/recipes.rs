@@ -217,7 +217,8 @@ impl Translator<'_> {
         self.e.save_flags();
     }
 
-    fn guest_register(&mut self, to: Reg, n: u8) {
+    /// A guest register's value to a host register.
+    pub fn guest_register(&mut self, to: Reg, n: u8) {
         match home(n) {
             Some(r) => self.e.mov(to, r),
             None => self.e.load(to, gpr(n)),

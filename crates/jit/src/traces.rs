@@ -3,6 +3,7 @@
 //!
 //! Each block charges its own cost, and can be left as if it were alone.
 
+use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::plan::Kind;
 use crate::recipes;
 use crate::translate::{End, Part};
@@ -47,8 +48,8 @@ fn branches_to(block: &Block, mem: &GuestMemory) -> Option<u64> {
     (short || near).then_some(op.imm)
 }
 
-/// Lets each part go on with the next one, as far as that is possible.
-pub fn join(mut parts: Vec<Part<'_>>) -> Vec<Part<'_>> {
+/// Lets each part go on with the next one, as far as that is possible without the mechanisms that are `off`.
+pub fn join(mut parts: Vec<Part<'_>>, off: Mechanisms) -> Vec<Part<'_>> {
     let branches = |part: &Part<'_>| part.steps.last().is_some_and(|step| step.kind == Kind::Jcc);
     let joined = parts.iter().take_while(|part| branches(part)).count() + 1;
     parts.truncate(joined);
@@ -59,7 +60,9 @@ pub fn join(mut parts: Vec<Part<'_>>) -> Vec<Part<'_>> {
     for at in 1..parts.len() {
         let (before, behind) = parts.split_at_mut(at);
         let (Some(from), Some(to)) = (before.last_mut(), behind.first_mut()) else { break };
-        to.recipe = recipes::carry(&mut from.steps, &from.instructions, (&mut to.steps, &to.instructions));
+        if !off.has(Mechanism::Flags) {
+            to.recipe = recipes::carry(&mut from.steps, &from.instructions, (&mut to.steps, &to.instructions));
+        }
         from.end = if loops { End::Enters } else { End::Falls };
     }
     if let [first, second] = &mut parts[..]

@@ -170,7 +170,7 @@ impl<'a> Part<'a> {
 /// Translates a trace for these offsets of the code memory. The numbers of the exits begin with `first_exit`.
 pub fn translate(trace: &[Source<'_>], at: Offsets, first_exit: usize, settings: Settings<'_>) -> Code {
     let parts = trace.iter().map(|&source| Part::new(source, settings.off)).collect();
-    let native = emit(&traces::join(parts), at, first_exit, settings);
+    let native = emit(&traces::join(parts, settings.off), at, first_exit, settings);
     native.unwrap_or_else(|Unencodable| {
         let parts: Vec<_> = trace.iter().take(1).map(|&source| Part::by_functions(source)).collect();
         emit(&parts, at, first_exit, settings).unwrap_or_default()

@@ -96,9 +96,8 @@ impl Translator<'_> {
             }
             M::Fnstsw => self.x87_data(i, op)?,
             _ => {
-                if reads_flags(i) && !self.host_flags {
-                    self.e.restore_flags();
-                    self.host_flags = true;
+                if reads_flags(i) {
+                    self.need_flags();
                 }
                 self.x87_data(i, op)?;
                 if i.rflags_modified() & STATUS != 0 {

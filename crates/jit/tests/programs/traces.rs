@@ -196,6 +196,9 @@ fn a_loop_of_one_block_is_in_place_twice() {
     };
     let (all, alone) = (run(Mechanisms::NONE), run(Mechanisms::NONE.with(Mechanism::Traces)));
     assert!(all.translated_ops >= alone.translated_ops + 4, "{all}\n{alone}");
+    // Where all flags are saved it is as good alone.
+    let saving = run(Mechanisms::NONE.with(Mechanism::Flags));
+    assert!(all.translated_ops >= saving.translated_ops + 4, "{all}\n{saving}");
 }
 
 /// A branch that falls through to code that a store before it, in the same trace, has changed.
