@@ -448,6 +448,22 @@ fn memory(code: &[u8], data: u64) -> Arc<GuestMemory> {
     mem
 }
 
+/// Linear pages of their own.
+const WINDOW: u64 = 0x4000_0000;
+
+/// As [`memory`] with such page-table entries at [`WINDOW`], and so many rounds of a loop.
+fn windowed(code: &[u8], data: u64, pages: &[u64], rounds: u64) -> Arc<GuestMemory> {
+    let mem = memory(code, data);
+    let put = |at: u64, value: u64| mem.write(Gpa::new(at), &value.to_le_bytes());
+    put(TABLES + 0x1000 + 8, TABLES + 0x3003);
+    put(TABLES + 0x3000, TABLES + 0x4003);
+    for (n, page) in pages.iter().enumerate() {
+        put(TABLES + 0x4000 + 8 * n as u64, *page);
+    }
+    put(DATA + 0x1800, rounds);
+    mem
+}
+
 fn start(data: u64) -> CpuState {
     let mut s = CpuState::reset();
     s.cr0 = Cr0::new(0x8000_0033);

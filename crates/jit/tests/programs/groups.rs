@@ -3,22 +3,13 @@
 
 use super::*;
 
-/// Linear pages of their own: two of data, the first one again, the second one read-only, none.
-const WINDOW: u64 = 0x4000_0000;
+/// In the window: two pages of data, the first one again, the second one read-only, none.
 const PAGES: u64 = 4;
 /// RSP at the end of a page that isn't the stack's only one.
 const NEAR_END: u64 = 0x8_1000;
 
 fn prepared(code: &[u8], data: u64) -> Arc<GuestMemory> {
-    let mem = memory(code, data);
-    let put = |at: u64, value: u64| mem.write(Gpa::new(at), &value.to_le_bytes());
-    put(TABLES + 0x1000 + 8, TABLES + 0x3003);
-    put(TABLES + 0x3000, TABLES + 0x4003);
-    for (n, page) in [DATA + 3, DATA + 0x1003, DATA + 3, DATA + 0x1001].into_iter().enumerate() {
-        put(TABLES + 0x4000 + 8 * n as u64, page);
-    }
-    put(DATA + 0x1800, 150);
-    mem
+    windowed(code, data, &[DATA + 3, DATA + 0x1003, DATA + 3, DATA + 0x1001], 150)
 }
 
 const BASES: [u8; 6] = [3, 5, 7, 4, 12, 13];

@@ -3,9 +3,7 @@
 
 use super::*;
 
-/// Linear pages of their own.
-const WINDOW: u64 = 0x4000_0000;
-/// The table that maps them, in memory that is compared.
+/// The table that maps the window, in memory that is compared.
 const LEAF: u64 = 0x7_0000;
 /// The last page of all, and where it is.
 const TOP: u64 = 0xffff_ffff_ffff_f000;

@@ -3,19 +3,9 @@
 
 use super::*;
 
-/// Two linear pages of data, one that may only be read, none.
-const WINDOW: u64 = 0x4000_0000;
-
+/// In the window: two pages of data, one that may only be read, none.
 fn prepared(code: &[u8], data: u64) -> Arc<GuestMemory> {
-    let mem = memory(code, data);
-    let put = |at: u64, value: u64| mem.write(Gpa::new(at), &value.to_le_bytes());
-    put(TABLES + 0x1000 + 8, TABLES + 0x3003);
-    put(TABLES + 0x3000, TABLES + 0x4003);
-    for (n, page) in [DATA + 3, DATA + 0x1003, DATA + 1].into_iter().enumerate() {
-        put(TABLES + 0x4000 + 8 * n as u64, page);
-    }
-    put(DATA + 0x1800, ROUNDS as u64);
-    mem
+    windowed(code, data, &[DATA + 3, DATA + 0x1003, DATA + 1], ROUNDS as u64)
 }
 
 /// Some of the registers that live in the host's and some that live in memory; RBX points to data, RCX counts.
