@@ -78,6 +78,13 @@ impl Core {
         (self.mem.load::<u64>(off) == known.raw).then_some(Place(place(key)))
     }
 
+    /// What loading `selector` by `rules` came to before, and its descriptor, which hasn't changed since: that descriptor
+    /// always comes to this in IA-32e mode, if that is the present one.
+    pub fn known_segment(&self, selector: u16, rules: Rules) -> Option<(u64, Segment)> {
+        let known = &self.loaded.0[self.loaded_before(selector, rules)?.0 % KEPT];
+        Some((known.raw, known.segment))
+    }
+
     /// The segment that `selector` with descriptor `d` gives, whose accessed bit is set; `rules` had nothing against it.
     pub fn loads(&mut self, selector: u16, d: Descriptor, rules: Rules) -> Place {
         let d = Descriptor(d.0 | ACCESSED);

@@ -2,6 +2,7 @@
 
 use crate::emitter::Mem;
 use crate::engine::Engine;
+use crate::gates::Gates;
 use crate::groups::BASES;
 use crate::jumps::{self, Contexts, Half};
 use crate::ranges::{self, COUNTERS, Ranges, STRIKES};
@@ -11,7 +12,7 @@ use crate::views::{self, Selected, Views};
 use std::mem::offset_of;
 use umbra_arch::control::{Cr0, Cr4};
 use umbra_arch::fpu::{FpState, xcr0};
-use umbra_arch::segment::Segment;
+use umbra_arch::segment::{Segment, TableRegister};
 use umbra_arch::state::Msrs;
 use umbra_arch::{Bus, CpuState, Exit, VirtualTime, rflags};
 use umbra_cpu::op::{CODE_BASE, Stop};
@@ -103,6 +104,8 @@ pub struct Frame {
     /// What system calls load into segment registers, and IA32_STAR that this is of.
     pub segments: Segments,
     pub star: Option<u64>,
+    /// What INT n and IRETQ load.
+    pub gates: Gates,
     /// CR4.TSD as views take it into account.
     pub tsd: bool,
     /// Scratch of system calls: RFLAGS before and after, the site.
@@ -215,6 +218,7 @@ impl Frame {
             views: views::NONE,
             segments: [[Segment::null(0); 2]; 2],
             star: None,
+            gates: Gates::new(),
             tsd: false,
             old_flags: 0,
             new_flags: 0,
@@ -465,6 +469,36 @@ pub fn segment(n: usize) -> Mem {
 /// The base in segment register `n`.
 pub fn segment_base(n: usize) -> Mem {
     Mem { disp: segment(n).disp + offset_of!(Segment, base) as i32, ..segment(n) }
+}
+
+/// The limit in segment register `n`.
+pub fn segment_limit(n: usize) -> Mem {
+    Mem { disp: segment(n).disp + offset_of!(Segment, limit) as i32, ..segment(n) }
+}
+
+/// GDTR.
+pub fn gdtr() -> Mem {
+    state(offset_of!(CpuState, gdtr))
+}
+
+/// IDTR.
+pub fn idtr() -> Mem {
+    state(offset_of!(CpuState, idtr))
+}
+
+/// The base in one of them.
+pub fn table_base(register: Mem) -> Mem {
+    Mem { disp: register.disp + offset_of!(TableRegister, base) as i32, ..register }
+}
+
+/// The limit in one of them, 16 bits.
+pub fn table_limit(register: Mem) -> Mem {
+    Mem { disp: register.disp + offset_of!(TableRegister, limit) as i32, ..register }
+}
+
+/// Whether NMIs are blocked, a byte.
+pub fn nmi_blocked() -> Mem {
+    state(offset_of!(CpuState, nmi_blocked))
 }
 
 /// CR0.

@@ -17,6 +17,7 @@ mod emitter;
 mod engine;
 mod flags;
 mod frame;
+mod gates;
 mod groups;
 mod in_core;
 mod jumps;

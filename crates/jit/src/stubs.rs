@@ -9,7 +9,7 @@ use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP
 use crate::strings::{self, RepeatedStubs};
 use crate::system_calls::{self, Ways};
 use crate::translate::LOOKUP_BYTES;
-use crate::{vector_file, views, x87};
+use crate::{gates, vector_file, views, x87};
 use std::mem::offset_of;
 use umbra_cpu::core::CODE_SIZE_AT;
 use umbra_mmu::Entry;
@@ -44,6 +44,10 @@ pub struct Stubs {
     pub system_call: usize,
     /// SYSRETQ: see [`system_calls::emit_return`].
     pub system_return: usize,
+    /// INT n: see [`gates::emit_interrupt`].
+    pub interrupt: usize,
+    /// IRETQ: see [`gates::emit_return`].
+    pub interrupt_return: usize,
     /// Called: the guest's vector registers go to the host's; not equal (ZF) if the units in [`A`] can't be used.
     /// Clobbers [`B`].
     pub vectors_load: usize,
@@ -119,6 +123,8 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
     let ways = Ways { change: change_view, helper, dispatch, absolute };
     let system_call = system_calls::emit_call(e, ways);
     let system_return = system_calls::emit_return(e, ways);
+    let interrupt = gates::emit_interrupt(e, ways);
+    let interrupt_return = gates::emit_return(e, ways);
     let mut ranges = [[0; NAMES]; 2];
     for (n, stub) in ranges.iter_mut().flatten().enumerate() {
         *stub = range(e, n);
@@ -137,6 +143,8 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
         change_view,
         system_call,
         system_return,
+        interrupt,
+        interrupt_return,
         vectors_load,
         struck: struck(e),
         x87_load,

@@ -5,6 +5,7 @@ use crate::engine::ROOM;
 use crate::frame::{self, frame_field, gpr, selected};
 use crate::memory_path::{Access, Address};
 use crate::registers::{A, B, BUDGET, FLAGS, GUEST_RAX, GUEST_RSP, RCX, RDX, guest, home};
+use crate::system_calls::{jump_if_any, set_status, unless_byte};
 use crate::translate::Translator;
 use crate::views::{AC_STEP, WP_STEP, offset_of_view};
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
@@ -26,6 +27,8 @@ pub enum System {
     TimeStamp { aux: bool },
     /// PUSHFQ.
     PushFlags,
+    /// POPFQ.
+    PopFlags,
     /// MOV from a segment register to a general one of at least 32 bits.
     Selector,
     /// SWAPGS.
@@ -44,6 +47,10 @@ pub enum System {
     Syscall,
     /// SYSRETQ.
     Sysret,
+    /// INT n, by its vector.
+    Interrupt(u8),
+    /// IRETQ.
+    InterruptReturn,
 }
 
 impl System {
@@ -54,6 +61,7 @@ impl System {
             M::Rdtsc => Some(Self::TimeStamp { aux: false }),
             M::Rdtscp => Some(Self::TimeStamp { aux: true }),
             M::Pushfq => Some(Self::PushFlags),
+            M::Popfq => Some(Self::PopFlags),
             M::Swapgs => Some(Self::SwapGs),
             M::Invlpg => Some(Self::InvalidatePage),
             M::Sti => Some(Self::Sti),
@@ -61,6 +69,8 @@ impl System {
             M::Clac => Some(Self::AccessFlag { set: false }),
             M::Syscall => Some(Self::Syscall),
             M::Sysretq => Some(Self::Sysret),
+            M::Int => Some(Self::Interrupt(i.immediate8())),
+            M::Iretq => Some(Self::InterruptReturn),
             M::Mov if i.op0_register() == Register::CR0 => Some(Self::ControlRegister),
             M::Mov if matches!(i.op1_register(), Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4) => {
                 Some(Self::ReadControl(i.op1_register().number() as u8))
@@ -77,12 +87,12 @@ impl System {
 
     /// Whether it goes on somewhere else.
     pub fn is_branch(self) -> bool {
-        matches!(self, Self::Syscall | Self::Sysret)
+        matches!(self, Self::Syscall | Self::Sysret | Self::Interrupt(_) | Self::InterruptReturn)
     }
 
     /// Whether it changes what memory may be accessed.
     pub fn changes_view(self) -> bool {
-        matches!(self, Self::AccessFlag { .. } | Self::ControlRegister | Self::Syscall | Self::Sysret)
+        self.is_branch() || matches!(self, Self::AccessFlag { .. } | Self::ControlRegister)
     }
 }
 
@@ -93,6 +103,7 @@ impl Translator<'_> {
             System::Cli => self.cli(),
             System::TimeStamp { aux } => self.time_stamp(op, aux),
             System::PushFlags => self.push_flags(),
+            System::PopFlags => self.pop_flags(),
             System::Selector => self.selector(i),
             System::SwapGs => self.swap_gs(),
             System::InvalidatePage => self.invalidate_page(op),
@@ -100,7 +111,7 @@ impl Translator<'_> {
             System::AccessFlag { set } => self.access_flag(set),
             System::ReadControl(number) => self.read_control(i, number),
             System::ControlRegister => self.write_cr0(i),
-            System::Syscall | System::Sysret => {}
+            System::Syscall | System::Sysret | System::Interrupt(_) | System::InterruptReturn => {}
         }
     }
 
@@ -207,14 +218,30 @@ impl Translator<'_> {
         self.e.rm(true, &[0xff], 0, frame_field!(wp_changes)); // inc
     }
 
-    /// The block ends with SYSCALL or SYSRETQ.
+    /// The block ends with an operation of system code.
     pub fn system_call(&mut self, system: System, site: u32, next: u64) {
-        self.e.mov_imm(A, site.into());
-        if system == System::Syscall {
-            self.e.mov_imm(B, next);
-            self.e.jmp_to(self.stubs.system_call);
-        } else {
-            self.e.jmp_to(self.stubs.system_return);
+        match system {
+            System::Syscall => {
+                self.e.mov_imm(A, site.into());
+                self.e.mov_imm(B, next);
+                self.e.jmp_to(self.stubs.system_call);
+            }
+            System::Interrupt(vector) => {
+                self.e.store_imm32(frame_field!(call_site), site);
+                self.e.mov_imm(A, u64::from(vector) * 16);
+                self.e.mov_imm(B, next);
+                self.e.jmp_to(self.stubs.interrupt);
+            }
+            System::InterruptReturn => {
+                let top = self.lookup(&Address::above(guest::RSP, 0), 40, Access::Read);
+                self.e.store_imm32(frame_field!(call_site), site);
+                self.e.lea(A, top.mem);
+                self.e.jmp_to(self.stubs.interrupt_return);
+            }
+            _ => {
+                self.e.mov_imm(A, site.into());
+                self.e.jmp_to(self.stubs.system_return);
+            }
         }
     }
 
@@ -279,6 +306,35 @@ impl Translator<'_> {
         self.e.load(top.free, frame_field!(scratch));
         self.e.store(top.mem, top.free);
         self.e.lea(GUEST_RSP, Mem { base: Some(GUEST_RSP), index: None, disp: -8 });
+    }
+
+    /// POPFQ with CPL 0 that leaves TF clear and AC as it is.
+    fn pop_flags(&mut self) {
+        const LOADED: u64 =
+            rflags::STATUS | rflags::TF | rflags::IF | rflags::DF | rflags::IOPL | rflags::NT | rflags::ID;
+        self.only_in_ring_0();
+        let top = self.lookup(&Address::above(guest::RSP, 0), 8, Access::Read);
+        self.e.load(A, top.mem);
+        let traps = jump_if_any(&mut self.e, A, rflags::TF);
+        self.slow(traps);
+        self.e.mov(B, A);
+        self.e.alu_mem(Alu::Xor, true, B, frame::rflags());
+        let view = jump_if_any(&mut self.e, B, rflags::AC);
+        self.slow(view);
+        // An interrupt that waits is taken when IF becomes set.
+        self.e.rr(false, &[0xf7], 0, A); // test
+        self.e.raw(&(rflags::IF as u32).to_le_bytes());
+        let clear = self.e.jcc(cc::EQUAL);
+        let waits = unless_byte(&mut self.e, frame_field!(interrupt), 0);
+        self.slow(waits);
+        self.e.bind(clear);
+        self.e.alu_imm(Alu::And, true, A, LOADED as i32);
+        self.e.load(B, frame::rflags());
+        self.e.alu_imm(Alu::And, true, B, !(LOADED as i32));
+        self.e.alu(Alu::Or, true, A, B);
+        self.e.store(frame::rflags(), A);
+        set_status(&mut self.e);
+        self.e.lea(GUEST_RSP, Mem::at(GUEST_RSP, 8));
     }
 
     fn selector(&mut self, i: &Instruction) {

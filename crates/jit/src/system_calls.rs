@@ -128,22 +128,22 @@ fn begin(e: &mut Emitter) -> Vec<Jump> {
     vec![unless_byte(e, frame_field!(system_calls), 1)]
 }
 
-fn unless_byte(e: &mut Emitter, mem: Mem, value: u8) -> Jump {
+/// Jumps unless a byte is `value`.
+pub fn unless_byte(e: &mut Emitter, mem: Mem, value: u8) -> Jump {
     e.rm(false, &[0x80], 7, mem); // cmp byte
     e.raw(&[value]);
     e.jcc(cc::NOT_EQUAL)
 }
 
-fn jump_if_any(e: &mut Emitter, r: u8, bits: u64) -> Jump {
+/// Jumps if any of these bits are set in `r`.
+pub fn jump_if_any(e: &mut Emitter, r: u8, bits: u64) -> Jump {
     e.rr(false, &[0xf7], 0, r); // test
     e.raw(&(bits as u32).to_le_bytes());
     e.jcc(cc::NOT_EQUAL)
 }
 
-/// RFLAGS, CS, SS and CPL as after SYSCALL (0) or SYSRET (1). Clobbers [`A`].
-fn commit(e: &mut Emitter, which: usize) {
-    e.load(A, frame_field!(new_flags));
-    e.store(frame::rflags(), A);
+/// The status flags in [`A`], which it clobbers, are the guest's.
+pub fn set_status(e: &mut Emitter) {
     e.mov32(FLAGS, A);
     e.alu_imm(Alu::And, false, FLAGS, 0xd5);
     e.alu_imm(Alu::Or, false, FLAGS, rflags::FIXED as i32);
@@ -151,6 +151,13 @@ fn commit(e: &mut Emitter, which: usize) {
     e.shr(false, A, OF_BIT);
     e.alu_imm(Alu::And, false, A, 1);
     e.alu(Alu::Or, false, FLAGS, A);
+}
+
+/// RFLAGS, CS, SS and CPL as after SYSCALL (0) or SYSRET (1). Clobbers [`A`].
+fn commit(e: &mut Emitter, which: usize) {
+    e.load(A, frame_field!(new_flags));
+    e.store(frame::rflags(), A);
+    set_status(e);
     for (n, seg) in [Seg::Cs, Seg::Ss].into_iter().enumerate() {
         let (from, to) = (frame_field!(segments), frame::segment(seg as usize));
         let first = from.disp + ((2 * which + n) * size_of::<Segment>()) as i32;
@@ -163,7 +170,8 @@ fn commit(e: &mut Emitter, which: usize) {
     e.raw(&[if which == 0 { 0 } else { 3 }]);
 }
 
-fn by_function(e: &mut Emitter, slow: Vec<Jump>, ways: Ways) {
+/// Does the operation whose site is in the frame by its function, where these jumps lead and from here.
+pub fn by_function(e: &mut Emitter, slow: Vec<Jump>, ways: Ways) {
     slow.into_iter().for_each(|jump| e.bind(jump));
     e.load32(A, frame_field!(call_site));
     e.call(ways.helper);

@@ -26,6 +26,12 @@ pub struct View {
     stack: [Range; 2],
 }
 
+impl View {
+    /// Offsets.
+    pub const EPOCH: usize = offset_of!(View, epoch);
+    pub const SELECTED: usize = offset_of!(View, selected);
+}
+
 /// What a view selects.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]

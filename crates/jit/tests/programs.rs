@@ -3,6 +3,8 @@
 
 #[path = "programs/events.rs"]
 mod events;
+#[path = "programs/gates.rs"]
+mod gates;
 #[path = "programs/groups.rs"]
 mod groups;
 #[path = "programs/places.rs"]

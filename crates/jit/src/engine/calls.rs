@@ -103,6 +103,7 @@ impl Engine {
         let core = self.interp.core_mut();
         self.frame.take_resume(&mut core.s);
         self.frame.take_registers(core);
+        self.frame.gates.look(core);
         if !self.frame.follow_view(core) {
             self.frame.follow_context(core, &mut self.contexts);
             self.saved.follow(&mut self.frame, &core.mmu);

@@ -3,30 +3,30 @@
 use super::*;
 use iced_x86::code_asm::*;
 
-const BIG_IDT: u64 = 0x6000;
-const TSS: u64 = 0x7000;
+pub(super) const BIG_IDT: u64 = 0x6000;
+pub(super) const TSS: u64 = 0x7000;
 const LAST_TABLE: u64 = 0x5000;
 const OTHER_TABLES: u64 = 0xc000;
-const HANDLERS: u64 = 0xa000;
+pub(super) const HANDLERS: u64 = 0xa000;
 const ENTRY: u64 = 0xb000;
 /// What handlers saw, mixed.
 const LOG: i32 = DATA as i32 + 0x1f00;
-const COUNTER: i32 = DATA as i32 + 0x1800;
-const USER: u64 = 0x20_0000;
-const USER_STACK: u64 = 0x20_8000;
+pub(super) const COUNTER: i32 = DATA as i32 + 0x1800;
+pub(super) const USER: u64 = 0x20_0000;
+pub(super) const USER_STACK: u64 = 0x20_8000;
 /// Code of the user that runs as 32-bit code, too.
 const USER_32: u64 = USER + 0x1000;
-const ABSENT: i32 = 0x21_0000;
-const READ_ONLY: i32 = 0x21_1000;
+pub(super) const ABSENT: i32 = 0x21_0000;
+pub(super) const READ_ONLY: i32 = 0x21_1000;
 /// Of the supervisor.
 const PRIVATE: i32 = 0x21_2000;
-const USER_CODE: u64 = 40 | 3;
-const USER_DATA: u64 = 32 | 3;
+pub(super) const USER_CODE: u64 = 40 | 3;
+pub(super) const USER_DATA: u64 = 32 | 3;
 /// RFLAGS to be loaded: IF, TF, AC, RF, DF, IOPL, status flags, bits that don't exist.
-const FLAGS: [u64; 12] =
+pub(super) const FLAGS: [u64; 12] =
     [2, 0x202, 0x202, 0x102, 0x302, 0x4_0002, 0x4_0202, 0x1_0002, 0x1_0302, 0x3602, 0x8d7, 0x3f_ffd7];
 
-fn assembled(at: u64, write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
+pub(super) fn assembled(at: u64, write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
     let mut a = CodeAssembler::new(64).unwrap();
     write(&mut a).unwrap();
     a.assemble(at).unwrap()
@@ -76,7 +76,7 @@ fn handlers() -> Vec<(u64, Vec<u8>)> {
     ]
 }
 
-fn rings(code: &[u8]) -> Arc<GuestMemory> {
+pub(super) fn rings(code: &[u8]) -> Arc<GuestMemory> {
     let mem = memory(code, 3);
     let put = |at: u64, value: u64| mem.write(Gpa::new(at), &value.to_le_bytes());
     put(GDT + 24, descriptor::encode(0, u32::MAX, Attr(0xc0fb)));
@@ -141,7 +141,7 @@ fn ring_0(data: u64) -> CpuState {
     s
 }
 
-const USER_CODES: u64 = 12;
+pub(super) const USER_CODES: u64 = 12;
 
 /// Code of the user, which ends with SYSCALL.
 fn user(a: &mut CodeAssembler, which: u64) -> Result<(), IcedError> {
@@ -179,7 +179,7 @@ fn user(a: &mut CodeAssembler, which: u64) -> Result<(), IcedError> {
 }
 
 /// Topmost tables.
-fn top_table(n: u64) -> u64 {
+pub(super) fn top_table(n: u64) -> u64 {
     if n == 0 { TABLES } else { 0x10_0000 + 0x1000 * n }
 }
 
@@ -389,11 +389,20 @@ fn compare_events(
 }
 
 fn compare_code(code: &[u8], data: u64, options: JitOptions, stops: &[(u64, u8)]) -> Result<JitStats, TestCaseError> {
+    compare_in(|| rings(code), data, options, stops)
+}
+
+pub(super) fn compare_in(
+    memory: impl Fn() -> Arc<GuestMemory>,
+    data: u64,
+    options: JitOptions,
+    stops: &[(u64, u8)],
+) -> Result<JitStats, TestCaseError> {
     let profile = CpuidProfile::default();
-    let mem = rings(code);
+    let mem = memory();
     let mut interp = Interpreter::new(Arc::clone(&mem), &profile, 0, &EngineOptions::default()).unwrap();
     let expected = run_with(&mut interp, &mem, &ring_0(data), stops);
-    let mem = rings(code);
+    let mem = memory();
     let mut jit = Jit::new(Arc::clone(&mem), &profile, 0, &EngineOptions::default(), options).unwrap();
     let seen = run_with(&mut jit, &mem, &ring_0(data), stops);
     let difference = seen.memory.iter().zip(&expected.memory).position(|(a, b)| a != b);
@@ -406,6 +415,21 @@ fn compare_code(code: &[u8], data: u64, options: JitOptions, stops: &[(u64, u8)]
     Ok(jit.stats())
 }
 
+/// Stops by what lies between them.
+pub(super) fn stops(pieces: &[(u64, u8)]) -> Vec<(u64, u8)> {
+    let sums = pieces.iter().scan(0, |at, &(piece, waits)| {
+        *at += piece;
+        Some((*at, waits))
+    });
+    sums.chain([(TICKS, 0)]).collect()
+}
+
+/// All mechanisms but one, or all.
+pub(super) fn without(mechanism: usize) -> JitOptions {
+    let off = Mechanism::ALL.get(mechanism).map_or(Mechanisms::NONE, |&one| Mechanisms::NONE.with(one));
+    JitOptions { off, ..SMALL }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::default())]
 
@@ -416,11 +440,7 @@ proptest! {
         pieces in prop::collection::vec((1..600u64, 0..6u8), 0..30),
         mechanism in 0..40usize,
     ) {
-        let mut stops: Vec<_> =
-            pieces.iter().scan(0, |at, &(piece, waits)| { *at += piece; Some((*at, waits)) }).collect();
-        stops.push((TICKS, 0));
-        let off = Mechanism::ALL.get(mechanism).map_or(Mechanisms::NONE, |&one| Mechanisms::NONE.with(one));
-        compare_events(&body, data, JitOptions { off, ..SMALL }, &stops)?;
+        compare_events(&body, data, without(mechanism), &stops(&pieces))?;
     }
 }
 
