@@ -95,6 +95,13 @@ impl Core {
         lin: u64,
         f: impl FnOnce(&mut Core, u64) -> (u64, R),
     ) -> Result<R, Stop> {
+        if let Some(off) = self.mmu.lookup_reported_write(Gva::new(lin), W::BYTES) {
+            let old = self.mem.load::<W>(off).zext();
+            let (new, r) = f(self, old);
+            self.mem.store::<W>(off, W::of(new));
+            self.note_own_store(off, W::BYTES as u32);
+            return Ok(r);
+        }
         let place = self.place(op, lin, W::BYTES, AccessKind::Write)?;
         let old = self.load_place(bus, op, place, W::BYTES);
         let (new, r) = f(self, old);
@@ -133,6 +140,11 @@ impl Core {
     #[cold]
     #[inline(never)]
     fn write_slow<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64, value: u64) -> Result<(), Stop> {
+        if let Some(off) = self.mmu.lookup_reported_write(Gva::new(lin), W::BYTES) {
+            self.mem.store::<W>(off, W::of(value));
+            self.note_own_store(off, W::BYTES as u32);
+            return Ok(());
+        }
         if crosses(lin, W::BYTES) {
             let place = self.place(op, lin, W::BYTES, AccessKind::Write)?;
             self.store_place(bus, op, place, W::BYTES, value);
@@ -423,14 +435,19 @@ impl Core {
     /// As [`stored`](Self::stored), after a store in the page that was translated, and thereby marked dirty.
     #[inline]
     fn stored_in_page(&mut self, off: RamOffset, gpa: Gpa, len: u32) {
-        let flags = self.mem.page_flags(off);
-        if !flags.intersects(PageFlags::REPORTED) {
-            return;
+        if self.mem.page_flags(off).intersects(PageFlags::REPORTED) {
+            self.mmu.watcher().stored(gpa, off, len);
+            self.note_own_store(off, len);
         }
-        self.mmu.watcher().stored(gpa, off, len);
+    }
+
+    /// Does what this processor's own caches ask for after a store in one page.
+    #[inline]
+    fn note_own_store(&mut self, off: RamOffset, len: u32) {
+        let flags = self.mem.page_flags(off);
         if flags.contains(PageFlags::WATCHED) {
             let stamp = self.mmu.fetch_stamp();
-            self.mmu.table_written(gpa, len);
+            self.mmu.frame_written(off, len.into());
             // The rest of this block may be mapped elsewhere now.
             self.break_block |= stamp != self.mmu.fetch_stamp();
         }

@@ -119,6 +119,12 @@ impl Watcher {
         self.all().everybody() & !(1 << self.id)
     }
 
+    /// Whether nobody else has ever watched this memory, so that [`stored`](Self::stored) tells nobody.
+    #[inline(always)]
+    pub fn is_alone(&self) -> bool {
+        self.all().owners.get().is_none()
+    }
+
     /// Claims CODE, WATCHED or MONITORED for the page that holds `off`. True if this watcher had not claimed it:
     /// its own fast writes to the page must go; the others' will hear of it.
     pub fn claim(&self, off: RamOffset, flag: PageFlags) -> bool {

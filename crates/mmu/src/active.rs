@@ -3,7 +3,7 @@
 use crate::context::{Column, Entry, Pool, column_of};
 use crate::mmu::Mmu;
 use umbra_arch::Gva;
-use umbra_memory::RamOffset;
+use umbra_memory::{PageFlags, RamOffset};
 
 /// A base beyond every pool: no slot is found.
 const NOWHERE: usize = usize::MAX / 2;
@@ -50,6 +50,11 @@ impl Active {
     #[inline(always)]
     fn read<'a>(&self, pool: &'a Pool, gva: Gva, bytes: u64) -> Option<&'a Entry> {
         self.slot(pool, gva).filter(|slot| slot.tag_read == self.tag(gva, bytes))
+    }
+
+    #[inline(always)]
+    fn reported_write<'a>(&self, pool: &'a Pool, gva: Gva, bytes: u64) -> Option<&'a Entry> {
+        self.slot(pool, gva).filter(|slot| slot.tag_write == self.tag(gva, bytes) | Entry::REPORTED)
     }
 
     #[inline(always)]
@@ -111,6 +116,23 @@ impl Mmu {
     #[inline(always)]
     pub fn lookup_write(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {
         self.active.write(&self.pool, gva, bytes).map(|slot| self.offset_in(slot, gva))
+    }
+
+    /// As [`lookup_write`](Self::lookup_write) for a write to a table, or to a page of code, that this MMU's processor
+    /// alone has to be told of.
+    #[inline(always)]
+    pub fn lookup_reported_write(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {
+        let slot = self.active.reported_write(&self.pool, gva, bytes)?;
+        let off = self.offset_in(slot, gva);
+        let flags = self.mem.page_flags(off);
+        let known = flags.contains(PageFlags::DIRTY) && flags.intersects(PageFlags::REPORTED);
+        (known && !flags.intersects(PageFlags::AWAY) && self.watcher.is_alone()).then_some(off)
+    }
+
+    /// Whether the table in force knows of `gva`'s page as much as can be known of one whose writes are reported, if they
+    /// are allowed.
+    pub(crate) fn is_cached(&self, gva: Gva, writes: bool) -> bool {
+        self.lookup_read(gva, 1).is_some() && (!writes || self.active.reported_write(&self.pool, gva, 1).is_some())
     }
 
     /// The table that [`lookup_read`](Self::lookup_read) and [`lookup_write`](Self::lookup_write) read; `None`

@@ -91,13 +91,17 @@ impl Mmu {
     fn audit_column(&self, slot: usize, root: &Root, column: usize, block: &Column) -> Result<(), String> {
         for (at, entry) in self.pool.block(block).iter().enumerate() {
             let tags = [
-                (entry.tag_read, AccessKind::Read),
-                (entry.tag_write, AccessKind::Write),
-                (entry.tag_fetch, AccessKind::Fetch),
+                (entry.tag_read, AccessKind::Read, false),
+                (entry.tag_write, AccessKind::Write, false),
+                (entry.tag_write ^ Entry::REPORTED, AccessKind::Write, true),
+                (entry.tag_fetch, AccessKind::Fetch, false),
             ];
-            for (tag, kind) in tags.into_iter().filter(|(tag, _)| tag & 0xfff == block.generation) {
+            for (tag, kind, reported) in tags.into_iter().filter(|(tag, ..)| tag & 0xfff == block.generation) {
                 let page = tag & !0xfff;
-                self.audit_tag(slot, root, column, page, kind, entry)
+                if reported && entry.tag_read != tag {
+                    return Err(format!("page {page:#x} may be written and not read"));
+                }
+                self.audit_tag(slot, root, column, page, (kind, reported), entry)
                     .map_err(|what| format!("root {:x?} column {column} {kind:?} of {page:#x}: {what}", root.regime))?;
                 if page >> 12 & block.mask() != at as u64 || block.held == 0 {
                     return Err(format!("page {page:#x} lies in slot {at} of a column that holds {}", block.held));
@@ -113,7 +117,7 @@ impl Mmu {
         root: &Root,
         column: usize,
         page: u64,
-        kind: AccessKind,
+        (kind, reported): (AccessKind, bool),
         entry: &Entry,
     ) -> Result<(), String> {
         let view = view_of(column);
@@ -127,8 +131,11 @@ impl Mmu {
             return Err(format!("leads to {off:?}, a walk to {backing:?}"));
         }
         self.audit_links(slot, page, &walked)?;
-        if kind == AccessKind::Write {
-            self.audit_write(slot, page, off, &walked)?;
+        if kind == AccessKind::Write && !walked.dirty {
+            return Err("write tag under a clean leaf".to_owned());
+        }
+        if kind == AccessKind::Write && !reported {
+            self.audit_write(slot, page, off)?;
         }
         Ok(())
     }
@@ -148,13 +155,10 @@ impl Mmu {
         Ok(())
     }
 
-    fn audit_write(&self, slot: usize, page: u64, off: RamOffset, walked: &Walk) -> Result<(), String> {
+    fn audit_write(&self, slot: usize, page: u64, off: RamOffset) -> Result<(), String> {
         let flags = self.mem.page_flags(off);
         if !flags.contains(PageFlags::DIRTY) || flags.intersects(PageFlags::REPORTED) {
             return Err(format!("write tag on a page with {flags:?}"));
-        }
-        if !walked.dirty {
-            return Err("write tag under a clean leaf".to_owned());
         }
         if !self.writers.knows(off, page, slot) {
             return Err("no reverse link from the frame".to_owned());

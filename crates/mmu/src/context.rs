@@ -14,7 +14,8 @@ use umbra_arch::paging::{Access, AccessKind};
 pub struct Entry {
     /// Page address and generation if reads are allowed, else [`Entry::INVALID`].
     pub tag_read: u64,
-    /// Likewise for writes that nobody has to be told of.
+    /// Likewise for writes that nobody has to be told of. With [`Entry::REPORTED`], which no lookup for generated code
+    /// asks for: writes are allowed, if whoever has to be is told.
     pub tag_write: u64,
     /// Likewise for instruction fetches.
     pub tag_fetch: u64,
@@ -25,6 +26,8 @@ pub struct Entry {
 impl Entry {
     /// A tag that no address has: its generation is never used.
     pub const INVALID: u64 = !0;
+    /// Above all generations.
+    pub(crate) const REPORTED: u64 = 0x800;
     const EMPTY: Entry =
         Entry { tag_read: Self::INVALID, tag_write: Self::INVALID, tag_fetch: Self::INVALID, addend: 0 };
 
@@ -33,7 +36,7 @@ impl Entry {
     }
     /// Whether what `old` says of the same page is still so.
     fn allows_all_of(&self, old: &Entry) -> bool {
-        let keeps = |new: u64, old: u64| old == Self::INVALID || new == old;
+        let keeps = |new: u64, old: u64| old & Self::REPORTED != 0 || new == old;
         self.addend == old.addend
             && keeps(self.tag_read, old.tag_read)
             && keeps(self.tag_write, old.tag_write)
@@ -46,8 +49,8 @@ impl Entry {
 
 /// Columns of a root: one for CPL 3, eight for the supervisor's (WP, SMAP enforced, SMEP).
 pub(crate) const COLUMNS: usize = 9;
-/// Generations 0..LAST; 0xfff belongs to [`Entry::INVALID`].
-const LAST_GENERATION: u64 = 0xffe;
+/// Generations 0..=LAST; 0x7ff belongs to [`Entry::INVALID`].
+const LAST_GENERATION: u64 = 0x7fe;
 /// Column sizes in entries.
 const SIZES: [u32; 3] = [512, 4096, 16384];
 /// Bound on the pool's entries (64 MiB).
@@ -86,6 +89,8 @@ pub(crate) const fn view_of(column: usize) -> View {
 pub(crate) const READ: u8 = 1;
 pub(crate) const WRITE: u8 = 2;
 pub(crate) const FETCH: u8 = 4;
+/// Writes that have to be told of.
+pub(crate) const REPORTED_WRITE: u8 = 8;
 
 /// What each column allows for each combination of raw rights (bit 0 W, bit 1 U, bit 2 X).
 pub(crate) const ALLOWED: [[u8; 8]; COLUMNS] = allowed_table();
@@ -112,7 +117,7 @@ const fn allowed(raw: Rights, view: &View) -> u8 {
         allowed |= READ;
     }
     if rights::check(raw, Access::explicit(AccessKind::Write, cpl), view).is_ok() {
-        allowed |= WRITE;
+        allowed |= WRITE | REPORTED_WRITE;
     }
     if rights::check(raw, Access::explicit(AccessKind::Fetch, cpl), view).is_ok() {
         allowed |= FETCH;
@@ -236,7 +241,8 @@ impl Pool {
             column.conflicts += 1;
         }
         let pick = |bit| if allowed & bit != 0 { tag } else { Entry::INVALID };
-        let new = Entry { tag_read: pick(READ), tag_write: pick(WRITE), tag_fetch: pick(FETCH), addend };
+        let tag_write = if allowed & REPORTED_WRITE != 0 { tag | Entry::REPORTED } else { pick(WRITE) };
+        let new = Entry { tag_read: pick(READ), tag_write, tag_fetch: pick(FETCH), addend };
         self.withdrawals += u64::from(slot.holds(tag) && !new.allows_all_of(slot));
         *slot = new;
         column.fills += 1;

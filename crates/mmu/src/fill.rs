@@ -1,6 +1,6 @@
 //! The slow path: shadow tree first, guest walk on a shadow miss, then the contexts.
 
-use crate::context::{ALLOWED, FETCH, READ, WRITE};
+use crate::context::{ALLOWED, FETCH, READ, REPORTED_WRITE, WRITE};
 use crate::event::Event;
 use crate::format::Decoded;
 use crate::hints::{Hint, Hints};
@@ -43,17 +43,10 @@ impl Mmu {
         self.check_memory_map();
         self.maybe_drop();
         let Some(place) = self.last_page(gva.raw()) else { return self.translate_from_top(gva, access) };
-        let Some(found) = self.leaf_at(gva.raw(), place) else {
-            let hint = *self.hints.at(place);
-            if self.guest_lacks(hint.index, gva.raw()) {
-                return Err(self.not_present(gva, access));
-            }
-            return self.translate_by_walk(gva, access, Some(hint));
-        };
+        let Some(found) = self.leaf_at(gva.raw(), place) else { return self.translate_by_last(gva, access, place) };
         rights::check(found.rights, access, &self.view).map_err(|code| Fault::page(gva.raw(), code))?;
         if access.kind == AccessKind::Write && !is_written(&found) {
-            let hint = *self.hints.at(place);
-            return self.translate_by_walk(gva, access, Some(hint));
+            return self.translate_by_last(gva, access, place);
         }
         Ok(self.finish(gva, access, &found))
     }
@@ -110,16 +103,6 @@ impl Mmu {
         Ok(self.finish(gva, access, &Found { gpa, rights: Rights::ALL, dirty: true }))
     }
 
-    /// The fault of a walk that ends at an entry without P in the last table, all of whose way is in the shadow tree.
-    #[inline]
-    fn not_present(&mut self, gva: Gva, access: Access) -> Fault {
-        self.stats.walks += 1;
-        self.stats.entries_read += 1;
-        let fault = Fault::page(gva.raw(), rights::attempt_code(access, &self.view));
-        self.events.note(|| Event::walk(gva, access, 1, Err(fault)));
-        fault
-    }
-
     /// Follows a root's shadow pages to the last one on the way to `gva`: it holds the leaf, or lacks the next entry.
     pub(crate) fn find_end(&self, gva: u64, slot: usize) -> Option<Hint> {
         let root = self.roots.slots[slot].as_ref()?;
@@ -151,7 +134,33 @@ impl Mmu {
         self.hints.set(gva, end);
     }
 
-    /// The slow path's end: a walk from the last table that is shadowed, or from the root.
+    /// The slow path's end, nearly always: the hint at `place` is the last table's, of which a walk reads one entry.
+    #[inline(never)]
+    fn translate_by_last(&mut self, gva: Gva, access: Access, place: usize) -> Result<Translation, Fault> {
+        let hint = *self.hints.at(place);
+        let page = self.shadow.page(hint.index);
+        let index = page.index(gva.raw());
+        let mut step = Step { table: page.table.base(), role: page.role, index: index as u16, raw: 0 };
+        let mut tables = MemoryTables { watcher: &self.watcher, reads: 0 };
+        let above = rights_of(hint.above, 0);
+        let walked = walk::walk_last(&mut tables, &mut step, above, &self.format, gva, access, &self.view);
+        let Some(walked) = walked.transpose() else { return self.translate_by_walk(gva, access, Some(hint)) };
+        self.stats.walks += 1;
+        self.stats.entries_read += 1;
+        self.events.note(|| Event::walk(gva, access, 1, walked.as_ref().map(|w| w.gpa).map_err(|f| *f)));
+        let reached = walked?;
+        if reached.dirtied {
+            self.refresh_aliases(&step);
+        }
+        self.shadow.page_mut(hint.index).used();
+        match self.set_leaf(hint.index, &step, &reached) {
+            Some(()) => Ok(self.finish(gva, access, &Found::at(&reached))),
+            None => Ok(self.reach(reached.gpa, access).0),
+        }
+    }
+
+    /// A walk from the last table that is shadowed, or from the root.
+    #[cold]
     #[inline(never)]
     fn translate_by_walk(&mut self, gva: Gva, access: Access, from: Option<Hint>) -> Result<Translation, Fault> {
         self.stats.walks += 1;
@@ -169,31 +178,25 @@ impl Mmu {
         let entries = tables.reads;
         self.stats.entries_read += entries;
         self.events.note(|| Event::walk(gva, access, entries, walked.as_ref().map(|w| w.gpa).map_err(|f| *f)));
-        let reached = walked?;
-        if reached.dirtied && !cfg!(umbra_mutant = "aliases-of-a-table-not-refreshed") {
-            self.refresh_aliases(&path);
-        }
-        let found = match (from, path.steps()) {
-            // Nothing new but a leaf in a table that this root was known to reach.
-            (Some(hint), [step]) => {
-                self.shadow.page_mut(hint.index).used();
-                self.set_leaf(hint.index, step, &reached).map(|()| Found::at(&reached))
+        let reached = match walked {
+            Ok(reached) => reached,
+            Err(fault) => {
+                // Where one access faults the next one will, too.
+                self.install_tables(gva, path.steps(), from.is_none());
+                return Err(fault);
             }
-            _ => self
-                .install(gva, &path, &reached, from.is_none())
-                .and_then(|()| self.last_page(gva.raw()))
-                .and_then(|place| self.leaf_at(gva.raw(), place)),
         };
+        if let Some(step) = path.steps().last().filter(|_| reached.dirtied) {
+            self.refresh_aliases(step);
+        }
+        let found = self
+            .install(gva, &path, &reached, from.is_none())
+            .and_then(|()| self.last_page(gva.raw()))
+            .and_then(|place| self.leaf_at(gva.raw(), place));
         Ok(match found {
             Some(found) => self.finish(gva, access, &found),
             None => self.reach(reached.gpa, access).0,
         })
-    }
-
-    /// Whether the guest's own entry for `gva`, in a table that is shadowed, is clear of P.
-    #[inline]
-    fn guest_lacks(&self, index: u32, gva: u64) -> bool {
-        self.shadow.guest_entry(&self.mem, index, self.shadow.page(index).index(gva)) & entry::P == 0
     }
 
     /// A walk that begins at a shadowed table.
@@ -204,8 +207,10 @@ impl Mmu {
 
     /// The walk has set D in an entry that other shadow pages of the same frame may hold too. (Entries without A
     /// nobody holds.)
-    fn refresh_aliases(&mut self, path: &Path) {
-        let Some(step) = path.steps().last() else { return };
+    fn refresh_aliases(&mut self, step: &Step) {
+        if cfg!(umbra_mutant = "aliases-of-a-table-not-refreshed") {
+            return;
+        }
         let Some(off) = self.mem.map(step.table.page()).readable() else { return };
         let at_byte = step.entry().offset();
         let mut next = self.shadow.first_of_frame(off);
@@ -235,8 +240,18 @@ impl Mmu {
     /// Enters a walk into the shadow tree; `None` if a table cannot be watched or has no A bit set
     /// (it lies in ROM), so that nothing may be kept.
     fn install(&mut self, gva: Gva, path: &Path, reached: &Reached, from_top: bool) -> Option<()> {
+        let last = self.install_tables(gva, path.steps(), from_top)?;
+        self.set_leaf(last, path.steps().last()?, reached)
+    }
+
+    /// Enters the tables that a walk has read into the shadow tree: the last one's shadow page, unless something may
+    /// not be kept.
+    fn install_tables(&mut self, gva: Gva, steps: &[Step], from_top: bool) -> Option<u32> {
         let mut parent: Option<(u32, &Step)> = None;
-        for step in path.steps() {
+        for step in steps {
+            if parent.is_some_and(|(_, above)| above.raw & entry::A == 0) {
+                return None;
+            }
             let index = self.shadow_page_for(step)?;
             let link = self.shadow.link_of(index);
             match parent {
@@ -246,8 +261,7 @@ impl Mmu {
             }
             parent = Some((index, step));
         }
-        let (index, step) = parent?;
-        self.set_leaf(index, step, reached)
+        parent.map(|(index, _)| index)
     }
 
     fn set_top(&mut self, gva: Gva, link: Link) {
@@ -321,28 +335,32 @@ impl Mmu {
         match translation.backing {
             Backing::Ram(_) if is_away(flags) => {}
             Backing::Ram(off) => {
-                let writable = is_written(found) && is_quiet(flags);
+                let write = match flags.intersects(PageFlags::REPORTED) {
+                    _ if !is_written(found) || !flags.contains(PageFlags::DIRTY) => 0,
+                    true => REPORTED_WRITE,
+                    false => WRITE,
+                };
                 // A store to a table or to code: what can be cached is cached.
-                if access.kind != AccessKind::Write || writable || self.lookup_read(gva, 1).is_none() {
-                    self.fill(gva, found, off, writable);
+                if access.kind != AccessKind::Write || write == WRITE || !self.is_cached(gva, write != 0) {
+                    self.fill(gva, found, off, write);
                 }
             }
-            Backing::Rom(off) => self.fill(gva, found, off, false),
+            Backing::Rom(off) => self.fill(gva, found, off, 0),
             Backing::Mmio => {}
         }
         translation
     }
 
-    /// Writes all columns of the current root from the raw rights.
+    /// Writes all columns of the current root from the raw rights; `write` is what its page allows of writes.
     #[inline(never)]
-    fn fill(&mut self, gva: Gva, found: &Found, off: RamOffset, writable: bool) {
+    fn fill(&mut self, gva: Gva, found: &Found, off: RamOffset, write: u8) {
         let page = gva.raw() & !0xfff;
-        let Rights { write, user, exec, key } = found.rights;
-        let rights = write as usize | (user as usize) << 1 | (exec as usize) << 2;
+        let Rights { write: w, user, exec, key } = found.rights;
+        let rights = w as usize | (user as usize) << 1 | (exec as usize) << 2;
         let key = 1 << (key + if user { 0 } else { 16 });
         let mut mask = FETCH;
         if self.restricted & key == 0 {
-            mask |= READ | if writable { WRITE } else { 0 };
+            mask |= READ | write;
         }
         // Some column may get a write tag; remembering one too many costs nothing but its place.
         if mask & WRITE != 0 {
@@ -403,10 +421,4 @@ fn found_at(gva: u64, shift: u32, entry: ShadowEntry, above: u64) -> Found {
 #[inline]
 fn is_away(flags: PageFlags) -> bool {
     flags.intersects(PageFlags::AWAY)
-}
-
-/// Stores to such a page concern nobody.
-#[inline]
-fn is_quiet(flags: PageFlags) -> bool {
-    flags.contains(PageFlags::DIRTY) && !flags.intersects(PageFlags::REPORTED)
 }

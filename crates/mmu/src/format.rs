@@ -67,7 +67,7 @@ const fn bits(high: u32, low: u32) -> u64 {
 
 impl Format {
     /// Reads `raw` as an entry of a table with `role`.
-    #[inline]
+    #[inline(always)]
     pub const fn decode(&self, raw: u64, role: PageRole) -> Decoded {
         if raw & entry::P == 0 {
             return Decoded::NotPresent;

@@ -20,20 +20,22 @@ impl Mmu {
     /// After a store of `bytes` bytes at `gpa` to a WATCHED page: drops what was derived from entries that now say something else.
     pub fn table_written(&mut self, gpa: Gpa, bytes: u32) {
         self.check_memory_map();
-        self.maybe_drop();
         let mut at = gpa;
         let mut left = u64::from(bytes);
         while left > 0 {
             let chunk = left.min(4096 - at.offset());
             if let Some(off) = self.mem.map(at.page()).readable() {
-                self.frame_written(off, at.offset(), chunk);
+                self.frame_written(off.add(at.offset()), chunk);
             }
             at = at.add(chunk);
             left -= chunk;
         }
     }
 
-    fn frame_written(&mut self, off: RamOffset, first_byte: u64, bytes: u64) {
+    /// As [`table_written`](Self::table_written) for a store that was just translated, within one page.
+    pub fn frame_written(&mut self, off: RamOffset, bytes: u64) {
+        self.maybe_drop();
+        let first_byte = off.raw() & 0xfff;
         let mut next = self.shadow.first_of_frame(off);
         if next.is_none() || cfg!(umbra_mutant = "byte-stores-drop-nothing") && bytes == 1 {
             return;

@@ -11,6 +11,7 @@ pub(crate) struct MemoryTables<'a> {
 }
 
 /// Reads one entry; absent memory reads as all ones.
+#[inline]
 pub(crate) fn read_entry(mem: &GuestMemory, gpa: Gpa, bytes: u64) -> u64 {
     match (mem.map(gpa.page()).at(gpa.offset()).readable(), bytes) {
         (Some(off), 4) => u64::from(mem.load::<u32>(off)),

@@ -66,14 +66,10 @@ pub struct Step {
 
 impl Step {
     /// The entry's address.
+    #[inline(always)]
     pub const fn entry(&self) -> Gpa {
-        entry_at(self.table, self.index, self.role)
+        self.table.add(self.index as u64 * self.role.format.entry_bytes())
     }
-}
-
-#[inline(always)]
-const fn entry_at(table: Gpa, index: u16, role: PageRole) -> Gpa {
-    table.add(index as u64 * role.format.entry_bytes())
 }
 
 /// The entries that a walk used.
@@ -189,9 +185,7 @@ pub(crate) fn walk_below<T: Tables>(
     loop {
         let mut reached = look_below(tables, regime, above, gva, access, view, path)?;
         if tries == RETRIES || set_accessed_dirty(tables, path, &mut reached, access) {
-            if cfg!(umbra_mutant = "flags-set-before-rights-are-checked") {
-                rights::check(reached.rights, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
-            }
+            check_late(&reached, gva, access, view)?;
             return Ok(reached);
         }
         tries += 1;
@@ -220,43 +214,101 @@ fn look_below<T: Tables>(
     path: &mut Path,
 ) -> Result<Reached, Fault> {
     path.count = 0;
-    let fault = |code| Fault::page(gva.raw(), code | rights::attempt_code(access, view));
     let mut table = match regime.top {
         Top::Direct => return Ok(direct(gva)),
         Top::Table(table) => table,
         Top::Pdptes(pdptes) => {
             let pdpte = pdptes[(gva.raw() >> 30 & 3) as usize];
             if pdpte & entry::P == 0 {
-                return Err(fault(0));
+                return Err(Fault::page(gva.raw(), rights::attempt_code(access, view)));
             }
             Gpa::new(pdpte & 0x000f_ffff_ffff_f000)
         }
     };
     let mut role = regime.role;
-    let mut combined = above;
+    let mut above = above;
     loop {
-        let index = role.format.index(role.level, gva.raw()) as u16;
-        let raw = tables.read(entry_at(table, index, role), role.format.entry_bytes());
-        path.push(Step { table, role, index, raw });
-        match regime.format.decode(raw, role) {
-            Decoded::NotPresent => return Err(fault(0)),
-            Decoded::Reserved => return Err(fault(pfec::P | pfec::RSVD)),
-            Decoded::Table { table: next, rights, .. } => {
-                combined = combined.and(rights);
-                table = next;
-                role = role.child();
-            }
-            Decoded::Leaf { base, rights, dirty, .. } => {
-                combined = combined.and(rights);
-                if !cfg!(umbra_mutant = "flags-set-before-rights-are-checked") {
-                    rights::check(combined, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
-                }
-                let within = gva.raw() & ((1 << role.format.shift(role.level)) - 1);
-                let gpa = base.add(within);
-                return Ok(Reached { gpa, rights: combined, own: rights, base, dirty, dirtied: false });
-            }
+        let mut step = Step { table, role, index: role.format.index(role.level, gva.raw()) as u16, raw: 0 };
+        step.raw = tables.read(step.entry(), role.format.entry_bytes());
+        path.push(step);
+        match follow(step.raw, role, above, &regime.format, gva, access, view)? {
+            Next::Table(next, rights) => (table, above, role) = (next, rights, role.child()),
+            Next::Leaf(reached) => return Ok(reached),
         }
     }
+}
+
+/// Where an entry leads.
+enum Next {
+    /// To this table, with the rights of all entries so far.
+    Table(Gpa, Rights),
+    Leaf(Reached),
+}
+
+/// Reads `raw` as the entry for `gva` in a table with `role`, below entries with the rights `above`.
+#[inline(always)]
+fn follow(
+    raw: u64,
+    role: PageRole,
+    above: Rights,
+    format: &Format,
+    gva: Gva,
+    access: Access,
+    view: &View,
+) -> Result<Next, Fault> {
+    let fault = |code| Fault::page(gva.raw(), code | rights::attempt_code(access, view));
+    match format.decode(raw, role) {
+        Decoded::NotPresent => Err(fault(0)),
+        Decoded::Reserved => Err(fault(pfec::P | pfec::RSVD)),
+        Decoded::Table { table, rights, .. } => Ok(Next::Table(table, above.and(rights))),
+        Decoded::Leaf { base, rights: own, dirty, .. } => {
+            let rights = above.and(own);
+            if !cfg!(umbra_mutant = "flags-set-before-rights-are-checked") {
+                rights::check(rights, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
+            }
+            let gpa = base.add(gva.raw() & ((1 << role.format.shift(role.level)) - 1));
+            Ok(Next::Leaf(Reached { gpa, rights, own, base, dirty, dirtied: false }))
+        }
+    }
+}
+
+/// As [`walk_below`] by the one entry of `step`, whose `raw` is yet to be read; `None` if it leads to another table, or
+/// somebody has changed it meanwhile.
+///
+/// # Errors
+/// As [`walk`].
+#[inline(always)]
+pub(crate) fn walk_last<T: Tables>(
+    tables: &mut T,
+    step: &mut Step,
+    above: Rights,
+    format: &Format,
+    gva: Gva,
+    access: Access,
+    view: &View,
+) -> Result<Option<Reached>, Fault> {
+    step.raw = tables.read(step.entry(), step.role.format.entry_bytes());
+    let next = match step.role {
+        // Nearly always: decoding has little to ask then.
+        role @ PageRole { level: 1, .. } => {
+            follow(step.raw, PageRole { level: 1, ..role }, above, format, gva, access, view)
+        }
+        role => follow(step.raw, role, above, format, gva, access, view),
+    };
+    let Next::Leaf(mut reached) = next? else { return Ok(None) };
+    if !set_flags(tables, step, access.kind == AccessKind::Write, &mut reached) {
+        return Ok(None);
+    }
+    check_late(&reached, gva, access, view)?;
+    Ok(Some(reached))
+}
+
+#[inline(always)]
+fn check_late(reached: &Reached, gva: Gva, access: Access, view: &View) -> Result<(), Fault> {
+    if cfg!(umbra_mutant = "flags-set-before-rights-are-checked") {
+        rights::check(reached.rights, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
+    }
+    Ok(())
 }
 
 /// The identity of paging off; linear addresses have 32 bits there.
@@ -268,21 +320,28 @@ fn direct(gva: Gva) -> Reached {
 /// False if an entry changed under the walk.
 fn set_accessed_dirty<T: Tables>(tables: &mut T, path: &mut Path, reached: &mut Reached, access: Access) -> bool {
     let last = path.count.wrapping_sub(1);
-    for (level, step) in path.steps[..path.count].iter_mut().enumerate() {
-        let dirty = if level == last && access.kind == AccessKind::Write { entry::D } else { 0 };
-        let new = step.raw | entry::A | dirty;
-        if new == step.raw {
-            continue;
+    path.steps[..path.count]
+        .iter_mut()
+        .enumerate()
+        .all(|(level, step)| set_flags(tables, step, level == last && access.kind == AccessKind::Write, reached))
+}
+
+/// Sets A, and with `dirty` D, in one entry. False if it changed under the walk.
+#[inline(always)]
+fn set_flags<T: Tables>(tables: &mut T, step: &mut Step, dirty: bool, reached: &mut Reached) -> bool {
+    let dirty = if dirty { entry::D } else { 0 };
+    let new = step.raw | entry::A | dirty;
+    if new == step.raw {
+        return true;
+    }
+    match tables.exchange(step.entry(), step.role.format.entry_bytes(), step.raw, new) {
+        Exchange::Done => {
+            reached.dirtied |= (new ^ step.raw) & dirty != 0;
+            reached.dirty |= dirty != 0;
+            step.raw = new;
         }
-        match tables.exchange(step.entry(), step.role.format.entry_bytes(), step.raw, new) {
-            Exchange::Done => {
-                reached.dirtied |= (new ^ step.raw) & dirty != 0;
-                reached.dirty |= dirty != 0;
-                step.raw = new;
-            }
-            Exchange::Ignored => {}
-            Exchange::Changed => return false,
-        }
+        Exchange::Ignored => {}
+        Exchange::Changed => return false,
     }
     true
 }

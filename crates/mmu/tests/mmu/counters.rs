@@ -87,6 +87,21 @@ fn translations() {
 }
 
 #[test]
+fn a_fault_shadows_the_tables_on_its_way() {
+    let (mut rig, _) = mapped();
+    rig.mmu.drop_all_shadow();
+    let way = [("walks", 1), ("entries_read", 4), ("pages_allocated", 4)];
+    expect(&mut rig, |r| _ = r.read(VA + 0x1000).expect_err("not mapped"), &way);
+    expect(&mut rig, |r| _ = r.read(VA + 0x1000).expect_err("not mapped"), &[("walks", 1), ("entries_read", 1)]);
+    // Behind an entry whose A bit is clear, and stays so, nothing is kept.
+    let mut rig = Rig::long();
+    rig.map(VA, PAGE | PWU);
+    let fault = |r: &mut Rig| _ = r.read(VA + 0x1000).expect_err("not mapped");
+    expect(&mut rig, fault, &[("walks", 1), ("entries_read", 4), ("pages_allocated", 1)]);
+    expect(&mut rig, fault, &[("walks", 1), ("entries_read", 4)]);
+}
+
+#[test]
 fn table_writes() {
     let (mut rig, leaf) = mapped();
     let same = rig.peek64(leaf);
