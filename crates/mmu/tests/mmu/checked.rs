@@ -116,7 +116,7 @@ fn fast(rig: &Rig, linear: u64, attempt: Attempt) -> Option<u64> {
     let gva = Gva::new(linear);
     let off = match attempt.kind {
         Kind::Read => rig.mmu.lookup_read(gva, 1),
-        Kind::Write => rig.mmu.lookup_write(gva, 1),
+        Kind::Write => rig.mmu.lookup_write(gva, 1).or_else(|| rig.mmu.lookup_reported_write(gva, 1)),
         Kind::Fetch => rig.mmu.lookup_fetch(gva),
     };
     off.map(|off| off.raw())

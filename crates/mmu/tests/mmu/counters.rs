@@ -268,6 +268,50 @@ fn a_guarded_mmu_never_hits_and_translates_as_ever() {
 }
 
 #[test]
+fn stores_to_watched_pages_have_entries_of_their_own() {
+    let (mut rig, leaf) = mapped();
+    let gva = Gva::new(VA + 0x1000);
+    let kinds =
+        |rig: &Rig| [rig.mmu.lookup_write(gva, 8), rig.mmu.lookup_reported_write(gva, 8)].map(|off| off.is_some());
+    // The table that maps both, mapped itself.
+    let table = leaf & !0xfff;
+    rig.map(gva.raw(), table | PWU);
+    assert_eq!(kinds(&rig), [false, false]);
+    rig.write(gva.raw()).expect("mapped");
+    assert_eq!(kinds(&rig), [false, true]);
+    // Across the page's end, where writes aren't allowed, and after a store of another's that has to be noticed.
+    assert_eq!(rig.mmu.lookup_reported_write(Gva::new(gva.raw() + 0xffc), 8), None);
+    let off = rig.mem.map(Gpa::new(table).page()).readable().expect("RAM");
+    rig.mmu.clean_page(off);
+    assert_eq!(kinds(&rig), [false, false]);
+    rig.write(gva.raw()).expect("mapped");
+    assert_eq!(kinds(&rig), [false, true]);
+    rig.audit();
+    // Its store drops what it changes, itself included.
+    rig.store64(gva.raw() + (leaf & 0xfff) + 8, (PAGE + 0x5000) | PWU).expect("mapped");
+    assert_eq!(kinds(&rig), [false, false]);
+    assert_eq!(rig.read(gva.raw()).map(Gpa::raw), Ok(PAGE + 0x5000));
+    rig.audit();
+}
+
+#[test]
+fn a_page_that_is_watched_no_longer_is_written_freely_again() {
+    let (mut rig, leaf) = mapped();
+    let gva = VA + 0x20_0000;
+    rig.map(gva, (leaf & !0xfff) | PWU);
+    rig.write(gva).expect("mapped");
+    assert!(rig.mmu.lookup_reported_write(Gva::new(gva), 1).is_some());
+    for at in 0..20 {
+        rig.store64(gva + (leaf & 0xfff) + 8 * at, 0).expect("mapped");
+    }
+    assert_eq!(rig.mmu.stats().tables_retired, 1);
+    assert_eq!(rig.mmu.lookup_reported_write(Gva::new(gva), 1), None);
+    rig.write(gva).expect("mapped");
+    assert!(rig.mmu.lookup_write(Gva::new(gva), 1).is_some());
+    rig.audit();
+}
+
+#[test]
 fn accesses_across_a_page_end_never_hit() {
     let mut rig = Rig::long();
     for page in 0..2 {

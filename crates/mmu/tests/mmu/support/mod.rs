@@ -217,7 +217,7 @@ impl Rig {
         let gva = Gva::new(gva);
         match kind {
             AccessKind::Read => self.mmu.lookup_read(gva, 1),
-            AccessKind::Write => self.mmu.lookup_write(gva, 1),
+            AccessKind::Write => self.mmu.lookup_write(gva, 1).or_else(|| self.mmu.lookup_reported_write(gva, 1)),
             AccessKind::Fetch => self.mmu.lookup_fetch(gva),
         }
         .map(|off| off.raw())
@@ -253,6 +253,11 @@ impl Rig {
     pub fn store64(&mut self, gva: u64, value: u64) -> Result<(), Fault> {
         if let Some(off) = self.mmu.lookup_write(Gva::new(gva), 8) {
             self.mem.store(off, value);
+            return Ok(());
+        }
+        if let Some(off) = self.mmu.lookup_reported_write(Gva::new(gva), 8) {
+            self.mem.store(off, value);
+            self.mmu.frame_written(off, 8);
             return Ok(());
         }
         let done = self.mmu.translate(Gva::new(gva), Access::explicit(AccessKind::Write, self.cpl))?;
