@@ -290,8 +290,8 @@ impl Core {
     fn may_access(&mut self, op: &Op, lin: u64, bytes: u64, kind: AccessKind) -> Result<(), Stop> {
         if !op.legacy {
             let bits = self.s.linear_bits();
-            let last = lin.wrapping_add(bytes.max(1) - 1);
-            if !Gva::new(lin).is_canonical(bits) || !Gva::new(last).is_canonical(bits) {
+            let is_outside = |lin: u64| !Gva::new(lin).is_canonical(bits);
+            if is_outside(lin) || crosses(lin, bytes) && is_outside(lin.wrapping_add(bytes - 1)) {
                 return self.raise(if op.seg == Seg::Ss as u8 { Fault::SS0 } else { Fault::GP0 });
             }
         }

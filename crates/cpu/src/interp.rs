@@ -173,16 +173,20 @@ impl Interpreter {
         if c.resumes()
             && let Some((first, op)) = ops.next()
         {
-            let flow = (op.exec)(c, bus, op);
-            if flow.is_err() || c.break_block {
-                return Err(self.ended(bus, number, first, flow.err()));
+            if let Err(stop) = (op.exec)(c, bus, op) {
+                return Err(self.ended_by(bus, number, first, stop));
+            }
+            if c.break_block {
+                return Err(self.ended(bus, number, first));
             }
             c.s.rflags &= !rflags::RF;
         }
         for (done, op) in ops {
-            let flow = (op.exec)(c, bus, op);
-            if flow.is_err() || c.break_block {
-                return Err(self.ended(bus, number, done, flow.err()));
+            if let Err(stop) = (op.exec)(c, bus, op) {
+                return Err(self.ended_by(bus, number, done, stop));
+            }
+            if c.break_block {
+                return Err(self.ended(bus, number, done));
             }
         }
         self.retired += block.ops.len() as u64;
@@ -205,23 +209,41 @@ impl Interpreter {
         let fits = block.ops.iter().take_while(|op| u64::from(op.prefix) < budget).count();
         let most = if self.single { 1 } else { fits.max(1) };
         for (done, op) in block.ops[..most].iter().enumerate() {
-            let flow = (op.exec)(c, bus, op);
-            if flow.is_err() || c.break_block || done + 1 == most {
-                return self.ended(bus, number, done, flow.err());
+            if let Err(stop) = (op.exec)(c, bus, op) {
+                return self.ended_by(bus, number, done, stop);
+            }
+            if c.break_block || done + 1 == most {
+                return self.ended(bus, number, done);
             }
             c.s.rflags &= !rflags::RF;
         }
         None
     }
 
-    /// A block stopped in or after its operation `last`: charges what retired and finds where to go on.
+    /// A block ended with its operation `last`: charges what retired and finds where to go on.
     #[inline(never)]
-    pub(crate) fn ended(&mut self, bus: &mut dyn Bus, number: u32, last: usize, stop: Option<Stop>) -> Option<Exit> {
-        let retired = last + usize::from(matches!(stop, None | Some(Stop::Again)));
+    pub(crate) fn ended(&mut self, bus: &mut dyn Bus, number: u32, last: usize) -> Option<Exit> {
+        self.retired += last as u64 + 1;
+        self.stop_in_block(number, last + 1, last + 1);
+        self.after_block(bus)
+    }
+
+    /// A block ended in its operation `last`, which has stopped.
+    #[inline(never)]
+    pub(crate) fn ended_by(&mut self, bus: &mut dyn Bus, number: u32, last: usize, stop: Stop) -> Option<Exit> {
+        let retired = last + usize::from(stop == Stop::Again);
         self.retired += retired as u64;
-        let next = if stop.is_none() { last + 1 } else { last };
-        let rip = self.stop_in_block(number, retired, next);
-        self.after_block(bus, stop.filter(|s| *s != Stop::Again), rip)
+        let rip = self.stop_in_block(number, retired, last);
+        if stop == Stop::Again {
+            return self.after_block(bus);
+        }
+        self.core.shadow_next = Shadow::None;
+        if stop == Stop::Absent {
+            // It starts again under the shadow that it started under.
+            self.core.forget_hits();
+            return self.page_absent(bus, rip);
+        }
+        self.failed(bus, stop, rip)
     }
 
     /// Charges the first `retired` operations of a block, and the next one's address is that of operation `next`, if
@@ -240,22 +262,13 @@ impl Interpreter {
     /// After a block that ran to its end: shadows, traps, attention.
     #[inline(never)]
     pub(crate) fn after(&mut self, bus: &mut dyn Bus) -> Option<Exit> {
-        self.after_block(bus, None, 0)
+        self.after_block(bus)
     }
 
-    /// After a block: shadows, traps, faults, attention.
+    /// After a block whose last operation retired: shadows, traps, attention.
     #[inline(always)]
-    fn after_block(&mut self, bus: &mut dyn Bus, stop: Option<Stop>, rip: u64) -> Option<Exit> {
-        let shadow = std::mem::take(&mut self.core.shadow_next);
-        if stop == Some(Stop::Absent) {
-            // It starts again under the shadow that it started under.
-            self.core.forget_hits();
-            return self.page_absent(bus, rip);
-        }
-        self.core.s.shadow = shadow;
-        if let Some(stop) = stop {
-            return self.failed(bus, stop, rip);
-        }
+    fn after_block(&mut self, bus: &mut dyn Bus) -> Option<Exit> {
+        self.core.s.shadow = std::mem::take(&mut self.core.shadow_next);
         let debug = self.core.after_instruction();
         if debug != 0
             && let Err(exit) = self.debug_trap(bus, debug)

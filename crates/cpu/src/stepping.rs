@@ -162,7 +162,10 @@ impl Interpreter {
 
     /// The block ended with operation `last`, or because that stopped.
     pub fn leave_block(&mut self, bus: &mut dyn Bus, number: u32, last: usize, stop: Option<Stop>) -> Option<Exit> {
-        self.ended(bus, number, last, stop)
+        match stop {
+            None => self.ended(bus, number, last),
+            Some(stop) => self.ended_by(bus, number, last, stop),
+        }
     }
 
     /// Whole blocks of `ops` operations have run until `clock`, and `rip` comes next.

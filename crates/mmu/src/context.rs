@@ -236,14 +236,15 @@ impl Pool {
     /// Enters a translation with `allowed` accesses. True if the column has become too small.
     pub(crate) fn fill(&mut self, column: &mut Column, page: u64, allowed: u8, addend: u64) -> bool {
         let tag = page | column.generation;
-        let slot = &mut self.entries[column.slot(page)];
-        if !slot.holds(tag) && slot.in_use(column.generation) {
-            column.conflicts += 1;
-        }
         let pick = |bit| if allowed & bit != 0 { tag } else { Entry::INVALID };
         let tag_write = if allowed & REPORTED_WRITE != 0 { tag | Entry::REPORTED } else { pick(WRITE) };
         let new = Entry { tag_read: pick(READ), tag_write, tag_fetch: pick(FETCH), addend };
-        self.withdrawals += u64::from(slot.holds(tag) && !new.allows_all_of(slot));
+        let slot = &mut self.entries[column.slot(page)];
+        if slot.holds(tag) {
+            self.withdrawals += u64::from(!new.allows_all_of(slot));
+        } else {
+            column.conflicts += u32::from(slot.in_use(column.generation));
+        }
         *slot = new;
         column.fills += 1;
         column.held = column.held.saturating_add(1);

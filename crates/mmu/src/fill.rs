@@ -3,7 +3,7 @@
 use crate::context::{ALLOWED, FETCH, READ, REPORTED_WRITE, WRITE};
 use crate::event::Event;
 use crate::format::Decoded;
-use crate::hints::{Hint, Hints};
+use crate::hints::Hint;
 use crate::mmu::{Mmu, Translation};
 use crate::rights::{self, Rights};
 use crate::role::PageRole;
@@ -26,6 +26,17 @@ struct Found {
     dirty: bool,
 }
 
+/// The last shadow page on the way to a linear address.
+#[derive(Clone, Copy)]
+struct Last {
+    index: u32,
+    /// Index of its entry for the address.
+    at: usize,
+    entry: ShadowEntry,
+    /// Rights bits of the links that led to it.
+    above: u64,
+}
+
 impl Found {
     fn at(reached: &Reached) -> Found {
         Found { gpa: reached.gpa, rights: reached.rights, dirty: reached.dirty }
@@ -42,53 +53,77 @@ impl Mmu {
     pub fn translate(&mut self, gva: Gva, access: Access) -> Result<Translation, Fault> {
         self.check_memory_map();
         self.maybe_drop();
-        let Some(place) = self.last_page(gva.raw()) else { return self.translate_from_top(gva, access) };
-        let Some(found) = self.leaf_at(gva.raw(), place) else { return self.translate_by_last(gva, access, place) };
+        let Some(last) = self.last_page(gva.raw()) else { return self.translate_from_top(gva, access) };
+        if !last.entry.is_leaf() && self.guest_lacks(&last) {
+            return Err(self.not_present(gva, access));
+        }
+        if !last.entry.is_leaf() {
+            return self.translate_by_last(gva, access, &last);
+        }
+        let found = self.leaf_of(gva.raw(), &last);
         rights::check(found.rights, access, &self.view).map_err(|code| Fault::page(gva.raw(), code))?;
         if access.kind == AccessKind::Write && !is_written(&found) {
-            return self.translate_by_last(gva, access, place);
+            return self.translate_by_last(gva, access, &last);
         }
         Ok(self.finish(gva, access, &found))
     }
 
     /// Finds the last shadow page on the way to `gva` under the current root, which notes that its contexts may hold what
-    /// the page says from now on: the place of its hint.
+    /// the page says from now on.
     #[inline(always)]
-    fn last_page(&mut self, gva: u64) -> Option<usize> {
-        let place = Hints::place(gva);
-        match self.hints.get(gva, self.current) {
-            Some(hint) if !self.leads_on(hint.index, gva) => Some(place),
-            _ => self.follow_links(gva).then_some(place),
+    fn last_page(&mut self, gva: u64) -> Option<Last> {
+        if let Some(hint) = self.hints.get(gva, self.current) {
+            let last = self.last_by(gva, hint);
+            // A page that was freed leaves links to it behind.
+            if !last.entry.is_link() || self.shadow.index_of(last.entry.child()).is_none() {
+                return Some(last);
+            }
         }
+        let hint = self.follow_links(gva)?;
+        Some(self.last_by(gva, &hint))
     }
 
-    /// Whether a shadow page has a link for `gva` to another one; a page that was freed leaves links to it behind.
     #[inline(always)]
-    fn leads_on(&self, index: u32, gva: u64) -> bool {
-        let entry = self.shadow.page(index).entry_for(gva);
-        entry.is_link() && self.shadow.index_of(entry.child()).is_some()
+    fn last_by(&self, gva: u64, hint: &Hint) -> Last {
+        let page = self.shadow.page(hint.index);
+        let at = page.index(gva);
+        Last { index: hint.index, at, entry: page.entries[at], above: hint.above }
     }
 
     #[inline(never)]
-    fn follow_links(&mut self, gva: u64) -> bool {
-        let end = self.find_end(gva, self.current);
-        if let Some(hint) = end {
-            self.note_path(gva, hint);
-        }
-        end.is_some()
+    fn follow_links(&mut self, gva: u64) -> Option<Hint> {
+        let end = self.find_end(gva, self.current)?;
+        self.note_path(gva, end);
+        Some(end)
     }
 
-    /// What the last shadow page on the way, by its hint's place, says of `gva`, if it has a leaf for it.
+    /// What a leaf says of `gva`.
     #[inline(always)]
-    fn leaf_at(&mut self, gva: u64, place: usize) -> Option<Found> {
-        let hint = self.hints.at(place);
-        let page = self.shadow.page_mut(hint.index);
-        let entry = page.entry_for(gva);
-        if !entry.is_leaf() {
-            return None;
-        }
+    fn leaf_of(&mut self, gva: u64, last: &Last) -> Found {
+        let page = self.shadow.page_mut(last.index);
         page.used();
-        Some(found_at(gva, page.shift, entry, hint.above))
+        found_at(gva, page.shift, last.entry, last.above)
+    }
+
+    /// Whether the guest's own entry is clear of P.
+    #[inline(always)]
+    fn guest_lacks(&self, last: &Last) -> bool {
+        self.shadow.guest_entry(&self.mem, last.index, last.at) & entry::P == 0
+    }
+
+    /// The fault of a walk that ends at an entry without P in the last table, all of whose way is in the shadow tree.
+    #[inline(always)]
+    fn not_present(&mut self, gva: Gva, access: Access) -> Fault {
+        let fault = Fault::page(gva.raw(), rights::attempt_code(access, &self.view));
+        self.count_walk(gva, access, 1, Err(fault));
+        fault
+    }
+
+    #[inline(always)]
+    fn count_walk(&mut self, gva: Gva, access: Access, entries: u64, outcome: Result<Gpa, Fault>) {
+        self.stats.walks += 1;
+        self.stats.entries_read += entries;
+        self.events.note(|| Event::walk(gva, access, entries, outcome));
     }
 
     /// The shadow tree knows nothing of `gva`, or there is none.
@@ -134,26 +169,27 @@ impl Mmu {
         self.hints.set(gva, end);
     }
 
-    /// The slow path's end, nearly always: the hint at `place` is the last table's, of which a walk reads one entry.
+    /// The slow path's end, nearly always: all of the way but its end is in the shadow tree, and a walk reads one entry.
     #[inline(never)]
-    fn translate_by_last(&mut self, gva: Gva, access: Access, place: usize) -> Result<Translation, Fault> {
-        let hint = *self.hints.at(place);
-        let page = self.shadow.page(hint.index);
-        let index = page.index(gva.raw());
-        let mut step = Step { table: page.table.base(), role: page.role, index: index as u16, raw: 0 };
+    fn translate_by_last(&mut self, gva: Gva, access: Access, last: &Last) -> Result<Translation, Fault> {
+        let page = self.shadow.page(last.index);
+        let mut step = Step { table: page.table.base(), role: page.role, index: last.at as u16, raw: 0 };
         let mut tables = MemoryTables { watcher: &self.watcher, reads: 0 };
-        let above = rights_of(hint.above, 0);
-        let walked = walk::walk_last(&mut tables, &mut step, above, &self.format, gva, access, &self.view);
-        let Some(walked) = walked.transpose() else { return self.translate_by_walk(gva, access, Some(hint)) };
-        self.stats.walks += 1;
-        self.stats.entries_read += 1;
-        self.events.note(|| Event::walk(gva, access, 1, walked.as_ref().map(|w| w.gpa).map_err(|f| *f)));
-        let reached = walked?;
+        let above = rights_of(last.above, 0);
+        let reached = match walk::walk_last(&mut tables, &mut step, above, &self.format, gva, access, &self.view) {
+            Ok(Some(reached)) => reached,
+            Ok(None) => return self.translate_by_walk(gva, access, Some(last)),
+            Err(fault) => {
+                self.count_walk(gva, access, 1, Err(fault));
+                return Err(fault);
+            }
+        };
+        self.count_walk(gva, access, 1, Ok(reached.gpa));
         if reached.dirtied {
             self.refresh_aliases(&step);
         }
-        self.shadow.page_mut(hint.index).used();
-        match self.set_leaf(hint.index, &step, &reached) {
+        self.shadow.page_mut(last.index).used();
+        match self.set_leaf(last.index, &step, &reached) {
             Some(()) => Ok(self.finish(gva, access, &Found::at(&reached))),
             None => Ok(self.reach(reached.gpa, access).0),
         }
@@ -162,22 +198,20 @@ impl Mmu {
     /// A walk from the last table that is shadowed, or from the root.
     #[cold]
     #[inline(never)]
-    fn translate_by_walk(&mut self, gva: Gva, access: Access, from: Option<Hint>) -> Result<Translation, Fault> {
-        self.stats.walks += 1;
+    fn translate_by_walk(&mut self, gva: Gva, access: Access, from: Option<&Last>) -> Result<Translation, Fault> {
         // First of all: what is evicted may lie on the way to the table that is known.
         let from = if self.make_room(MAX_DEPTH) { None } else { from };
         let Some(root) = &self.roots.slots[self.current] else { return Err(Fault::GP0) };
         let (regime, above) = match from {
             // The entries above are in the shadow tree, so they say the same as the guest's.
-            Some(hint) => (self.regime_below(hint.index, &root.regime), rights_of(hint.above, 0)),
+            Some(last) => (self.regime_below(last.index, &root.regime), rights_of(last.above, 0)),
             None => (root.regime, Rights::ALL),
         };
         let mut tables = MemoryTables { watcher: &self.watcher, reads: 0 };
         let mut path = Path::EMPTY;
         let walked = walk::walk_below(&mut tables, &regime, above, gva, access, &self.view, &mut path);
         let entries = tables.reads;
-        self.stats.entries_read += entries;
-        self.events.note(|| Event::walk(gva, access, entries, walked.as_ref().map(|w| w.gpa).map_err(|f| *f)));
+        self.count_walk(gva, access, entries, walked.map(|reached| reached.gpa));
         let reached = match walked {
             Ok(reached) => reached,
             Err(fault) => {
@@ -189,12 +223,12 @@ impl Mmu {
         if let Some(step) = path.steps().last().filter(|_| reached.dirtied) {
             self.refresh_aliases(step);
         }
-        let found = self
-            .install(gva, &path, &reached, from.is_none())
-            .and_then(|()| self.last_page(gva.raw()))
-            .and_then(|place| self.leaf_at(gva.raw(), place));
-        Ok(match found {
-            Some(found) => self.finish(gva, access, &found),
+        let last = self.install(gva, &path, &reached, from.is_none()).and_then(|()| self.last_page(gva.raw()));
+        Ok(match last.filter(|last| last.entry.is_leaf()) {
+            Some(last) => {
+                let found = self.leaf_of(gva.raw(), &last);
+                self.finish(gva, access, &found)
+            }
             None => self.reach(reached.gpa, access).0,
         })
     }
@@ -215,8 +249,9 @@ impl Mmu {
         let at_byte = step.entry().offset();
         let mut next = self.shadow.first_of_frame(off);
         while let Some(index) = next {
-            next = self.shadow.next_of_frame(index);
-            let width = self.shadow.page(index).role.format.entry_bytes();
+            let page = self.shadow.page(index);
+            next = page.next();
+            let width = page.role.format.entry_bytes();
             self.refresh_entry(index, (at_byte / width) as usize);
         }
     }

@@ -35,7 +35,7 @@ impl Hints {
 
     /// The place of the hint for `gva`: mixed, since a guest's regions begin at round addresses.
     #[inline(always)]
-    pub(crate) fn place(gva: u64) -> usize {
+    fn place(gva: u64) -> usize {
         ((gva >> SHIFT).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - HINTS.ilog2())) as usize
     }
 
@@ -44,12 +44,6 @@ impl Hints {
     pub(crate) fn get(&self, gva: u64, slot: usize) -> Option<&Hint> {
         let hint = &self.table[Self::place(gva)];
         (hint.key == Self::key(gva, slot) && hint.epoch == self.epoch).then_some(hint)
-    }
-
-    /// The hint at a place, which [`get`](Self::get) or [`set`](Self::set) has found good.
-    #[inline(always)]
-    pub(crate) fn at(&self, place: usize) -> &Hint {
-        &self.table[place % HINTS]
     }
 
     /// A hint that is true at present.

@@ -42,17 +42,17 @@ impl Mmu {
         }
         self.stats.table_writes += 1;
         while let Some(index) = next {
-            next = self.shadow.next_of_frame(index);
+            let page = self.shadow.page_mut(index);
+            next = page.next();
             // Of 4 or 8 bytes.
-            let shift = self.shadow.page(index).role.format.entry_bytes().trailing_zeros();
-            let written = first_byte >> shift..((first_byte + bytes - 1) >> shift) + 1;
-            if written.end > UPPER as u64 {
+            let shift = page.role.format.entry_bytes().trailing_zeros();
+            let written = (first_byte >> shift) as usize..((first_byte + bytes - 1) >> shift) as usize + 1;
+            page.idle_writes = page.idle_writes.saturating_add(written.len() as u32);
+            if written.end > UPPER {
                 self.part_upper_half(index);
             }
-            let page = self.shadow.page_mut(index);
-            page.idle_writes = page.idle_writes.saturating_add((written.end - written.start) as u32);
             for at in written {
-                if self.refresh_entry(index, at as usize) {
+                if self.refresh_entry(index, at) {
                     self.stats.entries_dropped += 1;
                 }
             }
@@ -61,6 +61,7 @@ impl Mmu {
     }
 
     /// A page without entries, or written to like data, no longer serves as a table.
+    #[inline(always)]
     fn retire_if_unused(&mut self, index: u32) {
         let page = self.shadow.page(index);
         let enough = if page.present == 0 { IDLE_WRITES_WHEN_EMPTY } else { IDLE_WRITES };
@@ -93,12 +94,11 @@ impl Mmu {
         let page = self.shadow.page(index);
         let entry = page.entries[at];
         let (roots, anywhere) = (page.roots, page.anywhere);
-        let format = if cfg!(umbra_mutant = "format-from-the-mode-in-force") {
-            self.cpu_role().root_page_role(false).format
+        let shift = if cfg!(umbra_mutant = "format-from-the-mode-in-force") {
+            self.cpu_role().root_page_role(false).format.shift(page.role.level)
         } else {
-            page.role.format
+            page.shift
         };
-        let shift = format.shift(page.role.level);
         let (table, level) = (page.table, page.role.level);
         self.events.note(|| Event::EntryDropped { table, level, index: at });
         self.shadow.set(index, at, ShadowEntry::default());
@@ -162,7 +162,7 @@ impl Mmu {
     fn clear_page(&mut self, roots: u64, page: u64) {
         let pool = &mut self.pool;
         self.roots.for_each_in(roots, |root| {
-            root.columns.iter().filter(|c| c.held != 0).for_each(|column| pool.drop_page(column, page));
+            root.existing_columns().filter(|c| c.held != 0).for_each(|column| pool.drop_page(column, page));
         });
     }
 

@@ -23,6 +23,17 @@ pub(crate) struct Root {
 }
 
 impl Root {
+    /// The columns that have a block.
+    #[inline(always)]
+    pub(crate) fn existing_columns(&self) -> impl Iterator<Item = &Column> {
+        let mut left = self.existing;
+        std::iter::from_fn(move || {
+            let at = (left != 0).then(|| left.trailing_zeros())?;
+            left &= left - 1;
+            Some(&self.columns[at as usize])
+        })
+    }
+
     /// The slot of `tops` that serves `gva`.
     #[inline(always)]
     pub(crate) fn top_slot(&self, gva: u64) -> usize {

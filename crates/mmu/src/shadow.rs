@@ -144,6 +144,12 @@ impl ShadowPage {
         (gva >> self.shift) as usize & (self.entries.len() - 1)
     }
 
+    /// The page that shadows the same frame after this one.
+    #[inline(always)]
+    pub(crate) fn next(&self) -> Option<u32> {
+        self.next.checked_sub(1)
+    }
+
     /// The entry for `gva`, which may be absent.
     #[inline(always)]
     pub(crate) fn entry_for(&self, gva: u64) -> ShadowEntry {
@@ -264,12 +270,6 @@ impl ShadowPages {
         self.heads.get((off.raw() >> 12) as usize)?.checked_sub(1)
     }
 
-    /// The page that shadows the same frame after this one.
-    #[inline]
-    pub(crate) fn next_of_frame(&self, index: u32) -> Option<u32> {
-        self.page(index).next.checked_sub(1)
-    }
-
     /// The page of this whole key.
     pub(crate) fn find(&self, off: RamOffset, table: GpaPage, role: PageRole) -> Option<u32> {
         let mut next = self.first_of_frame(off);
@@ -278,7 +278,7 @@ impl ShadowPages {
             if (page.role == role || cfg!(umbra_mutant = "page-found-without-its-role")) && page.table == table {
                 return Some(index);
             }
-            next = self.next_of_frame(index);
+            next = page.next();
         }
         None
     }
@@ -367,6 +367,9 @@ impl ShadowPages {
         let page = &self.pages[index as usize];
         let old = page.entries[at];
         let decoded = format.decode(raw, page.role);
+        if decoded == Decoded::NotPresent {
+            return Fresh::Stale;
+        }
         if self.says(old, page.role, decoded) {
             return Fresh::Same;
         }

@@ -11,7 +11,7 @@ pub(crate) struct MemoryTables<'a> {
 }
 
 /// Reads one entry; absent memory reads as all ones.
-#[inline]
+#[inline(always)]
 pub(crate) fn read_entry(mem: &GuestMemory, gpa: Gpa, bytes: u64) -> u64 {
     match (mem.map(gpa.page()).at(gpa.offset()).readable(), bytes) {
         (Some(off), 4) => u64::from(mem.load::<u32>(off)),
@@ -37,11 +37,13 @@ impl Tables for PeekedTables<'_> {
 }
 
 impl Tables for MemoryTables<'_> {
+    #[inline(always)]
     fn read(&mut self, gpa: Gpa, bytes: u64) -> u64 {
         self.reads += 1;
         read_entry(self.watcher.memory(), gpa, bytes)
     }
 
+    #[inline(always)]
     fn exchange(&mut self, gpa: Gpa, bytes: u64, old: u64, new: u64) -> Exchange {
         let mem = self.watcher.memory();
         let Backing::Ram(off) = mem.map(gpa.page()).at(gpa.offset()) else {
