@@ -26,17 +26,25 @@ impl Translator<'_> {
         match kind {
             Kind::Jcc => self.jcc(i, op.imm, next),
             Kind::Call => {
-                self.push_return(next);
-                self.exit(op.imm);
+                let rip = self.push_return(next);
+                if self.predicts_returns {
+                    self.begin_pair(rip);
+                    self.call(op.imm, next);
+                } else {
+                    self.exit(op.imm);
+                }
             }
             Kind::CallIndirect => {
                 self.indirect_target(i, op);
                 self.find();
                 // The push needs both scratch registers.
                 self.e.store(frame_field!(scratch), B);
-                self.push_return(next);
+                let rip = self.push_return(next);
+                if self.predicts_returns {
+                    self.begin_pair(rip);
+                }
                 self.e.load(B, frame_field!(scratch));
-                go(&mut self.e);
+                if self.predicts_returns { self.call_slot(next) } else { go(&mut self.e) }
             }
             Kind::JmpIndirect => {
                 self.indirect_target(i, op);
@@ -46,9 +54,14 @@ impl Translator<'_> {
             Kind::Ret => {
                 let top = self.lookup(&Address::above(guest::RSP, 0), 8, Access::Read);
                 self.e.load(A, top.mem);
-                self.find();
-                self.e.lea(GUEST_RSP, Mem::at(GUEST_RSP, 8 + (op.imm as usize & 0xffff)));
-                go(&mut self.e);
+                let bytes = 8 + (op.imm as usize & 0xffff);
+                if self.predicts_returns {
+                    self.ret(bytes);
+                } else {
+                    self.find();
+                    self.e.lea(GUEST_RSP, Mem::at(GUEST_RSP, bytes));
+                    go(&mut self.e);
+                }
             }
             Kind::System(system) => self.system_call(system, self.site(at), next),
             _ => self.exit(op.imm),
@@ -95,10 +108,12 @@ impl Translator<'_> {
         self.e.lea(to, Mem { base: Some(to), index: None, disp: rip as i32 });
     }
 
-    fn push_return(&mut self, rip: u64) {
+    /// Pushes a RIP of the block's, which is in the register then.
+    fn push_return(&mut self, rip: u64) -> Reg {
         let top = self.lookup(&Address::above(guest::RSP, -8), 8, Access::Write);
         self.rip(top.free, rip);
         self.e.store(top.mem, top.free);
         self.e.lea(GUEST_RSP, Mem { base: Some(GUEST_RSP), index: None, disp: -8 });
+        top.free
     }
 }

@@ -288,9 +288,20 @@ impl Emitter {
     }
 
     pub fn call(&mut self, target: usize) {
+        let call = self.call_ahead();
+        self.point(call, target);
+    }
+
+    /// A call whose target isn't known yet.
+    pub fn call_ahead(&mut self) -> Jump {
         self.byte(0xe8);
         self.imm32(0);
-        self.point(Jump(self.here() - 4), target);
+        Jump(self.here() - 4)
+    }
+
+    /// `call qword [mem]`.
+    pub fn call_mem(&mut self, mem: Mem) {
+        self.rm(false, &[0xff], 2, mem);
     }
 
     /// `jmp qword [mem]`.

@@ -308,14 +308,15 @@ impl Engine {
         }
     }
 
-    /// Whether the target of block `number` at the present RIP, if it ends with a near branch, is a canonical address, as
+    /// Whether what follows block `number` at the present RIP, by its end or a near branch, is at a canonical address, as
     /// translations take for granted.
     fn reaches(&self, number: u32) -> bool {
         let (core, block) = (self.interp.core(), self.interp.blocks().block(number));
         let (rip, bits) = (core.next_rip, core.s.linear_bits());
         let target = block.ops.last().map_or(0, |op| op.imm);
         let at_edge = !block.is_legacy() && edges(bits).contains(&((rip >> 32) as u32));
-        !at_edge || Gva::new(rip.wrapping_sub(block.rip).wrapping_add(target)).is_canonical(bits)
+        let base = rip.wrapping_sub(block.rip);
+        !at_edge || [target, block.end_rip].iter().all(|to| Gva::new(base.wrapping_add(*to)).is_canonical(bits))
     }
 
     /// The next block's code by the jump table, if there is no more to do than to go there.

@@ -48,6 +48,9 @@ pub struct Frame {
     pub scratch: u64,
     /// What the flags of the last operation that has a [recipe](crate::recipes) are made from, if no register keeps it.
     pub kept: u64,
+    /// The host's stack where no CALL is to be [returned](crate::returns) from, and where too many are.
+    pub calls: u64,
+    pub deepest_call: u64,
     /// Where pages of the upper half are fetched from.
     pub fetches: u64,
     /// The table of translations by place.
@@ -188,6 +191,8 @@ impl Frame {
             budget: 0,
             scratch: 0,
             kept: 0,
+            calls: 0,
+            deepest_call: 0,
             fetches,
             places,
             edges: [0; 2],

@@ -30,6 +30,7 @@ mod plan;
 mod ranges;
 mod recipes;
 mod registers;
+mod returns;
 mod sample;
 mod shifts;
 mod stats;

@@ -28,11 +28,13 @@ pub enum Mechanism {
     Links,
     /// Finding a block by its RIP in generated code.
     Jumps,
+    /// CALL and RET by the host's own.
+    Returns,
 }
 
 impl Mechanism {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Native,
         Self::Vectors,
         Self::X87,
@@ -45,6 +47,7 @@ impl Mechanism {
         Self::Traces,
         Self::Links,
         Self::Jumps,
+        Self::Returns,
     ];
 }
 

@@ -6,6 +6,7 @@ use crate::jumps::{FETCHES, FOLD, Fetch, Half, PAIR_SHIFT, PLACES, Place, SLOT_S
 use crate::memory_path::Access;
 use crate::ranges::{self, MARGIN, NAMES, Name, PATIENCE, Range};
 use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, home};
+use crate::returns;
 use crate::strings::{self, RepeatedStubs};
 use crate::system_calls::{self, Ways};
 use crate::translate::LOOKUP_BYTES;
@@ -112,6 +113,8 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
     let link = leaving(e, Reason::Link);
     let miss = leaving(e, Reason::Miss);
     let dispatch = e.here();
+    // The context may be another one.
+    returns::empty(e);
     e.load(A, next_rip());
     let to_absolute = e.jmp();
     let find = find(e);
@@ -120,7 +123,8 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
     let helper = call_helper(e, helper, leave_spilled, dispatch);
     let rest = call_helper(e, rest, leave_spilled, dispatch);
     let change_view = views::emit_change(e);
-    let ways = Ways { change: change_view, helper, dispatch, absolute };
+    let in_any_context = returns::emit_absolute(e, absolute);
+    let ways = Ways { change: change_view, helper, dispatch, absolute: in_any_context };
     let system_call = system_calls::emit_call(e, ways);
     let system_return = system_calls::emit_return(e, ways);
     let interrupt = gates::emit_interrupt(e, ways);
@@ -130,7 +134,7 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
         *stub = range(e, n);
     }
     Stubs {
-        enter: enter(e),
+        enter: enter(e, absolute),
         helper,
         rest,
         budget,
@@ -154,7 +158,7 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
     }
 }
 
-fn enter(e: &mut Emitter) -> usize {
+fn enter(e: &mut Emitter, absolute: usize) -> usize {
     let here = e.here();
     SAVED.iter().for_each(|&r| push(e, r));
     // Six pushes and the return address: aligned to 16 bytes with one slot more.
@@ -162,6 +166,7 @@ fn enter(e: &mut Emitter) -> usize {
     e.mov(ENGINE, RDI);
     e.mov(A, RSI);
     reload(e);
+    returns::begin(e, absolute);
     e.jmp_reg(A);
     here
 }
@@ -169,6 +174,7 @@ fn enter(e: &mut Emitter) -> usize {
 fn leave_spilled(e: &mut Emitter, x87_store: usize) -> usize {
     let here = e.here();
     e.call(x87_store);
+    returns::end(e);
     e.alu_imm(Alu::Add, true, RSP, 8);
     SAVED.iter().rev().for_each(|&r| pop(e, r));
     e.raw(&[0xc3]);
@@ -189,7 +195,6 @@ fn call_helper(e: &mut Emitter, function: u64, leave_spilled: usize, dispatch: u
     reload(e);
     e.raw(&[0xc3]);
     e.bind(ended);
-    e.alu_imm(Alu::Add, true, RSP, 8);
     e.raw(&[0x83, 0xf8, Flow::Leave as u8]); // cmp eax, imm8
     let left = e.jcc(cc::EQUAL);
     e.point(left, leave_spilled);

@@ -45,7 +45,7 @@ pub struct Ways {
     pub helper: usize,
     /// Goes to the RIP in the core.
     pub dispatch: usize,
-    /// Goes to the RIP in [`A`].
+    /// Goes to the RIP in [`A`], in whatever context.
     pub absolute: usize,
 }
 

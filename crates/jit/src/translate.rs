@@ -17,6 +17,7 @@ use crate::native::Unencodable;
 use crate::plan::{Kind, Step, plan, regard_groups};
 use crate::recipes::Recipe;
 use crate::registers::{A, BUDGET};
+use crate::returns::{Elsewhere, TooDeep};
 use crate::stubs::Stubs;
 use crate::system::System;
 use crate::{recipes, traces, vector, x87};
@@ -24,8 +25,8 @@ use iced_x86::{Decoder, DecoderOptions, Encoder, Instruction};
 use umbra_cpu::block::Block;
 use umbra_cpu::op::Op;
 
-use exits::emit_exits;
 pub use exits::{Exit, LOOKUP_BYTES, dropped_code, jump, other_code};
+use exits::{Open, emit_exits};
 use slow::Slow;
 
 /// Bits of a site that say which operation of its block is meant.
@@ -73,8 +74,11 @@ pub struct Translator<'a> {
     pub half: Half,
     number: u32,
     slow: Vec<Slow>,
-    exits: Vec<(Exit, Vec<Jump>)>,
+    exits: Vec<Open>,
     end: End,
+    pub predicts_returns: bool,
+    pub elsewhere: Vec<Elsewhere>,
+    pub too_deep: Vec<TooDeep>,
     /// The host's flags that the branch looks at aren't saved.
     unsaved: bool,
     /// How flags are found that aren't saved when it begins.
@@ -237,7 +241,7 @@ fn closes_loop(block: &Block, steps: &[Step]) -> bool {
 impl<'a> Translator<'a> {
     fn new(part: &Part<'a>, settings: Settings<'a>, e: Emitter) -> Self {
         let Source { block, number, missing, .. } = part.source;
-        let Settings { half, stubs, .. } = settings;
+        let Settings { half, stubs, off } = settings;
         Self {
             e,
             block,
@@ -258,6 +262,9 @@ impl<'a> Translator<'a> {
             slow: Vec::new(),
             exits: Vec::new(),
             end: part.end,
+            predicts_returns: !off.has(Mechanism::Returns),
+            elsewhere: Vec::new(),
+            too_deep: Vec::new(),
             unsaved: part.steps.iter().any(|step| step.unsaved),
             recipe: part.recipe,
             head: 0,
@@ -303,6 +310,7 @@ impl<'a> Translator<'a> {
         self.emit_sides();
         self.emit_cold();
         self.emit_searches();
+        self.emit_returns();
         self.emit_vector_loads();
         self.emit_x87_loads();
         self.emit_slow();

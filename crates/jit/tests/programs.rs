@@ -9,6 +9,8 @@ mod gates;
 mod groups;
 #[path = "programs/places.rs"]
 mod places;
+#[path = "programs/returns.rs"]
+mod returns;
 #[path = "programs/strings.rs"]
 mod strings;
 #[path = "programs/traces.rs"]
@@ -728,6 +730,7 @@ fn mechanisms_can_be_left_out() {
     let without = |off| compare(&calling(), 8, JitOptions { off, ..SMALL }, &[TICKS]).unwrap();
     let all = without(Mechanisms::NONE);
     assert!(all.ops_translated > 100 && all.linked > 0 && all.ops_by_helper < all.ops_translated / 2, "{all}");
+    let jumpless = without(Mechanisms::NONE.with(Mechanism::Jumps).with(Mechanism::Returns));
     for mechanism in Mechanism::ALL {
         let some = without(Mechanisms::NONE.with(mechanism));
         let differs = match mechanism {
@@ -741,7 +744,11 @@ fn mechanisms_can_be_left_out() {
             Mechanism::Traces => some.translated > all.translated,
             Mechanism::Flags => some.code_bytes > all.code_bytes,
             Mechanism::Links => some.linked == 0 && some.left_by_link > 10 * all.left_by_link,
-            Mechanism::Jumps => some.left_by_miss > 10 * all.left_by_miss,
+            // What returns is found without.
+            Mechanism::Jumps => some.left_by_miss < 10 && jumpless.left_by_miss > 30,
+            Mechanism::Returns => {
+                some.code_bytes != all.code_bytes && some.translated_helpers == all.translated_helpers
+            }
         };
         assert!(differs, "{mechanism:?}: {some}\nall:\n{all}");
     }

@@ -177,6 +177,8 @@ pub enum JitOff {
     Links,
     /// Finding blocks by address in generated code
     Jumps,
+    /// CALL and RET by the host's own
+    Returns,
 }
 
 impl JitOff {
@@ -194,6 +196,7 @@ impl JitOff {
             Self::Traces => Mechanism::Traces,
             Self::Links => Mechanism::Links,
             Self::Jumps => Mechanism::Jumps,
+            Self::Returns => Mechanism::Returns,
         }
     }
 }

@@ -57,9 +57,34 @@ pub fn jump(at: usize, to: usize) -> Vec<u8> {
     e.bytes
 }
 
+/// An exit whose rarely executed code isn't written yet.
+pub struct Open {
+    exit: Exit,
+    jump: Jump,
+    /// Where its guard fails.
+    others: Vec<Jump>,
+    /// If it is a CALL of the host's, where that returns to.
+    back: Option<usize>,
+}
+
 impl Translator<'_> {
     /// Goes on at `target`.
     pub fn exit(&mut self, target: u64) {
+        self.guarded(target, Emitter::jmp);
+    }
+
+    /// Goes on at `target`, and from there, by a RET, at `next`.
+    pub fn call(&mut self, target: u64, next: u64) {
+        self.guarded(target, Emitter::call_ahead);
+        let here = self.e.here();
+        if let Some(open) = self.exits.last_mut() {
+            open.back = Some(here);
+        }
+        self.return_here(next);
+    }
+
+    /// Goes on at `target` by a jump or call that `emit` writes.
+    fn guarded(&mut self, target: u64, emit: fn(&mut Emitter) -> Jump) {
         let mut others = Vec::new();
         let page = i32::try_from(target as i64 & !0xfff).ok();
         let guard = page.filter(|_| self.leaves_page(target)).map(|page| {
@@ -76,9 +101,8 @@ impl Translator<'_> {
             }
             Guard { context: number, base }
         });
-        let jump = self.e.jmp();
-        others.push(jump);
-        self.exits.push((Exit { target, jump: jump.0, guard, unlinked: 0 }, others));
+        let jump = emit(&mut self.e);
+        self.exits.push(Open { exit: Exit { target, jump: jump.0, guard, unlinked: 0 }, jump, others, back: None });
     }
 
     fn leaves_page(&self, target: u64) -> bool {
@@ -93,7 +117,8 @@ impl Translator<'_> {
             self.e.bind(not);
         } else {
             let jump = self.e.jcc(condition);
-            self.exits.push((Exit { target, jump: jump.0, guard: None, unlinked: 0 }, vec![jump]));
+            let exit = Exit { target, jump: jump.0, guard: None, unlinked: 0 };
+            self.exits.push(Open { exit, jump, others: Vec::new(), back: None });
         }
     }
 
@@ -138,16 +163,24 @@ impl Translator<'_> {
     }
 }
 
-pub(super) fn emit_exits(e: &mut Emitter, exits: Vec<(Exit, Vec<Jump>)>, first: usize, stubs: &Stubs) -> Vec<Exit> {
+pub(super) fn emit_exits(e: &mut Emitter, exits: Vec<Open>, first: usize, stubs: &Stubs) -> Vec<Exit> {
     let numbered = exits.into_iter().enumerate();
     numbered
-        .map(|(n, (exit, jumps))| {
+        .map(|(n, Open { exit, jump, others, back })| {
             let unlinked = e.here();
-            jumps.into_iter().for_each(|jump| e.bind(jump));
+            e.bind(jump);
+            if back.is_none() {
+                others.iter().for_each(|&jump| e.bind(jump));
+            }
             e.mov_imm(A, (first + n) as u64);
             e.jmp_to(stubs.link);
             while e.here() < unlinked + UNLINKED_BYTES {
                 e.raw(&[0xcc]);
+            }
+            if let Some(back) = back.filter(|_| !others.is_empty()) {
+                others.into_iter().for_each(|jump| e.bind(jump));
+                e.call(unlinked);
+                e.jmp_to(back);
             }
             Exit { unlinked, ..exit }
         })

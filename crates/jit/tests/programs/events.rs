@@ -125,7 +125,7 @@ pub(super) fn rings(code: &[u8]) -> Arc<GuestMemory> {
     mem
 }
 
-fn ring_0(data: u64) -> CpuState {
+pub(super) fn ring_0(data: u64) -> CpuState {
     let mut s = start(8);
     s.cr0 = Cr0::new(0x8001_0033 | (data & 1) << 18);
     // FSGSBASE and PGE, now and then SMEP and SMAP.

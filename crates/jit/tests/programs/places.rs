@@ -3,11 +3,11 @@
 use super::*;
 
 /// Where the first 2 MiB of memory are mapped once more.
-const ALIAS: u64 = 0x4000_0000;
+pub const ALIAS: u64 = 0x4000_0000;
 /// And again, up to the last canonical address of the lower half.
 const EDGE: u64 = 0x7fff_ffe0_0000;
 
-fn map_again(mem: &GuestMemory) {
+pub fn map_again(mem: &GuestMemory) {
     let put = |at: u64, value: u64| mem.write(Gpa::new(at), &value.to_le_bytes());
     put(TABLES + 0x1000 + 8, TABLES + 0x2003);
     put(TABLES + 8 * 255, TABLES + 0x3003);
