@@ -103,6 +103,8 @@ pub struct Frame {
     pub root_views: u64,
     /// The MMU's epoch as it was last seen.
     pub epoch: u64,
+    /// The MMU's withdrawals that the ranges hold for.
+    pub withdrawals: u64,
     pub views: Views,
     /// What system calls load into segment registers, and IA32_STAR that this is of.
     pub segments: Segments,
@@ -220,6 +222,7 @@ impl Frame {
             view: u64::MAX,
             root_views: 0,
             epoch: 0,
+            withdrawals: 0,
             views: views::NONE,
             segments: [[Segment::null(0); 2]; 2],
             star: None,

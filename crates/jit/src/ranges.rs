@@ -125,6 +125,7 @@ impl Saved {
             self.exchange(frame, table);
         }
         frame.take_table(table);
+        frame.withdrawals = self.withdrawals;
     }
 
     /// Keeps the stack's ranges of the table that was in force and finds those of `table`.

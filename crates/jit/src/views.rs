@@ -23,6 +23,8 @@ pub struct View {
     /// The slot of its root.
     root: usize,
     selected: Selected,
+    /// The MMU's withdrawals that the stack's ranges hold for.
+    withdrawals: u64,
     stack: [Range; 2],
 }
 
@@ -60,7 +62,7 @@ impl Selected {
 const NEVER: u64 = u64::MAX;
 /// Nor this one, of views that aren't known.
 const UNTAKEN: u64 = u64::MAX - 1;
-const UNKNOWN: View = View { epoch: NEVER, root: 0, selected: Selected::NONE, stack: [EMPTY; 2] };
+const UNKNOWN: View = View { epoch: NEVER, root: 0, selected: Selected::NONE, withdrawals: 0, stack: [EMPTY; 2] };
 /// In 64-bit mode: ring 3 with RFLAGS.AC clear, the supervisor's four by AC and CR0.WP; whatever else there is, which is
 /// never known.
 const VIEWS: usize = 6;
@@ -106,7 +108,7 @@ impl Frame {
     #[inline]
     pub fn follow_view(&mut self, core: &Core) -> bool {
         const STACK: usize = guest::RSP as usize;
-        let (number, epoch) = (place(core), core.mmu.epoch());
+        let (number, epoch, withdrawals) = (place(core), core.mmu.epoch(), core.mmu.withdrawals());
         let known = &self.views[number];
         if self.epoch != epoch || known.epoch != epoch || known.root != core.mmu.root() {
             return false;
@@ -116,15 +118,21 @@ impl Frame {
             let known = self.views[number];
             if let Some(old) = self.views.get_mut((self.view / size) as usize) {
                 old.stack = [self.ranges[0][STACK], self.ranges[1][STACK]];
+                old.withdrawals = self.withdrawals;
             }
             self.forget_ranges();
-            for (access, range) in known.stack.into_iter().enumerate() {
-                self.ranges[access][STACK] = range;
-                self.used_ranges[access] |= 1 << STACK;
+            if known.withdrawals == withdrawals {
+                for (access, range) in known.stack.into_iter().enumerate() {
+                    self.ranges[access][STACK] = range;
+                    self.used_ranges[access] |= 1 << STACK;
+                }
             }
             (self.view, self.selected, self.mode) = (view, known.selected, core.code_mode);
             self.take_root(core);
+        } else if self.withdrawals != withdrawals {
+            self.forget_ranges();
         }
+        self.withdrawals = withdrawals;
         true
     }
 
@@ -204,6 +212,10 @@ pub fn emit_change(e: &mut Emitter) -> usize {
     e.lea(A, Mem { base: Some(ENGINE), index: Some((A, 0)), disp: views.disp });
     e.lea(B, Mem { base: Some(ENGINE), index: Some((B, 0)), disp: views.disp });
     emit_ranges(e);
+    e.load(RDX, frame_field!(withdrawals));
+    e.alu_mem(Alu::Cmp, true, RDX, field(offset_of!(View, withdrawals)));
+    let withdrawn = e.jcc(cc::NOT_EQUAL);
+    let known = e.here();
     for at in (0..size_of::<Selected>()).step_by(8) {
         e.load(RDX, field(offset_of!(View, selected) + at));
         let selected = frame_field!(selected);
@@ -216,13 +228,27 @@ pub fn emit_change(e: &mut Emitter) -> usize {
     e.bind(unknown);
     e.bind(same);
     e.raw(&[0xc3]);
+    e.bind(withdrawn);
+    for access in [Access::Read, Access::Write] {
+        empty(e, |at| ranges::field(guest::RSP, access, at));
+    }
+    e.jmp_to(known);
     here
+}
+
+/// Empties the range whose fields are where `part` says.
+fn empty(e: &mut Emitter, part: impl Fn(usize) -> Mem) {
+    e.store_imm(part(offset_of!(Range, limit)), 0);
+    // With the field behind it, which is 0.
+    e.store_imm(part(offset_of!(Range, patience)), PATIENCE as i32);
 }
 
 /// The stack's ranges go to the view at [`A`], those of the one at [`B`] take their place; all others are emptied. Clobbers
 /// [`A`] and RDX.
 fn emit_ranges(e: &mut Emitter) {
     let accesses = [(Access::Read, 0), (Access::Write, 1)];
+    e.load(RDX, frame_field!(withdrawals));
+    e.store(Mem::at(A, offset_of!(View, withdrawals)), RDX);
     let stack = |access: usize, at: usize| offset_of!(View, stack) + access * size_of::<Range>() + at;
     for (access, n) in accesses {
         for at in (0..size_of::<Range>()).step_by(8) {
@@ -242,9 +268,7 @@ fn emit_ranges(e: &mut Emitter) {
         e.shl(true, RDX, size_of::<Range>().trailing_zeros() as u8);
         let first = ranges::field(0, access, 0);
         let part = |at: usize| Mem { base: Some(ENGINE), index: Some((RDX, 0)), disp: first.disp + at as i32 };
-        e.store_imm(part(offset_of!(Range, limit)), 0);
-        // With the field behind it, which is 0.
-        e.store_imm(part(offset_of!(Range, patience)), PATIENCE as i32);
+        empty(e, part);
         e.lea(RDX, Mem { base: Some(A), index: None, disp: -1 });
         e.alu(Alu::And, false, A, RDX);
         let more = e.jcc(cc::NOT_EQUAL);

@@ -31,9 +31,8 @@ impl Entry {
     const EMPTY: Entry =
         Entry { tag_read: Self::INVALID, tag_write: Self::INVALID, tag_fetch: Self::INVALID, addend: 0 };
 
-    /// What may be written may be read.
     fn holds(&self, tag: u64) -> bool {
-        self.tag_read == tag || self.tag_fetch == tag
+        self.tag_read == tag || self.tag_write == tag || self.tag_fetch == tag
     }
     /// Whether what `old` says of the same page is still so.
     fn allows_all_of(&self, old: &Entry) -> bool {
@@ -44,7 +43,7 @@ impl Entry {
             && keeps(self.tag_fetch, old.tag_fetch)
     }
     fn in_use(&self, generation: u64) -> bool {
-        self.tag_read & 0xfff == generation || self.tag_fetch & 0xfff == generation
+        [self.tag_read, self.tag_write, self.tag_fetch].iter().any(|t| t & 0xfff == generation)
     }
 }
 
@@ -172,12 +171,14 @@ pub(crate) struct Pool {
     pub entries: Vec<Entry>,
     /// Times that any translation, or the place of them all, was taken away.
     pub withdrawals: u64,
+    /// Of those, times that some column's place was, or all that it had.
+    pub moves: u64,
     free: [Vec<FreeBlock>; SIZES.len()],
 }
 
 impl Pool {
     pub(crate) fn new() -> Self {
-        Self { entries: Vec::new(), withdrawals: 0, free: Default::default() }
+        Self { entries: Vec::new(), withdrawals: 0, moves: 0, free: Default::default() }
     }
 
     /// A block of size class `class`, empty; `None` when the pool's bound is reached.
@@ -193,7 +194,7 @@ impl Pool {
         if base + entries > bound {
             return None;
         }
-        self.withdrawals += 1;
+        self.moved();
         self.entries.resize((base + entries) as usize, Entry::EMPTY);
         Some(Column { base, entries, ..Column::default() })
     }
@@ -210,13 +211,18 @@ impl Pool {
         if let Some(class) = SIZES.iter().position(|&s| s == column.entries) {
             self.free[class].push(FreeBlock { base: column.base, generation: column.generation });
         }
-        self.withdrawals += 1;
+        self.moved();
         *column = Column::default();
+    }
+
+    fn moved(&mut self) {
+        self.withdrawals += 1;
+        self.moves += 1;
     }
 
     /// Forgets everything in a column.
     pub(crate) fn clear(&mut self, column: &mut Column) {
-        self.withdrawals += 1;
+        self.moved();
         column.generation += 1;
         if column.generation > LAST_GENERATION {
             column.generation = 0;
@@ -258,7 +264,8 @@ impl Pool {
         let Some(mut new) = self.allocate(class) else { return false };
         for at in column.base as usize..(column.base + column.entries) as usize {
             let old = self.entries[at];
-            let page = [old.tag_read, old.tag_fetch].into_iter().find(|t| t & 0xfff == column.generation);
+            let page =
+                [old.tag_read, old.tag_write, old.tag_fetch].into_iter().find(|t| t & 0xfff == column.generation);
             let Some(page) = page.map(|t| t & !0xfff) else { continue };
             let move_tag = |t: u64| if t & 0xfff == column.generation { page | new.generation } else { Entry::INVALID };
             self.entries[new.slot(page)] = Entry {

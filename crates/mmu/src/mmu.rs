@@ -239,8 +239,10 @@ impl Mmu {
 
     /// PKRU changed.
     pub fn set_pkru(&mut self, pkru: u32) {
-        self.pkru = pkru;
-        self.select_keys();
+        if pkru != self.pkru {
+            self.pkru = pkru;
+            self.select_keys();
+        }
     }
 
     /// IA32_PKRS changed.
@@ -370,7 +372,7 @@ impl Mmu {
     #[inline]
     pub fn epoch(&self) -> u64 {
         // None of them ever becomes less.
-        self.pool.withdrawals + self.last_stamp + self.selections
+        self.pool.moves + self.last_stamp + self.selections
     }
 
     /// The root in force, by its slot.

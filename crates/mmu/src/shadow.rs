@@ -31,18 +31,13 @@ impl ShadowEntry {
     const SERIAL_SHIFT: u32 = 30;
 
     fn rights_bits(rights: Rights) -> u64 {
-        u64::from(rights.write) * Self::W | u64::from(rights.user) * Self::U | u64::from(rights.exec) * Self::X
+        let bit = |on, bit| if on { bit } else { 0 };
+        bit(rights.write, Self::W) | bit(rights.user, Self::U) | bit(rights.exec, Self::X)
     }
     pub(crate) fn leaf(base: Gpa, rights: Rights, dirty: bool) -> Self {
         let key = u64::from(rights.key) << Self::KEY_SHIFT;
-        Self(
-            Self::P
-                | Self::LEAF
-                | Self::rights_bits(rights)
-                | u64::from(dirty) * Self::D
-                | key
-                | base.raw() & Self::FRAME,
-        )
+        let dirty = if dirty { Self::D } else { 0 };
+        Self(Self::P | Self::LEAF | Self::rights_bits(rights) | dirty | key | base.raw() & Self::FRAME)
     }
     pub(crate) fn link(child: Link, rights: Rights) -> Self {
         let index = u64::from(child.index) << Self::INDEX_SHIFT;

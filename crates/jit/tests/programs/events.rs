@@ -5,7 +5,7 @@ use iced_x86::code_asm::*;
 
 pub(super) const BIG_IDT: u64 = 0x6000;
 pub(super) const TSS: u64 = 0x7000;
-const LAST_TABLE: u64 = 0x5000;
+pub(super) const LAST_TABLE: u64 = 0x5000;
 const OTHER_TABLES: u64 = 0xc000;
 pub(super) const HANDLERS: u64 = 0xa000;
 const ENTRY: u64 = 0xb000;
@@ -130,7 +130,9 @@ pub(super) fn ring_0(data: u64) -> CpuState {
     s.cr0 = Cr0::new(0x8001_0033 | (data & 1) << 18);
     // FSGSBASE and PGE, now and then SMEP and SMAP.
     s.cr4 = Cr4::new(0x1_06a0 | (data >> 1 & 3) << 20);
-    s.seg[Seg::Tr as usize] = Segment { selector: 48, base: TSS, limit: 0x67, attr: Attr(0x8b) };
+    // Now and then too short for a stack pointer.
+    let limit = if data % 32 == 31 { 10 } else { 0x67 };
+    s.seg[Seg::Tr as usize] = Segment { selector: 48, base: TSS, limit, attr: Attr(0x8b) };
     s.gdtr = TableRegister { base: GDT, limit: 0xff };
     s.idtr = TableRegister { base: BIG_IDT, limit: 0xfff };
     s.msr.star = (24 | 3) << 48 | 8 << 32;

@@ -14,6 +14,8 @@ const POINTERS: u64 = DATA + 0x1d00;
 const RSP0: u64 = TSS + 4;
 /// A handler that is IRETQ and nothing else.
 const PLAIN: u64 = HANDLERS + 0x500;
+/// Of the page table: that of the user's stack.
+const STACK_ENTRY: u64 = LAST_TABLE + 8 * ((USER_STACK - USER) >> 12);
 const GATE: u64 = BIG_IDT + 16 * 0x80;
 
 fn gate(handler: u64, selector: u64, kind: u64, ist: u64) -> u64 {
@@ -66,6 +68,8 @@ fn changes() -> Vec<(u64, u64, Vec<u64>)> {
         ),
         (RSP0, STACK + 0x400, vec![STACK + 0x403, 0x8_1010, 0x8_0ff8, 0x9_0000, 0x8000_0000_0000]),
         (TSS + 0x24, 0x9_0800, vec![0x9_0805]),
+        // Where the user's stack is.
+        (STACK_ENTRY, USER_STACK | 7, vec![DATA + 0x3_0007, DATA + 0x3_0005, 6, USER_STACK | 7]),
     ]
 }
 
@@ -75,75 +79,130 @@ fn put(a: &mut CodeAssembler, at: u64, value: u64) -> Result<(), IcedError> {
     a.mov(qword_ptr(at as i32), rax)
 }
 
-fn change(a: &mut CodeAssembler, c: &mut Choice) -> Result<(), IcedError> {
-    let list = changes();
-    match c.take(list.len() as u64 + 6) {
-        0 => a.lidt(fword_ptr(POINTERS as i32 + 16 * c.take(3) as i32)),
-        1 => a.lgdt(fword_ptr(POINTERS as i32 + 16 * (3 + c.take(3)) as i32)),
-        2 => {
-            a.mov(eax, [0, 16, USER_DATA as i32][c.take(3) as usize])?;
-            match c.take(4) {
-                0 => a.mov(ds, eax),
-                1 => a.mov(es, eax),
-                2 => a.mov(fs, eax),
-                _ => a.mov(gs, eax),
+/// Something that INT n or IRETQ go by becomes something else.
+#[derive(Clone, Copy, Debug)]
+enum Change {
+    Word {
+        at: u64,
+        value: u64,
+    },
+    /// LIDT or LGDT of one of [`POINTERS`].
+    Table(i32),
+    /// A selector in DS, ES, FS or GS.
+    Segment {
+        which: u64,
+        selector: i32,
+    },
+    Root(u64),
+    Stack(u64),
+    Flags(u64),
+}
+
+impl Change {
+    fn all() -> Vec<Self> {
+        let words = changes().into_iter().flat_map(|(at, _, others)| others.into_iter().map(move |value| (at, value)));
+        let words = words.map(|(at, value)| Self::Word { at, value });
+        let selectors = [0, 16, USER_DATA as i32];
+        let segments = (0..12).map(|n| Self::Segment { which: n / 3, selector: selectors[n as usize % 3] });
+        let stacks = [STACK, STACK + 0x105, 0x8_1018, 0x8_1008, READ_ONLY as u64 + 0x800].map(Self::Stack);
+        let others = (0..6).map(Self::Table).chain((0..6).map(Self::Root)).chain(stacks).chain(FLAGS.map(Self::Flags));
+        words.chain(segments).chain(others).collect()
+    }
+
+    fn make(self, a: &mut CodeAssembler) -> Result<(), IcedError> {
+        match self {
+            Self::Word { at, value } => put(a, at, value),
+            Self::Table(n @ 0..3) => a.lidt(fword_ptr(POINTERS as i32 + 16 * n)),
+            Self::Table(n) => a.lgdt(fword_ptr(POINTERS as i32 + 16 * n)),
+            Self::Segment { which, selector } => {
+                a.mov(eax, selector)?;
+                match which {
+                    0 => a.mov(ds, eax),
+                    1 => a.mov(es, eax),
+                    2 => a.mov(fs, eax),
+                    _ => a.mov(gs, eax),
+                }
             }
-        }
-        3 => {
-            a.mov(eax, top_table(c.take(6)) as i32)?;
-            a.mov(cr3, rax)
-        }
-        4 => a.mov(rsp, [STACK, STACK + 0x105, 0x8_1018, 0x8_1008, READ_ONLY as u64 + 0x800][c.take(5) as usize]),
-        5 => {
-            a.push(FLAGS[c.take(FLAGS.len() as u64) as usize] as i32)?;
-            a.popfq()
-        }
-        n => {
-            let (at, _, others) = &list[n as usize - 6];
-            put(a, *at, others[c.take(others.len() as u64) as usize])
+            Self::Root(n) => {
+                a.mov(eax, top_table(n) as i32)?;
+                a.mov(cr3, rax)
+            }
+            Self::Stack(pointer) => a.mov(rsp, pointer),
+            Self::Flags(flags) => {
+                a.push(flags as i32)?;
+                a.popfq()
+            }
         }
     }
 }
 
-fn crossing(a: &mut CodeAssembler, c: &mut Choice) -> Result<(), IcedError> {
-    let mut next = a.create_label();
-    let flags = FLAGS[c.take(FLAGS.len() as u64) as usize];
-    a.lea(r15, ptr(next))?;
-    a.mov(r12, r15)?;
-    match c.take(7) {
-        0 | 1 => a.int(0x80)?,
-        2 => a.int(0x81)?,
-        3 | 4 => {
-            let to = USER + 0x100 * [0, 3, 4, 11, c.take(USER_CODES)][c.take(5) as usize];
-            a.lea(rbx, ptr(next))?;
-            for value in [USER_DATA, USER_STACK + 0x800, flags & 0x3f_ffff, USER_CODE, to] {
-                a.push(value as i32)?;
+/// What goes by it.
+#[derive(Clone, Copy, Debug)]
+enum Crossing {
+    Interrupt(i32),
+    /// IRETQ to code of the user.
+    User {
+        which: u64,
+        flags: u64,
+    },
+    /// IRETQ to ring 0.
+    Same {
+        code: i32,
+        stack: i32,
+        flags: u64,
+    },
+}
+
+impl Crossing {
+    fn any(c: &mut Choice) -> Self {
+        let flags = FLAGS[c.take(FLAGS.len() as u64) as usize];
+        match c.take(6) {
+            0 | 1 => Self::Interrupt(0x80),
+            2 => Self::Interrupt(0x81),
+            3 | 4 => Self::User { which: [0, 3, 4, 11, c.take(USER_CODES)][c.take(5) as usize], flags },
+            _ => {
+                let stack = [16, 0, 16, USER_DATA as i32, 1][c.take(5) as usize];
+                let code = [8, OTHER_CODE as i32, 8, 16][c.take(4) as usize];
+                Self::Same { code, stack, flags }
             }
-            a.iretq()?;
-        }
-        5 => {
-            let stack = [16, 0, 16, USER_DATA, 1][c.take(5) as usize] as i32;
-            let code = [8, OTHER_CODE as i32, 8, 16][c.take(4) as usize];
-            a.mov(rcx, rsp)?;
-            a.lea(rdx, ptr(next))?;
-            a.push(stack)?;
-            a.push(rcx)?;
-            a.push((flags & 0x3f_ffff) as i32)?;
-            a.push(code)?;
-            a.push(rdx)?;
-            a.iretq()?;
-        }
-        _ => {
-            a.push(flags as i32)?;
-            a.popfq()?;
         }
     }
-    a.set_label(&mut next)?;
-    Ok(())
+
+    fn make(self, a: &mut CodeAssembler) -> Result<(), IcedError> {
+        let mut next = a.create_label();
+        a.lea(r15, ptr(next))?;
+        a.mov(r12, r15)?;
+        match self {
+            Self::Interrupt(vector) => a.int(vector)?,
+            Self::User { which, flags } => {
+                a.lea(rbx, ptr(next))?;
+                to_user(a, USER + 0x100 * which, flags & 0x3f_ffff)?;
+            }
+            Self::Same { code, stack, flags } => {
+                a.mov(rcx, rsp)?;
+                a.lea(rdx, ptr(next))?;
+                a.push(stack)?;
+                a.push(rcx)?;
+                a.push((flags & 0x3f_ffff) as i32)?;
+                a.push(code)?;
+                a.push(rdx)?;
+                a.iretq()?;
+            }
+        }
+        a.set_label(&mut next)
+    }
+}
+
+/// IRETQ to the user at `to` with these flags.
+fn to_user(a: &mut CodeAssembler, to: u64, flags: u64) -> Result<(), IcedError> {
+    for value in [USER_DATA, USER_STACK + 0x800, flags, USER_CODE, to] {
+        a.push(value as i32)?;
+    }
+    a.iretq()
 }
 
 /// A loop that begins with everything as it was.
-fn crossings(body: &[u64]) -> Vec<u8> {
+fn looped(body: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
     assembled(CODE, |a| {
         let mut again = a.create_label();
         a.set_label(&mut again)?;
@@ -151,15 +210,25 @@ fn crossings(body: &[u64]) -> Vec<u8> {
         for (at, first, _) in changes() {
             put(a, at, first)?;
         }
-        a.lidt(fword_ptr(POINTERS as i32))?;
-        a.lgdt(fword_ptr(POINTERS as i32 + 48))?;
-        for &number in body {
-            let mut c = Choice(number);
-            if c.take(3) == 0 { change(a, &mut c)? } else { crossing(a, &mut c)? }
-        }
+        Change::Table(0).make(a)?;
+        Change::Table(3).make(a)?;
+        body(a)?;
         a.dec(dword_ptr(COUNTER))?;
         a.jnz(again)?;
         a.hlt()
+    })
+}
+
+fn crossings(body: &[u64]) -> Vec<u8> {
+    let all = Change::all();
+    looped(|a| {
+        body.iter().try_for_each(|&number| {
+            let mut c = Choice(number);
+            match c.take(3) {
+                0 => all[c.take(all.len() as u64) as usize].make(a),
+                _ => Crossing::any(&mut c).make(a),
+            }
+        })
     })
 }
 
@@ -187,16 +256,6 @@ fn prepared(code: &[u8]) -> Arc<GuestMemory> {
     mem
 }
 
-fn compare_crossings(
-    body: &[u64],
-    data: u64,
-    options: JitOptions,
-    stops: &[(u64, u8)],
-) -> Result<JitStats, TestCaseError> {
-    let code = crossings(body);
-    compare_in(|| prepared(&code), data, options, stops)
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::default())]
 
@@ -207,7 +266,8 @@ proptest! {
         pieces in prop::collection::vec((1..600u64, 0..6u8), 0..20),
         mechanism in 0..40usize,
     ) {
-        compare_crossings(&body, data, without(mechanism), &stops(&pieces))?;
+        let code = crossings(&body);
+        compare_in(|| prepared(&code), data, without(mechanism), &stops(&pieces))?;
     }
 }
 
@@ -232,10 +292,7 @@ fn crossings_call_no_functions() {
             next = a.create_label();
         }
         a.lea(rbx, ptr(inner))?;
-        for value in [USER_DATA, USER_STACK + 0x800, 2, USER_CODE, USER + 0x300] {
-            a.push(value as i32)?;
-        }
-        a.iretq()?;
+        to_user(a, USER + 0x300, 2)?;
         a.set_label(&mut inner)?;
         a.pushfq()?;
         a.popfq()?;
@@ -246,4 +303,51 @@ fn crossings_call_no_functions() {
     let run = |off| compare_in(|| prepared(&code), 0, JitOptions { off, ..SMALL }, &[(TICKS, 0)]).unwrap();
     let (all, without) = (run(Mechanisms::NONE), run(Mechanisms::NONE.with(Mechanism::Views)));
     assert!(5 * all.ops_by_helper < without.ops_by_helper, "{all}\n{without}");
+}
+
+/// What is known of the user's stack doesn't outlive its page, and nothing else that is known of the user ends with it.
+#[test]
+fn the_users_stack_may_move() {
+    const ROUNDS: u64 = 40;
+    let code = assembled(CODE, |a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        for (page, flags) in [(USER_STACK, 2), (DATA + 0x3_0000, 0x8d7)] {
+            let mut back = a.create_label();
+            put(a, STACK_ENTRY, page | 7)?;
+            a.mov(rsp, STACK)?;
+            a.lea(rbx, ptr(back))?;
+            // PUSHFQ, POP
+            to_user(a, USER + 0x400, flags)?;
+            a.set_label(&mut back)?;
+        }
+        a.dec(dword_ptr(COUNTER))?;
+        a.jnz(again)?;
+        a.hlt()
+    });
+    let stats = compare_in(|| prepared(&code), 0, SMALL, &[(TICKS, 0)]).unwrap();
+    // A store to the table and the first access to the page that is there now.
+    assert!(stats.ops_by_helper <= 4 * ROUNDS, "{stats}");
+}
+
+/// Each change behind each other one, with all that goes by it between them.
+#[test]
+fn every_pair_of_changes() {
+    let crossings = [
+        Crossing::Interrupt(0x80),
+        Crossing::User { which: 3, flags: 2 },
+        Crossing::Same { code: OTHER_CODE as i32, stack: 16, flags: 2 },
+        Crossing::Same { code: 8, stack: 0, flags: 0x1_0002 },
+    ];
+    let all: Vec<_> = Change::all().into_iter().filter(|change| !matches!(change, Change::Flags(_))).collect();
+    for (first, second) in all.iter().flat_map(|first| all.iter().map(move |second| (first, second))) {
+        let code = looped(|a| {
+            [first, second].into_iter().try_for_each(|change| {
+                change.make(a)?;
+                crossings.iter().try_for_each(|crossing| crossing.make(a))
+            })
+        });
+        let result = compare_in(|| prepared(&code), 0, SMALL, &[(TICKS / 8, 0)]);
+        assert!(result.is_ok(), "{first:x?}, {second:x?}: {result:?}");
+    }
 }
