@@ -241,6 +241,7 @@ impl Pool {
     }
 
     /// Enters a translation with `allowed` accesses. True if the column has become too small.
+    #[inline(always)]
     pub(crate) fn fill(&mut self, column: &mut Column, page: u64, allowed: u8, addend: u64) -> bool {
         let tag = page | column.generation;
         let pick = |bit| if allowed & bit != 0 { tag } else { Entry::INVALID };

@@ -37,7 +37,7 @@ impl Rights {
 ///
 /// # Errors
 /// The error code of "Page-Fault Exceptions".
-#[inline]
+#[inline(always)]
 pub const fn check(rights: Rights, access: Access, view: &View) -> Result<(), u32> {
     let key_denies = key_denies(rights, access, view);
     if key_denies || !allowed_without_keys(rights, access, view) {

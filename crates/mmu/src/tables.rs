@@ -57,7 +57,8 @@ impl Tables for MemoryTables<'_> {
         if !done {
             return Exchange::Changed;
         }
-        mem.note_store(off, bytes);
+        // Entries lie in one page.
+        mem.note_store(off, 1);
         if !cfg!(umbra_mutant = "walks-tell-nobody") {
             self.watcher.walk_stored(gpa, off, bytes as u32);
         }
