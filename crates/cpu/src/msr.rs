@@ -126,6 +126,8 @@ impl Core {
         if self.is_amd_counter(number) {
             return self.need_zero(value);
         }
+        // Engines may know what it makes system calls load.
+        self.break_block |= number == IA32_STAR;
         let m = &mut self.s.msr;
         let register = match number {
             _ if !offered => return self.raise(Fault::GP0),
