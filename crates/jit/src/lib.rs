@@ -11,6 +11,7 @@
 //! writes need no code here. The guest's status flags are in RAX wherever anything could look at them.
 #![allow(unsafe_code, reason = "calls generated code; each block says why it is sound")]
 
+mod bases;
 mod bits;
 mod branch;
 mod emitter;

@@ -33,6 +33,14 @@ pub enum System {
     Selector,
     /// SWAPGS.
     SwapGs,
+    /// RDFSBASE, RDGSBASE.
+    ReadBase(Seg),
+    /// WRFSBASE, WRGSBASE.
+    WriteBase(Seg),
+    /// RDMSR.
+    ReadMsr,
+    /// WRMSR.
+    WriteMsr,
     /// INVLPG.
     InvalidatePage,
     /// STI.
@@ -63,6 +71,12 @@ impl System {
             M::Pushfq => Some(Self::PushFlags),
             M::Popfq => Some(Self::PopFlags),
             M::Swapgs => Some(Self::SwapGs),
+            M::Rdfsbase => Some(Self::ReadBase(Seg::Fs)),
+            M::Rdgsbase => Some(Self::ReadBase(Seg::Gs)),
+            M::Wrfsbase => Some(Self::WriteBase(Seg::Fs)),
+            M::Wrgsbase => Some(Self::WriteBase(Seg::Gs)),
+            M::Rdmsr => Some(Self::ReadMsr),
+            M::Wrmsr => Some(Self::WriteMsr),
             M::Invlpg => Some(Self::InvalidatePage),
             M::Sti => Some(Self::Sti),
             M::Stac => Some(Self::AccessFlag { set: true }),
@@ -106,6 +120,10 @@ impl Translator<'_> {
             System::PopFlags => self.pop_flags(),
             System::Selector => self.selector(i),
             System::SwapGs => self.swap_gs(),
+            System::ReadBase(seg) => self.read_base(i, seg),
+            System::WriteBase(seg) => self.write_base(i, seg),
+            System::ReadMsr => self.read_msr(),
+            System::WriteMsr => self.write_msr(),
             System::InvalidatePage => self.invalidate_page(op),
             System::Sti => self.sti(),
             System::AccessFlag { set } => self.access_flag(set),
@@ -122,7 +140,7 @@ impl Translator<'_> {
         self.e.raw(&(!(rflags::IF as u32)).to_le_bytes());
     }
 
-    fn only_in_ring_0(&mut self) {
+    pub fn only_in_ring_0(&mut self) {
         self.host_flags = false;
         self.e.rm(false, &[0x80], 7, frame::cpl()); // cmp byte
         self.e.raw(&[0]);

@@ -185,7 +185,7 @@ pub(super) fn top_table(n: u64) -> u64 {
     if n == 0 { TABLES } else { 0x10_0000 + 0x1000 * n }
 }
 
-const EVENTS: u64 = 30;
+const EVENTS: u64 = 32;
 
 /// One thing that may happen.
 fn event(a: &mut CodeAssembler, c: &mut Choice) -> Result<(), IcedError> {
@@ -319,10 +319,39 @@ fn event(a: &mut CodeAssembler, c: &mut Choice) -> Result<(), IcedError> {
             }
             a.add(qword_ptr(LOG), r10)?;
         }
+        30 => {
+            // Canonical with 48 bits, 57 bits, neither.
+            let values = [DATA as i64, -0x4000, 1 << 47, 1 << 56, 1 << 57, -1 << 48];
+            a.mov(rax, values[c.take(6) as usize] as u64)?;
+            a.mov(r10, rax)?;
+            match c.take(4) {
+                0 => a.wrfsbase(rax)?,
+                1 => a.wrfsbase(eax)?,
+                2 => a.wrgsbase(r10)?,
+                _ => a.wrgsbase(r10d)?,
+            }
+            a.rdfsbase(rcx)?;
+            a.rdgsbase(edx)?;
+            a.rdgsbase(r11)?;
+            for register in [rcx, rdx, r11] {
+                a.add(qword_ptr(LOG), register)?;
+            }
+        }
+        31 => {
+            let msr = [0xc000_0100u32, 0xc000_0101, 0xc000_0102, 0xc000_0102, 0xc000_0081][c.take(5) as usize];
+            a.mov(ecx, msr)?;
+            a.mov(eax, [0x100, 0xffff_c000u32][c.take(2) as usize])?;
+            a.mov(edx, [0, 0xffff_ffffu32, 0x8000, 0x80_0000][c.take(4) as usize])?;
+            a.wrmsr()?;
+            a.add(qword_ptr(LOG), 1)?;
+            a.rdmsr()?;
+            a.add(qword_ptr(LOG), rax)?;
+            a.add(qword_ptr(LOG), rdx)?;
+        }
         26 => {
-            // CR4.TSD
+            // CR4.TSD or FSGSBASE
             a.mov(rax, cr4)?;
-            a.xor(eax, 4)?;
+            a.xor(eax, if c.take(2) == 0 { 4 } else { 0x1_0000 })?;
             a.mov(cr4, rax)?;
         }
         _ => {

@@ -351,3 +351,29 @@ fn every_pair_of_changes() {
         assert!(result.is_ok(), "{first:x?}, {second:x?}: {result:?}");
     }
 }
+
+/// SYSCALL and SYSRET load what IA32_STAR says by now.
+#[test]
+fn the_segments_of_system_calls_may_change() {
+    let code = looped(|a| {
+        for code in [8, OTHER_CODE as i32] {
+            let mut back = a.create_label();
+            a.mov(ecx, 0xc000_0081u32)?;
+            a.xor(eax, eax)?;
+            a.mov(edx, (24 | 3) << 16 | code)?;
+            a.wrmsr()?;
+            a.lea(rbx, ptr(back))?;
+            a.mov(ecx, USER as i32)?;
+            a.mov(r11d, 2)?;
+            a.sysretq()?;
+            a.set_label(&mut back)?;
+            a.mov(eax, cs)?;
+            a.mov(edx, ss)?;
+            a.lea(rax, ptr(rax + rdx * 4))?;
+            a.add(dword_ptr(DATA as i32), eax)?;
+            a.rol(dword_ptr(DATA as i32), 1)?;
+        }
+        Ok(())
+    });
+    compare_in(|| prepared(&code), 0, SMALL, &[(TICKS, 0)]).unwrap();
+}
