@@ -162,7 +162,7 @@ impl Crossing {
             3 | 4 => Self::User { which: [0, 3, 4, 11, c.take(USER_CODES)][c.take(5) as usize], flags },
             _ => {
                 let stack = [16, 0, 16, USER_DATA as i32, 1][c.take(5) as usize];
-                let code = [8, OTHER_CODE as i32, 8, 16][c.take(4) as usize];
+                let code = [8, OTHER_CODE as i32, 8, 16, 0][c.take(5) as usize];
                 Self::Same { code, stack, flags }
             }
         }
@@ -376,4 +376,18 @@ fn the_segments_of_system_calls_may_change() {
         Ok(())
     });
     compare_in(|| prepared(&code), 0, SMALL, &[(TICKS, 0)]).unwrap();
+}
+
+/// Nothing is known of any segment when this comes first.
+#[test]
+fn each_crossing_by_itself() {
+    let selectors = [0, 1, 8, 16, USER_DATA as i32, OTHER_CODE as i32];
+    let pairs = selectors.iter().flat_map(|&code| selectors.map(|stack| (code, stack)));
+    let returns = pairs.map(|(code, stack)| Crossing::Same { code, stack, flags: 2 });
+    let users = (0..USER_CODES).map(|which| Crossing::User { which, flags: 2 });
+    for crossing in returns.chain(users).chain([0x80, 0x81].map(Crossing::Interrupt)) {
+        let code = looped(|a| crossing.make(a));
+        let result = compare_in(|| prepared(&code), 0, SMALL, &[(TICKS / 8, 0)]);
+        assert!(result.is_ok(), "{crossing:x?}: {result:?}");
+    }
 }
