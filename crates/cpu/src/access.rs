@@ -145,6 +145,11 @@ impl Core {
             self.note_own_store(off, W::BYTES as u32);
             return Ok(());
         }
+        self.write_translated::<W>(bus, op, lin, value)
+    }
+
+    #[inline(never)]
+    fn write_translated<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64, value: u64) -> Result<(), Stop> {
         if crosses(lin, W::BYTES) {
             let place = self.place(op, lin, W::BYTES, AccessKind::Write)?;
             self.store_place(bus, op, place, W::BYTES, value);

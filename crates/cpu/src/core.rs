@@ -6,7 +6,7 @@ use crate::op::{CODE_BASE, Op, Stop};
 use std::sync::Arc;
 use umbra_arch::control::{CodeContext, ControlLimits, ControlRegs, Effects, FlushScope};
 use umbra_arch::cpuid::CpuidProfile;
-use umbra_arch::segment::Seg;
+use umbra_arch::segment::{Seg, Segment};
 use umbra_arch::state::{Activity, Shadow};
 use umbra_arch::{Bus, CpuState, Exit, Fault, GpaPage, VirtualTime, rflags};
 use umbra_hostexec::HostExec;
@@ -371,6 +371,18 @@ impl Core {
             return self.flat_bases();
         }
         self.code_size_changed();
+    }
+
+    /// Replaces CS, and nothing else that addressing and decoding depend on.
+    #[inline]
+    pub fn set_code_segment(&mut self, cs: Segment) {
+        self.break_block = true;
+        let old = &mut self.s.seg[Seg::Cs as usize];
+        // Handlers mostly run in the segment that they interrupt.
+        if *old != cs {
+            *old = cs;
+            self.segments_changed();
+        }
     }
 
     #[inline(never)]

@@ -249,12 +249,16 @@ impl Core {
             let low = self.read_system::<u64>(bus, base)?;
             Gate::long(low, self.read_system::<u64>(bus, base.wrapping_add(8))?)
         };
+        let refused = matches!(event, Event::Software(_) | Event::Short(_)) && gate.attr.dpl() < self.s.cpl;
+        // Nearly always: present, an interrupt or trap gate of IA-32e mode.
+        if LONG && gate.attr.0 & 0x9e == 0x8e && !refused {
+            return Ok(gate);
+        }
         let fits = match gate.attr.kind() {
             system::INTERRUPT_GATE | system::TRAP_GATE => true,
             system::INTERRUPT_GATE16 | system::TRAP_GATE16 | system::TASK_GATE => !LONG,
             _ => false,
         };
-        let refused = matches!(event, Event::Software(_) | Event::Short(_)) && gate.attr.dpl() < self.s.cpl;
         if !fits || gate.attr.is_code_or_data() || refused {
             return self.raise(Fault::gp(code));
         }
@@ -316,28 +320,36 @@ impl Core {
             return self.raise(Fault::gp(ext));
         }
         // Nothing can fail any more.
-        if let Some(ss) = ss {
-            self.s.seg[Seg::Ss as usize] = ss;
-        }
-        if v86 {
-            for seg in [Seg::Gs, Seg::Fs, Seg::Ds, Seg::Es] {
-                self.s.seg[seg as usize] = Segment::null(0);
-            }
-        }
-        self.s.seg[Seg::Cs as usize] = Segment { selector: cs.selector & !3 | u16::from(new_cpl), ..cs };
         self.s.cpl = new_cpl;
         let mut clear = rflags::TF | rflags::NT | rflags::RF | rflags::VM;
         if gate.attr.kind() & 1 == 0 {
             clear |= rflags::IF;
         }
         self.set_system_flags(self.s.rflags & !clear);
-        self.segments_changed();
+        let cs = Segment { selector: cs.selector & !3 | u16::from(new_cpl), ..cs };
+        match ss {
+            None => self.set_code_segment(cs),
+            Some(ss) => self.enter_segments(cs, ss, v86),
+        }
         self.set_stack_pointer(rsp);
         if inner {
             self.view_changed();
         }
         self.next_rip = gate.offset;
         Ok(())
+    }
+
+    /// The segments of an inner level's handler.
+    #[inline(always)]
+    fn enter_segments(&mut self, cs: Segment, ss: Segment, from_v86: bool) {
+        if from_v86 {
+            for seg in [Seg::Gs, Seg::Fs, Seg::Ds, Seg::Es] {
+                self.s.seg[seg as usize] = Segment::null(0);
+            }
+        }
+        self.s.seg[Seg::Cs as usize] = cs;
+        self.s.seg[Seg::Ss as usize] = ss;
+        self.segments_changed();
     }
 
     #[inline(always)]

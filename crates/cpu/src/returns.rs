@@ -155,9 +155,15 @@ impl Core {
     #[inline(never)]
     fn return_by_parts(&mut self, bus: &mut dyn Bus, op: &Op, bytes: u64) -> Flow {
         let from64 = self.s.is_64bit_code();
-        let rip = self.pop_value(bus, op, bytes, 0)?;
-        let selector = self.pop_value(bus, op, bytes, bytes)? as u16;
-        let flags = self.pop_value(bus, op, bytes, 2 * bytes)?;
+        let [rip, selector, flags] = match self.short_frame(op, bytes) {
+            Some(values) => values.map(u64::from),
+            None => [
+                self.pop_value(bus, op, bytes, 0)?,
+                self.pop_value(bus, op, bytes, bytes)?,
+                self.pop_value(bus, op, bytes, 2 * bytes)?,
+            ],
+        };
+        let selector = selector as u16;
         if flags & rflags::VM != 0 && self.s.cpl == 0 && !self.s.efer.lma() && bytes == 4 {
             return self.return_to_v86(bus, op, rip, selector, flags);
         }
@@ -166,8 +172,7 @@ impl Core {
         if cs.rpl() == self.s.cpl && !from64 {
             self.check_entry(&cs, rip)?;
             self.drop_stack(3 * bytes);
-            self.s.seg[Seg::Cs as usize] = cs;
-            self.segments_changed();
+            self.set_code_segment(cs);
             self.next_rip = rip;
         } else {
             let rsp = self.pop_value(bus, op, bytes, 3 * bytes)?;
@@ -177,6 +182,19 @@ impl Core {
         }
         self.after_return(flags, mask);
         Ok(())
+    }
+
+    /// What IRETD takes off a flat stack of 32 bits at least, if one lookup finds all of it.
+    #[inline(always)]
+    fn short_frame(&mut self, op: &Op, bytes: u64) -> Option<[u32; 3]> {
+        let at = self.gpr[reg::RSP] & self.stack_mask;
+        let is_flat = op.legacy && self.stack_mask == 0xffff_ffff && self.seg_checked >> Seg::Ss as u8 & 1 == 0;
+        if bytes != 4 || !is_flat || at > 0xffff_ffff - 12 {
+            return None;
+        }
+        let lin = self.seg_base[Seg::Ss as usize].wrapping_add(at) & 0xffff_ffff;
+        let off = self.mmu.lookup_read(Gva::new(lin), 12)?;
+        Some([0, 4, 8].map(|skip| self.mem.load(off.add(skip))))
     }
 
     /// What IRETQ takes off the stack in 64-bit mode, if one lookup finds all of it.

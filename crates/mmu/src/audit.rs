@@ -98,7 +98,7 @@ impl Mmu {
             ];
             for (tag, kind, reported) in tags.into_iter().filter(|(tag, ..)| tag & 0xfff == block.generation) {
                 let page = tag & !0xfff;
-                if reported && entry.tag_read != tag {
+                if kind == AccessKind::Write && entry.tag_read != tag {
                     return Err(format!("page {page:#x} may be written and not read"));
                 }
                 self.audit_tag(slot, root, column, page, (kind, reported), entry)

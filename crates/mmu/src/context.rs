@@ -31,8 +31,9 @@ impl Entry {
     const EMPTY: Entry =
         Entry { tag_read: Self::INVALID, tag_write: Self::INVALID, tag_fetch: Self::INVALID, addend: 0 };
 
+    /// What may be written may be read.
     fn holds(&self, tag: u64) -> bool {
-        self.tag_read == tag || self.tag_write == tag || self.tag_fetch == tag
+        self.tag_read == tag || self.tag_fetch == tag
     }
     /// Whether what `old` says of the same page is still so.
     fn allows_all_of(&self, old: &Entry) -> bool {
@@ -43,7 +44,7 @@ impl Entry {
             && keeps(self.tag_fetch, old.tag_fetch)
     }
     fn in_use(&self, generation: u64) -> bool {
-        [self.tag_read, self.tag_write, self.tag_fetch].iter().any(|t| t & 0xfff == generation)
+        self.tag_read & 0xfff == generation || self.tag_fetch & 0xfff == generation
     }
 }
 
@@ -265,8 +266,7 @@ impl Pool {
         let Some(mut new) = self.allocate(class) else { return false };
         for at in column.base as usize..(column.base + column.entries) as usize {
             let old = self.entries[at];
-            let page =
-                [old.tag_read, old.tag_write, old.tag_fetch].into_iter().find(|t| t & 0xfff == column.generation);
+            let page = [old.tag_read, old.tag_fetch].into_iter().find(|t| t & 0xfff == column.generation);
             let Some(page) = page.map(|t| t & !0xfff) else { continue };
             let move_tag = |t: u64| if t & 0xfff == column.generation { page | new.generation } else { Entry::INVALID };
             self.entries[new.slot(page)] = Entry {

@@ -54,16 +54,18 @@ impl Mmu {
         self.check_memory_map();
         self.maybe_drop();
         let Some(last) = self.last_page(gva.raw()) else { return self.translate_from_top(gva, access) };
-        if !last.entry.is_leaf() && self.guest_lacks(&last) {
-            return Err(self.not_present(gva, access));
-        }
         if !last.entry.is_leaf() {
-            return self.translate_by_last(gva, access, &last);
+            let raw = self.guest_entry(&last);
+            if raw & entry::P == 0 {
+                return Err(self.not_present(gva, access));
+            }
+            return self.translate_by_last(gva, access, &last, raw);
         }
         let found = self.leaf_of(gva.raw(), &last);
         rights::check(found.rights, access, &self.view).map_err(|code| Fault::page(gva.raw(), code))?;
         if access.kind == AccessKind::Write && !is_written(&found) {
-            return self.translate_by_last(gva, access, &last);
+            let raw = self.guest_entry(&last);
+            return self.translate_by_last(gva, access, &last, raw);
         }
         Ok(self.finish(gva, access, &found))
     }
@@ -105,10 +107,10 @@ impl Mmu {
         found_at(gva, page.shift, last.entry, last.above)
     }
 
-    /// Whether the guest's own entry is clear of P.
+    /// The guest's own entry.
     #[inline(always)]
-    fn guest_lacks(&self, last: &Last) -> bool {
-        self.shadow.guest_entry(&self.mem, last.index, last.at) & entry::P == 0
+    fn guest_entry(&self, last: &Last) -> u64 {
+        self.shadow.guest_entry(&self.mem, last.index, last.at)
     }
 
     /// The fault of a walk that ends at an entry without P in the last table, all of whose way is in the shadow tree.
@@ -169,11 +171,12 @@ impl Mmu {
         self.hints.set(gva, end);
     }
 
-    /// The slow path's end, nearly always: all of the way but its end is in the shadow tree, and a walk reads one entry.
+    /// The slow path's end, nearly always: all of the way but its end is in the shadow tree, and of guest tables a walk
+    /// has to read but one entry, `raw`.
     #[inline(never)]
-    fn translate_by_last(&mut self, gva: Gva, access: Access, last: &Last) -> Result<Translation, Fault> {
+    fn translate_by_last(&mut self, gva: Gva, access: Access, last: &Last, raw: u64) -> Result<Translation, Fault> {
         let page = self.shadow.page(last.index);
-        let mut step = Step { table: page.table.base(), role: page.role, index: last.at as u16, raw: 0 };
+        let mut step = Step { table: page.table.base(), role: page.role, index: last.at as u16, raw };
         let mut tables = MemoryTables { watcher: &self.watcher, reads: 0 };
         let above = rights_of(last.above, 0);
         let reached = match walk::walk_last(&mut tables, &mut step, above, &self.format, gva, access, &self.view) {

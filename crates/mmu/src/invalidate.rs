@@ -46,22 +46,26 @@ impl Mmu {
             next = page.next();
             // Of 4 or 8 bytes.
             let shift = page.role.format.entry_bytes().trailing_zeros();
-            let written = (first_byte >> shift) as usize..((first_byte + bytes - 1) >> shift) as usize + 1;
-            page.idle_writes = page.idle_writes.saturating_add(written.len() as u32);
-            if written.end > UPPER {
+            let (first, last) = ((first_byte >> shift) as usize, ((first_byte + bytes - 1) >> shift) as usize);
+            let idle = page.idle_writes.saturating_add((last - first) as u32 + 1);
+            page.idle_writes = idle;
+            if last >= UPPER {
                 self.part_upper_half(index);
             }
-            for at in written {
+            let mut at = first;
+            while at <= last {
                 if self.refresh_entry(index, at) {
                     self.stats.entries_dropped += 1;
                 }
+                at += 1;
             }
-            self.retire_if_unused(index);
+            if idle >= IDLE_WRITES_WHEN_EMPTY {
+                self.retire_if_unused(index);
+            }
         }
     }
 
     /// A page without entries, or written to like data, no longer serves as a table.
-    #[inline(always)]
     fn retire_if_unused(&mut self, index: u32) {
         let page = self.shadow.page(index);
         let enough = if page.present == 0 { IDLE_WRITES_WHEN_EMPTY } else { IDLE_WRITES };
@@ -100,6 +104,7 @@ impl Mmu {
             page.shift
         };
         let (table, level) = (page.table, page.role.level);
+        let only_base = if let [base] = page.bases[..] { Some(base) } else { None };
         self.events.note(|| Event::EntryDropped { table, level, index: at });
         self.shadow.set(index, at, ShadowEntry::default());
         if !entry.is_leaf() && self.shadow.get(entry.child()).is_none() {
@@ -118,6 +123,9 @@ impl Mmu {
         }
         if anywhere {
             return self.clear_columns(roots);
+        }
+        if let Some(base) = only_base.filter(|_| entry.is_leaf() && shift == 12) {
+            return self.clear_page(roots, base.wrapping_add((at as u64) << 12));
         }
         let mut known = 0;
         while let Some(&base) = self.shadow.page(index).bases.get(known) {

@@ -272,8 +272,8 @@ fn follow(
     }
 }
 
-/// As [`walk_below`] by the one entry of `step`, whose `raw` is yet to be read; `None` if it leads to another table, or
-/// somebody has changed it meanwhile.
+/// As [`walk_below`] by the one entry that `step` has read; `None` if it leads to another table, or somebody has changed
+/// it meanwhile.
 ///
 /// # Errors
 /// As [`walk`].
@@ -287,7 +287,6 @@ pub(crate) fn walk_last<T: Tables>(
     access: Access,
     view: &View,
 ) -> Result<Option<Reached>, Fault> {
-    step.raw = tables.read(step.entry(), step.role.format.entry_bytes());
     let next = match step.role {
         // Nearly always: decoding has little to ask then.
         role @ PageRole { level: 1, .. } => {
