@@ -73,7 +73,7 @@ impl Translator<'_> {
         // Sources are used up when the result is written.
         let result = home(guest).filter(|_| bits != Bits::Scan).unwrap_or(free[0]);
         host.set_op0_register(sized(result, i.op0_register().size()));
-        self.encode(&host)?;
+        self.e.instruction(&host)?;
         if bits == Bits::Scan {
             self.keep_old(guest, result);
         }

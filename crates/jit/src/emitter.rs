@@ -1,6 +1,8 @@
 //! Writes host instructions, the few forms that generated code is made of.
 
+use crate::native::Unencodable;
 use crate::registers::Reg;
+use iced_x86::{Encoder, Instruction};
 
 /// A memory operand.
 #[derive(Clone, Copy)]
@@ -55,11 +57,13 @@ pub struct Emitter {
     /// Bytes that go to `base`, and the offset that those behind them go to.
     rare: Option<(usize, usize)>,
     has_bmi2: bool,
+    encoder: Option<Encoder>,
 }
 
 impl Emitter {
     pub fn new(base: usize) -> Self {
-        Self { bytes: Vec::with_capacity(1024), base, rare: None, has_bmi2: is_x86_feature_detected!("bmi2") }
+        let has_bmi2 = is_x86_feature_detected!("bmi2");
+        Self { bytes: Vec::with_capacity(1024), base, rare: None, has_bmi2, encoder: None }
     }
 
     /// What follows goes to offset `at`.
@@ -264,6 +268,18 @@ impl Emitter {
         self.rex(true, 0, 0, to);
         self.byte(0xb8 | to & 7);
         self.bytes.extend(value.to_le_bytes());
+    }
+
+    /// Any instruction whose registers are the host's.
+    ///
+    /// # Errors
+    /// There is no such instruction.
+    pub fn instruction(&mut self, instruction: &Instruction) -> Result<(), Unencodable> {
+        let encoder = self.encoder.get_or_insert_with(|| Encoder::new(64));
+        encoder.set_buffer(std::mem::take(&mut self.bytes));
+        let encoded = encoder.encode(instruction, 0);
+        self.bytes = encoder.take_buffer();
+        encoded.map(drop).map_err(|_| Unencodable)
     }
 
     pub fn raw(&mut self, bytes: &[u8]) {

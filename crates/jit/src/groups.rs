@@ -91,7 +91,7 @@ struct Open {
 }
 
 /// Plans a block's groups.
-pub fn groups(instructions: &[Instruction], ops: &[Op], steps: &[Step]) -> Groups {
+pub fn groups(instructions: &[Instruction], ops: &[Op], steps: &[Step], info: &mut InstructionInfoFactory) -> Groups {
     let reaches: Vec<_> =
         (0..instructions.len()).map(|at| reaches(&instructions[at], &ops[at], steps[at].kind)).collect();
     let mut used = [0u8; BASES];
@@ -105,14 +105,13 @@ pub fn groups(instructions: &[Instruction], ops: &[Op], steps: &[Step]) -> Group
         moved: [0; BASES],
         next: 0,
     };
-    let mut info = InstructionInfoFactory::new();
     for (at, i) in instructions.iter().enumerate() {
         for (nth, reach) in reaches[at].iter().enumerate() {
             if let Some(Some(reach)) = reach {
                 planner.access(at, nth, *reach);
             }
         }
-        planner.pass(i, &ops[at], steps[at].kind, &mut info);
+        planner.pass(i, &ops[at], steps[at].kind, info);
     }
     (0..BASES).for_each(|base| planner.close(base));
     let mut groups = planner.groups;

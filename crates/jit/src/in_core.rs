@@ -2,7 +2,7 @@
 
 use crate::frame::gpr;
 use crate::memory_path::Place;
-use crate::native::{Renamed, Unencodable, host_operand, sized, writes_first};
+use crate::native::{Operands, Unencodable, host_operand, sized, writes_first};
 use crate::plan::has_memory;
 use crate::registers::{A, home};
 use crate::translate::Translator;
@@ -13,18 +13,13 @@ use umbra_cpu::op::{HIGH_BYTE, Op};
 impl Translator<'_> {
     /// Emits `i` with the one register operand that lives in memory where that is, if there is such a form; else
     /// [`renamed`](Self::renamed).
-    pub fn in_core_or_renamed(
-        &mut self,
-        i: &Instruction,
-        op: &Op,
-        needs_flags: bool,
-    ) -> Result<Vec<Renamed>, Unencodable> {
+    pub fn in_core_or_renamed(&mut self, i: &Instruction, op: &Op, needs_flags: bool) -> Result<Operands, Unencodable> {
         let Some(host) = in_core(i) else { return self.renamed(i, op, needs_flags) };
         if needs_flags {
             self.need_flags();
         }
-        self.encode(&host)?;
-        Ok(Vec::new())
+        self.e.instruction(&host)?;
+        Ok(Operands::new())
     }
 }
 

@@ -8,12 +8,16 @@ use crate::plan::{Kind, Step, has_memory, reads_flags, width};
 use crate::registers::{A, B, FLAGS, GUEST_RAX, GUEST_RSP, RDX, Reg, guest, home};
 use crate::translate::Translator;
 use iced_x86::{Code, Instruction, Mnemonic as M, OpKind, Register};
+use smallvec::SmallVec;
 use umbra_cpu::decode::register_index;
 use umbra_cpu::op::{HIGH_BYTE, Op};
 
 /// The encoder refused an instruction.
 #[derive(Debug)]
 pub struct Unencodable;
+
+/// An instruction's register operands.
+pub type Operands = SmallVec<[Renamed; 4]>;
 
 /// A register operand and where it is while its instruction executes.
 #[derive(Clone, Copy)]
@@ -80,7 +84,7 @@ impl Translator<'_> {
     }
 
     /// Emits `i` on host registers, its memory operand looked up; where its register operands were.
-    pub fn renamed(&mut self, i: &Instruction, op: &Op, needs_flags: bool) -> Result<Vec<Renamed>, Unencodable> {
+    pub fn renamed(&mut self, i: &Instruction, op: &Op, needs_flags: bool) -> Result<Operands, Unencodable> {
         let mut host = *i;
         host.set_has_lock_prefix(false);
         host.set_code(general_form(i.code()));
@@ -99,7 +103,7 @@ impl Translator<'_> {
         if needs_flags {
             self.need_flags();
         }
-        self.encode(&host)?;
+        self.e.instruction(&host)?;
         for r in renamed.iter().filter(|r| r.guest & HIGH_BYTE == 0) {
             let written = r.operand == 0 && writes_first(i) || matches!(i.mnemonic(), M::Xchg | M::Xadd);
             if written && home(r.guest).is_none() {
@@ -118,15 +122,15 @@ impl Translator<'_> {
     }
 
     /// As [`renamed`](Self::renamed) for one after which the host's flags say nothing.
-    pub fn silent(&mut self, i: &Instruction, op: &Op) -> Result<Vec<Renamed>, Unencodable> {
+    pub fn silent(&mut self, i: &Instruction, op: &Op) -> Result<Operands, Unencodable> {
         let renamed = self.renamed(i, op, false);
         self.host_flags = false;
         renamed
     }
 
     /// Loads register operands that live in memory, and puts host registers into `host`.
-    fn rename(&mut self, i: &Instruction, host: &mut Instruction, first_free: Reg) -> Vec<Renamed> {
-        let mut renamed: Vec<Renamed> = Vec::with_capacity(3);
+    fn rename(&mut self, i: &Instruction, host: &mut Instruction, first_free: Reg) -> Operands {
+        let mut renamed = Operands::new();
         let mut free = first_free;
         for operand in 0..i.op_count() {
             if i.op_kind(operand) != OpKind::Register {
@@ -199,13 +203,6 @@ impl Translator<'_> {
             if scratch == A { host.set_memory_base(place) } else { host.set_memory_index(place) }
         }
         host.set_segment_prefix(Register::None);
-    }
-
-    pub fn encode(&mut self, host: &Instruction) -> Result<(), Unencodable> {
-        self.encoder.encode(host, 0).map_err(|_| Unencodable)?;
-        let bytes = self.encoder.take_buffer();
-        self.e.raw(&bytes);
-        Ok(())
     }
 
     fn arithmetic(&mut self, i: &Instruction, op: &Op, step: Step) -> Result<(), Unencodable> {

@@ -102,11 +102,10 @@ fn is_high_byte(register: Register) -> bool {
 
 /// Takes the saving of flags from operations that have a [`Recipe`], and gives that to those whose functions may be
 /// called before other flags replace them.
-pub fn plan(steps: &mut [Step], instructions: &[Instruction]) {
-    let mut info = InstructionInfoFactory::new();
+pub fn plan(steps: &mut [Step], instructions: &[Instruction], info: &mut InstructionInfoFactory) {
     for at in 0..instructions.len() {
         let recipe = Recipe::of(&instructions[at], steps[at].kind).filter(|_| steps[at].live);
-        if recipe.is_some_and(|recipe| give(&recipe, &mut steps[at + 1..], &instructions[at + 1..], &mut info)) {
+        if recipe.is_some_and(|recipe| give(&recipe, &mut steps[at + 1..], &instructions[at + 1..], info)) {
             steps[at].live = false;
             steps[at].keeps = matches!(steps[at].kind, Kind::Shift(_) | Kind::Imul);
         }
@@ -114,11 +113,16 @@ pub fn plan(steps: &mut [Step], instructions: &[Instruction]) {
 }
 
 /// Likewise for the operation before a block's branch, if the trace goes on with `next`: the recipe for that block's head.
-pub fn carry(steps: &mut [Step], instructions: &[Instruction], next: (&mut [Step], &[Instruction])) -> Option<Recipe> {
+pub fn carry(
+    steps: &mut [Step],
+    instructions: &[Instruction],
+    next: (&mut [Step], &[Instruction]),
+    info: &mut InstructionInfoFactory,
+) -> Option<Recipe> {
     let at = instructions.len().checked_sub(2)?;
     let arithmetic = steps[at].live && steps[at].kind == Kind::Arithmetic;
     let recipe = Recipe::of(&instructions[at], steps[at].kind).filter(|_| arithmetic)?;
-    let given = give(&recipe, next.0, next.1, &mut InstructionInfoFactory::new());
+    let given = give(&recipe, next.0, next.1, info);
     steps[at].unsaved = given;
     given.then_some(recipe)
 }

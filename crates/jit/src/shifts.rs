@@ -57,7 +57,7 @@ impl Translator<'_> {
         }
         let mut host = *i;
         host_operand(&mut host, &place);
-        self.encode(&host)?;
+        self.e.instruction(&host)?;
         self.host_flags = false;
         self.e.save_flags_without_af_and_of();
         self.overflow_is_bit(place.free, width as u8 * 8 - 1);

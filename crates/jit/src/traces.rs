@@ -7,6 +7,7 @@ use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::plan::Kind;
 use crate::recipes;
 use crate::translate::{End, Part};
+use iced_x86::InstructionInfoFactory;
 use umbra_cpu::block::{Block, BlockCache};
 use umbra_memory::{GuestMemory, RamOffset};
 
@@ -49,7 +50,7 @@ fn branches_to(block: &Block, mem: &GuestMemory) -> Option<u64> {
 }
 
 /// Lets each part go on with the next one, as far as that is possible without the mechanisms that are `off`.
-pub fn join(mut parts: Vec<Part<'_>>, off: Mechanisms) -> Vec<Part<'_>> {
+pub fn join<'a>(mut parts: Vec<Part<'a>>, off: Mechanisms, info: &mut InstructionInfoFactory) -> Vec<Part<'a>> {
     let branches = |part: &Part<'_>| part.steps.last().is_some_and(|step| step.kind == Kind::Jcc);
     let joined = parts.iter().take_while(|part| branches(part)).count() + 1;
     parts.truncate(joined);
@@ -61,7 +62,7 @@ pub fn join(mut parts: Vec<Part<'_>>, off: Mechanisms) -> Vec<Part<'_>> {
         let (before, behind) = parts.split_at_mut(at);
         let (Some(from), Some(to)) = (before.last_mut(), behind.first_mut()) else { break };
         if !off.has(Mechanism::Flags) {
-            to.recipe = recipes::carry(&mut from.steps, &from.instructions, (&mut to.steps, &to.instructions));
+            to.recipe = recipes::carry(&mut from.steps, &from.instructions, (&mut to.steps, &to.instructions), info);
         }
         from.end = if loops { End::Enters } else { End::Falls };
     }

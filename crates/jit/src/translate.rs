@@ -21,7 +21,7 @@ use crate::returns::{Elsewhere, TooDeep};
 use crate::stubs::Stubs;
 use crate::system::System;
 use crate::{recipes, traces, vector, x87};
-use iced_x86::{Decoder, DecoderOptions, Encoder, Instruction};
+use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory};
 use umbra_cpu::block::Block;
 use umbra_cpu::op::Op;
 
@@ -54,7 +54,6 @@ pub struct Translator<'a> {
     pub block: &'a Block,
     /// The host's status flags are the guest's.
     pub host_flags: bool,
-    pub encoder: Encoder,
     pub vectors: vector::Place,
     pub x87: x87::Place,
     /// Accesses whose ranges are missed.
@@ -145,17 +144,17 @@ pub enum End {
 }
 
 impl<'a> Part<'a> {
-    fn new(source: Source<'a>, off: Mechanisms) -> Self {
+    fn new(source: Source<'a>, off: Mechanisms, info: &mut InstructionInfoFactory) -> Self {
         let block = source.block;
         let instructions = decode(block, source.bytes);
         let mut steps = plan(&instructions, &block.ops, off);
         let mut all = Groups::default();
         if !source.alone && !off.has(Mechanism::Groups) {
-            all = groups(&instructions, &block.ops, &steps);
+            all = groups(&instructions, &block.ops, &steps, info);
             regard_groups(&mut steps, &instructions, &all, off);
         }
         if !off.has(Mechanism::Flags) {
-            recipes::plan(&mut steps, &instructions);
+            recipes::plan(&mut steps, &instructions, info);
         }
         Self { source, instructions, steps, groups: all, recipe: None, end: End::Exits }
     }
@@ -173,8 +172,9 @@ impl<'a> Part<'a> {
 
 /// Translates a trace for these offsets of the code memory. The numbers of the exits begin with `first_exit`.
 pub fn translate(trace: &[Source<'_>], at: Offsets, first_exit: usize, settings: Settings<'_>) -> Code {
-    let parts = trace.iter().map(|&source| Part::new(source, settings.off)).collect();
-    let native = emit(&traces::join(parts, settings.off), at, first_exit, settings);
+    let mut info = InstructionInfoFactory::new();
+    let parts = trace.iter().map(|&source| Part::new(source, settings.off, &mut info)).collect();
+    let native = emit(&traces::join(parts, settings.off, &mut info), at, first_exit, settings);
     native.unwrap_or_else(|Unencodable| {
         let parts: Vec<_> = trace.iter().take(1).map(|&source| Part::by_functions(source)).collect();
         emit(&parts, at, first_exit, settings).unwrap_or_default()
@@ -246,7 +246,6 @@ impl<'a> Translator<'a> {
             e,
             block,
             host_flags: false,
-            encoder: Encoder::new(64),
             vectors: vector::Place::default(),
             x87: x87::Place::default(),
             cold: Vec::new(),
@@ -259,7 +258,7 @@ impl<'a> Translator<'a> {
             stubs,
             half,
             number,
-            slow: Vec::new(),
+            slow: Vec::with_capacity(block.ops.len()),
             exits: Vec::new(),
             end: part.end,
             predicts_returns: !off.has(Mechanism::Returns),

@@ -37,18 +37,12 @@ struct Load {
 /// Whether an instruction's operands are vector and general registers, and perhaps an ordinary memory operand. XMM0
 /// and RCX, which some use without naming them, are where the host's are.
 pub fn fits(i: &Instruction) -> bool {
-    let code = i.code().op_code();
-    let encoded = matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX);
-    let registers: Vec<Register> =
-        (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register).map(|n| i.op_register(n)).collect();
-    let known = registers.iter().all(|r| r.is_xmm() || r.is_ymm() || r.is_gpr32() || r.is_gpr64());
+    let registers = || (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register).map(|n| i.op_register(n));
+    let vector = registers().any(|r| r.is_xmm() || r.is_ymm()) || names_no_vector(i.mnemonic());
+    let known = || registers().all(|r| r.is_xmm() || r.is_ymm() || r.is_gpr32() || r.is_gpr64());
     let index = i.memory_index();
-    let vector = registers.iter().any(|r| r.is_xmm() || r.is_ymm());
-    encoded
-        && known
-        && (vector || names_no_vector(i.mnemonic()))
-        && (index == Register::None || index.is_gpr())
-        && !is_special(i.mnemonic())
+    let encoded = || matches!(i.code().op_code().encoding(), EncodingKind::Legacy | EncodingKind::VEX);
+    vector && known() && encoded() && (index == Register::None || index.is_gpr()) && !is_special(i.mnemonic())
 }
 
 /// What has to do with vector registers or MXCSR without a vector register among its operands, at least with a
@@ -153,7 +147,7 @@ impl Translator<'_> {
                 host.set_op_register(n, sized(place, register.size()));
             }
         }
-        self.encode(&host)?;
+        self.e.instruction(&host)?;
         self.result(i, live, free);
         Ok(())
     }

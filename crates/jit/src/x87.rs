@@ -36,8 +36,9 @@ struct Load {
 }
 
 fn is_x87(i: &Instruction) -> bool {
-    let sets = i.code().cpuid_features();
-    sets.iter().any(|set| matches!(set, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387))
+    // The mnemonics are in alphabetical order.
+    let first = (M::F2xm1 as usize..=M::Fyl2xp1 as usize).contains(&(i.mnemonic() as usize));
+    first && i.code().cpuid_features().iter().any(|set| matches!(set, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387))
 }
 
 /// Whether it has host code, as all do but those that change control state or more than one operand.
@@ -46,8 +47,8 @@ pub fn fits(i: &Instruction) -> bool {
         i.mnemonic(),
         M::Fninit | M::Fnclex | M::Fneni | M::Fndisi | M::Fnsetpm | M::Fnstenv | M::Fldenv | M::Fnsave | M::Frstor
     );
-    let flags = i.rflags_modified() & STATUS;
-    is_x87(i) && !control && (flags == 0 || flags == STATUS) || i.mnemonic() == M::Wait || mmx::fits(i)
+    let flags = || i.rflags_modified() & STATUS;
+    is_x87(i) && !control && matches!(flags(), 0 | STATUS) || i.mnemonic() == M::Wait || mmx::fits(i)
 }
 
 /// All status flags; iced-x86 has C0 to C3 among the others.
@@ -123,7 +124,7 @@ impl Translator<'_> {
             let place = self.lookup(&Address::of(op), i.memory_size().size() as u32, access);
             host_operand(&mut host, &place);
         }
-        self.encode(&host)
+        self.e.instruction(&host)
     }
 
     /// FLDCW: its function unmasks exceptions.

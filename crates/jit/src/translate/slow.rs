@@ -4,6 +4,7 @@ use super::Translator;
 use crate::emitter::{Jump, cc};
 use crate::recipes::Recipe;
 use crate::registers::A;
+use smallvec::SmallVec;
 
 /// Operations of a block done by their functions after all, once or in part.
 #[derive(Default)]
@@ -15,7 +16,7 @@ pub(super) struct Slow {
     pub x87: bool,
     /// It ends its block and may forbid the x87 unit.
     pub forbids_x87: bool,
-    pub jumps: Vec<Jump>,
+    pub jumps: SmallVec<[Jump; 2]>,
     /// Where the block goes on; a branch's successor otherwise.
     pub back: Option<usize>,
     /// The host's flags are relied on there.
