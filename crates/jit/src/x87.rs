@@ -38,7 +38,11 @@ struct Load {
 fn is_x87(i: &Instruction) -> bool {
     // The mnemonics are in alphabetical order.
     let first = (M::F2xm1 as usize..=M::Fyl2xp1 as usize).contains(&(i.mnemonic() as usize));
-    first && i.code().cpuid_features().iter().any(|set| matches!(set, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387))
+    first
+        && i.code()
+            .cpuid_features()
+            .iter()
+            .any(|set| matches!(set, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387))
 }
 
 /// Whether it has host code, as all do but those that change control state or more than one operand.

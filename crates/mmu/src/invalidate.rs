@@ -115,9 +115,11 @@ impl Mmu {
             self.hints.forget();
         }
         if entry.is_executable() && !(entry.is_leaf() && shift == 12 && self.holds_no_code(entry.frame())) {
-            let is_upper = |base: &u64| base.wrapping_add((at as u64) << shift) >> 63 != 0;
             self.renew_stamps(roots);
-            if anywhere || self.shadow.page(index).bases.iter().any(is_upper) {
+            let page = self.shadow.page(index);
+            let is_upper = |base: &u64| base.wrapping_add((at as u64) << shift) >> 63 != 0;
+            // What is topmost has both halves.
+            if if page.is_child { anywhere || page.bases.iter().any(is_upper) } else { at >= UPPER } {
                 self.upper_half_changed(index);
             }
         }

@@ -102,6 +102,23 @@ fn a_new_address_space_has_the_upper_half_in_force() {
     rig.audit();
 }
 
+/// As when a process ends.
+#[test]
+fn what_ends_in_the_lower_half_says_nothing_of_the_upper_one() {
+    let mut rig = Rig::long();
+    map_all(&mut rig);
+    let (root, lower) = (rig.regs.cr3.raw(), 0x1000_0000_0000);
+    rig.map(lower, (FRAMES + 0x9000) | P | W | A);
+    for page in [PAGES[0], lower] {
+        execute(&mut rig, page);
+    }
+    let (stamp, all) = (rig.mmu.upper_stamp(), rig.mmu.fetch_stamp());
+    rig.poke(root + 8 * (lower >> 39), 0);
+    assert_eq!(rig.mmu.upper_stamp(), stamp);
+    assert_ne!(rig.mmu.fetch_stamp(), all);
+    rig.audit();
+}
+
 #[test]
 fn an_entry_that_walks_would_mark_is_not_adopted() {
     let mut rig = Rig::long();
