@@ -133,9 +133,9 @@ impl Translator<'_> {
             return Place { mem: Mem { base: Some(home), index: Some((A, 0)), disp: address.disp as i32 }, free: B };
         }
         self.host_flags = false;
-        self.linear(address);
+        self.e.load(A, gpr(base));
         self.e.alu_mem(Alu::Add, true, A, frame::addend(base));
-        Place::SCRATCH
+        Place { mem: Mem { base: Some(A), index: None, disp: address.disp as i32 }, free: B }
     }
 
     /// Finds all bytes of a group, `address` being in it.
@@ -148,9 +148,7 @@ impl Translator<'_> {
         if !self.is_ranged(address, slow) {
             self.table_addend(&start, all.bytes, all.access);
             self.e.store(frame::addend(all.base), B);
-            if resident.is_none() {
-                self.linear(&start);
-            }
+            return self.beyond_addend(address);
         } else {
             let missed = self.compare_range(&start, all.access);
             self.e.load(B, ranges::addend(start.range(), all.access));
@@ -214,18 +212,34 @@ impl Translator<'_> {
 
     /// As [`find_one`](Self::find_one) where a range is no good.
     fn lookup_in_table(&mut self, address: &Address, bytes: u32, access: Access) -> Place {
-        let index_in_memory = address.index.is_some_and(|(n, _)| home(n).is_none());
         self.table_addend(address, bytes, access);
-        if let Some(base) = address.base.filter(|_| address.is_direct()).and_then(home) {
-            return Place { mem: Mem { base: Some(base), index: Some((B, 0)), disp: address.disp as i32 }, free: A };
-        }
-        if index_in_memory {
+        if address.index.is_some_and(|(n, _)| home(n).is_none()) {
             self.e.load(A, frame_field!(linear));
-        } else {
-            self.linear(address);
+            self.e.alu(Alu::Add, true, A, B);
+            return Place::SCRATCH;
         }
-        self.e.alu(Alu::Add, true, A, B);
-        Place::SCRATCH
+        self.beyond_addend(address)
+    }
+
+    /// An address, its index register being resident, by what is to be added to it in [`B`].
+    fn beyond_addend(&mut self, address: &Address) -> Place {
+        if let Some(seg) = address.seg {
+            self.e.alu_mem(Alu::Add, true, B, seg_base(seg));
+        }
+        let index = address.index.and_then(|(n, scale)| Some((home(n)?, scale)));
+        let place = |index| Place { mem: Mem { base: Some(B), index, disp: address.disp as i32 }, free: A };
+        match address.base.map(|n| (home(n), gpr(n))) {
+            Some((Some(base), _)) if index.is_none() => return place(Some((base, 0))),
+            Some((Some(base), _)) => self.e.alu(Alu::Add, true, B, base),
+            Some((None, base)) => self.e.alu_mem(Alu::Add, true, B, base),
+            None if i32::try_from(address.disp as i64).is_ok() => {}
+            None => {
+                self.e.mov_imm(A, address.disp);
+                self.e.alu(Alu::Add, true, A, B);
+                return Place::SCRATCH;
+            }
+        }
+        place(index)
     }
 
     /// What to add to the linear address of these bytes to [`B`], by the table. Clobbers [`A`], but if the index register

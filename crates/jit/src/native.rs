@@ -403,7 +403,7 @@ pub fn host_operand(host: &mut Instruction, place: &Place) {
     let register = |r: Option<Reg>| r.map_or(Register::None, |r| sized(r, 8));
     host.set_memory_base(register(base));
     host.set_memory_index(register(index.map(|(r, _)| r)));
-    host.set_memory_index_scale(1);
+    host.set_memory_index_scale(1 << index.map_or(0, |(_, shift)| shift));
     host.set_memory_displacement64(i64::from(disp) as u64);
     host.set_memory_displ_size(match disp {
         0 => 0,

@@ -101,7 +101,8 @@ impl Kind {
             || off.has(Mechanism::Memory) && self.accesses_memory(i)
     }
 
-    fn accesses_memory(self, i: &Instruction) -> bool {
+    /// Whether it may miss.
+    pub fn accesses_memory(self, i: &Instruction) -> bool {
         match self {
             Kind::Push | Kind::Pop | Kind::Leave | Kind::Call | Kind::CallIndirect | Kind::Ret => true,
             Kind::Nop => false,

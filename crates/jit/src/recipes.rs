@@ -128,7 +128,7 @@ pub fn carry(
 }
 
 /// Gives a recipe to the operations behind the one that it is for, up to where its flags are replaced; false if
-/// anything but slow paths looks at them before, or the recipe can't be followed so long.
+/// anything but slow paths looks at them before, or the recipe can't be followed as long as there are any.
 fn give(recipe: &Recipe, steps: &mut [Step], instructions: &[Instruction], info: &mut InstructionInfoFactory) -> bool {
     let end = replaced(recipe, steps, instructions, info);
     steps[..end.map_or(0, |end| end + 1)].iter_mut().for_each(|step| step.recipe = Some(*recipe));
@@ -142,22 +142,20 @@ fn replaced(
     instructions: &[Instruction],
     info: &mut InstructionInfoFactory,
 ) -> Option<usize> {
+    let mut spoilt = false;
     for (next, (step, i)) in steps.iter().zip(instructions).enumerate() {
         let kind = step.kind;
-        if looks_at_flags(kind) || reads_flags(i) {
+        if looks_at_flags(kind) || reads_flags(i) || spoilt && kind.accesses_memory(i) {
             return None;
         }
         if writes_all_flags(kind) {
             return Some(next);
         }
-        let spoilt = info.info(i).used_registers().iter().any(|used| {
+        spoilt |= info.info(i).used_registers().iter().any(|used| {
             let written = !matches!(used.access(), OpAccess::None | OpAccess::Read | OpAccess::CondRead);
             let register = used.register().full_register();
             written && register.is_gpr() && recipe.needs(register_index(register))
         });
-        if spoilt {
-            return None;
-        }
     }
     None
 }
