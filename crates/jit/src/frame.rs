@@ -444,6 +444,11 @@ fn state(offset: usize) -> Mem {
     Mem::at(ENGINE, CORE + offset_of!(Core, s) + offset)
 }
 
+/// The number of CPUs, 32 bits.
+pub fn cpus() -> Mem {
+    Mem::at(ENGINE, CORE + offset_of!(Core, cpus))
+}
+
 /// CPL, a byte.
 pub fn cpl() -> Mem {
     state(offset_of!(CpuState, cpl))

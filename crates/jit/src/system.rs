@@ -23,6 +23,8 @@ const OF_BIT: u8 = 11;
 pub enum System {
     /// CLI.
     Cli,
+    /// PAUSE.
+    Pause,
     /// RDTSC or RDTSCP.
     TimeStamp { aux: bool },
     /// PUSHFQ.
@@ -66,6 +68,8 @@ impl System {
     pub fn of(i: &Instruction) -> Option<Self> {
         match i.mnemonic() {
             M::Cli => Some(Self::Cli),
+            // With REX.B it is XCHG.
+            M::Pause if i.len() == 2 => Some(Self::Pause),
             M::Rdtsc => Some(Self::TimeStamp { aux: false }),
             M::Rdtscp => Some(Self::TimeStamp { aux: true }),
             M::Pushfq => Some(Self::PushFlags),
@@ -115,6 +119,7 @@ impl Translator<'_> {
     pub fn system(&mut self, i: &Instruction, op: &Op, system: System) {
         match system {
             System::Cli => self.cli(),
+            System::Pause => self.pause(),
             System::TimeStamp { aux } => self.time_stamp(op, aux),
             System::PushFlags => self.push_flags(),
             System::PopFlags => self.pop_flags(),
@@ -283,6 +288,14 @@ impl Translator<'_> {
         let other = self.e.jcc(cc::NOT_EQUAL);
         self.slow(other);
         self.e.rm(true, &[0xff], 0, frame_field!(page_flushes)); // inc
+    }
+
+    /// Nothing, unless other CPUs may go first.
+    fn pause(&mut self) {
+        self.host_flags = false;
+        let _ = self.e.cmp_mem_imm(frame::cpus(), 1);
+        let others = self.e.jcc(cc::NOT_EQUAL);
+        self.slow(others);
     }
 
     /// The TSC is the virtual time, which is when the budget ends less what is left of it, and an offset.

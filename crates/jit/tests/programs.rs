@@ -673,7 +673,7 @@ fn no_more_blocks_are_translated_than_the_limit_says() {
 /// What is at home in the host's x87 and vector registers needs functions only where a page is missing.
 #[test]
 fn code_on_host_registers_calls_no_functions() {
-    const BODIES: [&[u8]; 6] = [
+    const BODIES: [&[u8]; 7] = [
         // fld qword [rdi]; fmul st0, st0; fld1; faddp; fstp tbyte [rdi + 0x40]; fwait
         &[0xdd, 0x07, 0xdc, 0xc8, 0xd9, 0xe8, 0xde, 0xc1, 0xdb, 0x7f, 0x40, 0x9b],
         // fnstcw [rdi + 0x30]; fldcw [rdi + 0x1810]; fnstsw ax
@@ -684,12 +684,22 @@ fn code_on_host_registers_calls_no_functions() {
         &[0x0f, 0xae, 0x5f, 0x44, 0x0f, 0xae, 0x97, 0x20, 0x18, 0, 0, 0xf2, 0x0f, 0x2d, 0x07, 0xc5, 0xf8, 0x77],
         // tzcnt r11, rax; bsf rax, rdx; blsr rax, rax; movbe eax, [rdi]
         &[0xf3, 0x4c, 0x0f, 0xbc, 0xd8, 0x48, 0x0f, 0xbc, 0xc2, 0xc4, 0xe2, 0xf8, 0xf3, 0xc8, 0x0f, 0x38, 0xf0, 0x07],
+        // add eax, edx; pause; adc esi, 3; pause
+        &[0x01, 0xd0, 0xf3, 0x90, 0x83, 0xd6, 3, 0xf3, 0x90],
         // and ah, 0x45; push [rdi]; pop rax; shrd rax, rdx, cl; rol eax, 5
         &[0x80, 0xe4, 0x45, 0xff, 0x37, 0x58, 0x48, 0x0f, 0xad, 0xd0, 0xc1, 0xc0, 5],
     ];
     for body in BODIES {
         let stats = compare(&looped(body.iter().copied()), 0, SMALL, &[TICKS]).unwrap();
         assert!(stats.ops_translated > 150 && stats.ops_by_helper < 10, "{body:02x?} {stats}");
+    }
+}
+
+/// PAUSE with REX.B is XCHG of RAX and R8.
+#[test]
+fn not_every_pause_is_one() {
+    for rex in [0x41, 0x49] {
+        compare(&looped([0xff, 0xc0, 0xf3, rex, 0x90].into_iter()), 0x55, SMALL, &[TICKS]).unwrap();
     }
 }
 
