@@ -393,3 +393,67 @@ fn each_crossing_by_itself() {
         assert!(result.is_ok(), "{crossing:x?}: {result:?}");
     }
 }
+
+/// Two rounds as usual, two with RFLAGS.NT set: #GP then, whose handler goes on behind.
+#[test]
+fn a_nested_task_does_not_return() {
+    let code = looped(|a| {
+        let mut next = a.create_label();
+        a.lea(r15, ptr(next))?;
+        a.mov(r12, r15)?;
+        a.mov(eax, dword_ptr(COUNTER))?;
+        a.and(eax, 2)?;
+        a.shl(eax, 13)?;
+        a.mov(rdx, rsp)?;
+        a.push(16)?;
+        a.push(rdx)?;
+        a.push(2)?;
+        a.push(8)?;
+        a.push(r15)?;
+        a.push(rax)?;
+        a.popfq()?;
+        a.iretq()?;
+        a.set_label(&mut next)?;
+        a.pushfq()?;
+        a.pop(rax)?;
+        a.add(dword_ptr(DATA as i32), eax)?;
+        a.rol(dword_ptr(DATA as i32), 1)
+    });
+    compare_in(|| prepared(&code), 0, SMALL, &[(TICKS, 0)]).unwrap();
+}
+
+/// IRETQ of ring 3 changes neither IF nor IOPL.
+#[test]
+fn the_users_return_changes_no_privileged_flags() {
+    let at = USER + 0x900;
+    let code = looped(|a| {
+        let mut back = a.create_label();
+        a.lea(rbx, ptr(back))?;
+        to_user(a, at, 2)?;
+        a.set_label(&mut back)
+    });
+    let user = assembled(at, |a| {
+        let mut next = a.create_label();
+        a.lea(rax, ptr(next))?;
+        for value in [USER_DATA, USER_STACK + 0x700, 0x3202, USER_CODE] {
+            a.push(value as i32)?;
+        }
+        a.push(rax)?;
+        a.iretq()?;
+        a.set_label(&mut next)?;
+        a.pushfq()?;
+        a.pop(rax)?;
+        a.add(r8, rax)?;
+        a.rol(r8, 1)?;
+        a.int(0x82)
+    });
+    let memory = || {
+        let mem = prepared(&code);
+        mem.write(Gpa::new(at), &user);
+        // The user may read the GDT.
+        mem.write(Gpa::new(TABLES + 0x2000), &[0x87]);
+        mem
+    };
+    let stats = compare_in(memory, 0, SMALL, &[(TICKS, 0)]).unwrap();
+    assert!(stats.ops_translated > 500, "{stats}");
+}
