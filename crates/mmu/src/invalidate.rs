@@ -10,7 +10,7 @@ use umbra_arch::Gpa;
 use umbra_memory::{Backing, PageFlags, RamOffset};
 
 /// Entries stored to without any use of the table in between, after which it counts as reused.
-const IDLE_WRITES: u32 = 512;
+const IDLE_WRITES: u32 = 64;
 /// The same for a table without present entries. Not 0: guests empty a table and fill it again.
 const IDLE_WRITES_WHEN_EMPTY: u32 = 16;
 /// Up to so many linear pages are cleared one by one; beyond that whole columns go.
