@@ -3,6 +3,7 @@
 use crate::emitter::{Alu, Jump, Mem, cc};
 use crate::frame::{self, gpr};
 use crate::registers::{A, B, GUEST_RAX, RCX, RDX, home};
+use crate::system_calls::unless_canonical;
 use crate::translate::Translator;
 use iced_x86::Instruction;
 use umbra_arch::control::Cr4;
@@ -59,13 +60,9 @@ impl Translator<'_> {
         self.slow(forbidden);
     }
 
-    /// What is in [`A`].
-    fn only_canonical(&mut self) {
-        self.e.mov(B, A);
-        self.e.shl(true, B, 16);
-        self.e.sar(true, B, 16);
-        self.e.alu(Alu::Cmp, true, B, A);
-        let other = self.e.jcc(cc::NOT_EQUAL);
+    /// What is in [`A`]. Clobbers [`B`].
+    pub fn only_canonical(&mut self) {
+        let other = unless_canonical(&mut self.e, A, B);
         self.slow(other);
     }
 

@@ -9,10 +9,9 @@ use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::{self, frame_field, gpr};
 use crate::memory_path::Access;
 use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, GUEST_RSP, RCX, RDI, RDX, RSI, Reg};
-use crate::system_calls::{Ways, by_function, jump_if_any, set_status, unless_byte};
-use crate::views::{Selected, View, WP_STEP, offset_of_view};
+use crate::system_calls::{Ways, by_function, jump_if_any, set_status, unless_byte, unless_canonical};
+use crate::views::{Selected, View, offset_of_view, supervisors_view};
 use std::mem::offset_of;
-use umbra_arch::control::Cr0;
 use umbra_arch::rflags;
 use umbra_arch::segment::{Seg, Segment};
 use umbra_cpu::Core;
@@ -243,7 +242,7 @@ pub fn emit_return(e: &mut Emitter, ways: Ways) -> usize {
     slow.push(test_flags(e, rflags::AC | rflags::NT));
     flags_to_load(e, &mut slow);
     e.load(A, Mem::at(RCX, 0));
-    canonical(e, A, B, &mut slow);
+    slow.push(unless_canonical(e, A, B));
     segments_to_load(e, &mut slow);
     e.rm(false, &[0xf6], 0, Mem::at(RCX, 8)); // test byte
     e.raw(&[3]);
@@ -301,15 +300,6 @@ fn zero_extended(e: &mut Emitter, to: Reg, bytes: u8, from: Mem) {
     e.rm(false, &[0x0f, 0xb5 + bytes], to, from); // movzx
 }
 
-/// Jumps if the address in `r` isn't canonical whatever the paging mode.
-fn canonical(e: &mut Emitter, r: Reg, free: Reg, slow: &mut Vec<Jump>) {
-    e.mov(free, r);
-    e.shl(true, free, 16);
-    e.sar(true, free, 16);
-    e.alu(Alu::Cmp, true, free, r);
-    slow.push(e.jcc(cc::NOT_EQUAL));
-}
-
 /// A segment register from where it is known. Clobbers [`A`].
 fn copy_segment(e: &mut Emitter, from: Mem, seg: Seg) {
     let to = frame::segment(seg as usize);
@@ -317,16 +307,6 @@ fn copy_segment(e: &mut Emitter, from: Mem, seg: Seg) {
         e.load(A, Mem { disp: from.disp + at, ..from });
         e.store(Mem { disp: to.disp + at, ..to }, A);
     }
-}
-
-/// To [`B`]: which view the supervisor's is with RFLAGS.AC clear, from its root's first one.
-fn supervisors_view(e: &mut Emitter) {
-    e.load(A, frame::cr0());
-    e.shr(false, A, Cr0::WP.trailing_zeros() as u8);
-    e.alu_imm(Alu::And, false, A, 1);
-    e.rr(true, &[0x69], B, A); // imul
-    e.raw(&WP_STEP.to_le_bytes());
-    e.alu_imm(Alu::Add, true, B, offset_of_view(false, false, false) as i32);
 }
 
 /// The table that implicit accesses go by, at RSI.
@@ -390,7 +370,7 @@ fn gate(e: &mut Emitter, table: Table, slow: &mut Vec<Jump>) {
     e.load32(A, Mem::at(A, 8));
     e.shl(true, A, 32);
     e.alu(Alu::Or, true, B, A);
-    canonical(e, B, A, slow);
+    slow.push(unless_canonical(e, B, A));
     e.store(gates!(rip), B);
 }
 

@@ -281,12 +281,7 @@ impl Translator<'_> {
     fn invalidate_page(&mut self, op: &Op) {
         self.only_in_ring_0();
         self.linear(&Address::of(op));
-        self.e.mov(B, A);
-        self.e.shl(true, B, 16);
-        self.e.sar(true, B, 16);
-        self.e.alu(Alu::Cmp, true, B, A);
-        let other = self.e.jcc(cc::NOT_EQUAL);
-        self.slow(other);
+        self.only_canonical();
         self.e.rm(true, &[0xff], 0, frame_field!(page_flushes)); // inc
     }
 

@@ -2,9 +2,8 @@
 
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::{self, Frame, frame_field, gpr};
-use crate::registers::{A, B, FLAGS, RCX};
-use crate::views::{WP_STEP, offset_of_view};
-use umbra_arch::control::Cr0;
+use crate::registers::{A, B, FLAGS, RCX, Reg};
+use crate::views::{offset_of_view, supervisors_view};
 use umbra_arch::rflags;
 use umbra_arch::segment::{Seg, Segment};
 use umbra_cpu::Core;
@@ -72,12 +71,7 @@ pub fn emit_call(e: &mut Emitter, ways: Ways) -> usize {
     e.alu(Alu::And, true, A, B);
     e.store(frame_field!(new_flags), A);
     slow.push(jump_if_any(e, A, rflags::AC | rflags::TF));
-    e.load(A, frame::cr0());
-    e.shr(false, A, Cr0::WP.trailing_zeros() as u8);
-    e.alu_imm(Alu::And, false, A, 1);
-    e.rr(true, &[0x69], B, A); // imul
-    e.raw(&WP_STEP.to_le_bytes());
-    e.alu_imm(Alu::Add, true, B, offset_of_view(false, false, false) as i32);
+    supervisors_view(e);
     e.call(ways.change);
     slow.push(e.jcc(cc::NOT_EQUAL));
     e.load(RCX, frame_field!(scratch));
@@ -96,11 +90,7 @@ pub fn emit_return(e: &mut Emitter, ways: Ways) -> usize {
     let here = e.here();
     let mut slow = begin(e);
     slow.push(unless_byte(e, frame::cpl(), 0));
-    e.mov(B, RCX);
-    e.shl(true, B, 16);
-    e.sar(true, B, 16);
-    e.alu(Alu::Cmp, true, B, RCX);
-    slow.push(e.jcc(cc::NOT_EQUAL));
+    slow.push(unless_canonical(e, RCX, B));
     e.load(A, gpr(11));
     e.alu_imm(Alu::And, true, A, (rflags::WRITABLE & !(rflags::RF | rflags::VM)) as i32);
     slow.push(jump_if_any(e, A, rflags::TF | rflags::AC));
@@ -132,6 +122,15 @@ fn begin(e: &mut Emitter) -> Vec<Jump> {
 pub fn unless_byte(e: &mut Emitter, mem: Mem, value: u8) -> Jump {
     e.rm(false, &[0x80], 7, mem); // cmp byte
     e.raw(&[value]);
+    e.jcc(cc::NOT_EQUAL)
+}
+
+/// Jumps if the address in `r` isn't canonical whatever the paging mode.
+pub fn unless_canonical(e: &mut Emitter, r: Reg, free: Reg) -> Jump {
+    e.mov(free, r);
+    e.shl(true, free, 16);
+    e.sar(true, free, 16);
+    e.alu(Alu::Cmp, true, free, r);
     e.jcc(cc::NOT_EQUAL)
 }
 

@@ -4,7 +4,7 @@
 //! The MMU isn't told; it [catches up](Frame::catch_up) before Rust code looks at it.
 
 use crate::emitter::{Alu, Emitter, Mem, cc};
-use crate::frame::{Frame, frame_field, gpr};
+use crate::frame::{Frame, cr0, frame_field, gpr};
 use crate::memory_path::Access;
 use crate::ranges::{self, EMPTY, PATIENCE, Range};
 use crate::registers::{A, B, ENGINE, RDX, guest};
@@ -193,6 +193,16 @@ impl Frame {
 /// A field of the view at [`B`].
 fn field(offset: usize) -> Mem {
     Mem::at(B, offset)
+}
+
+/// To [`B`]: which view the supervisor's is with RFLAGS.AC clear, from its root's first one. Clobbers [`A`].
+pub fn supervisors_view(e: &mut Emitter) {
+    e.load(A, cr0());
+    e.shr(false, A, Cr0::WP.trailing_zeros() as u8);
+    e.alu_imm(Alu::And, false, A, 1);
+    e.rr(true, &[0x69], B, A); // imul
+    e.raw(&WP_STEP.to_le_bytes());
+    e.alu_imm(Alu::Add, true, B, offset_of_view(false, false, false) as i32);
 }
 
 /// Called with the offset of a view of the root in force in [`B`]: makes it the one in force; not equal (ZF) if it isn't
