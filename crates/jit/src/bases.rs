@@ -7,12 +7,9 @@ use crate::system_calls::unless_canonical;
 use crate::translate::Translator;
 use iced_x86::Instruction;
 use umbra_arch::control::Cr4;
+use umbra_arch::msr::{IA32_FS_BASE, IA32_GS_BASE, IA32_KERNEL_GS_BASE};
 use umbra_arch::segment::Seg;
 use umbra_cpu::decode::register_index;
-
-const IA32_FS_BASE: u32 = 0xc000_0100;
-const IA32_GS_BASE: u32 = 0xc000_0101;
-const IA32_KERNEL_GS_BASE: u32 = 0xc000_0102;
 
 /// Where an MSR is in the core; for a segment's base, what addressing uses, too.
 fn places(msr: u32) -> Vec<Mem> {

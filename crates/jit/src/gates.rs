@@ -8,8 +8,8 @@
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::{self, frame_field, gpr};
 use crate::memory_path::Access;
-use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, GUEST_RSP, RCX, RDI, RDX, RSI, Reg};
-use crate::system_calls::{Ways, by_function, jump_if_any, set_status, unless_byte, unless_canonical};
+use crate::registers::{A, B, BUDGET, ENGINE, GUEST_RSP, RCX, RDI, RDX, RSI, Reg};
+use crate::system_calls::{Ways, by_function, jump_if_any, set_status, unless_byte, unless_canonical, whole_flags};
 use crate::views::{Selected, View, offset_of_view, supervisors_view};
 use std::mem::offset_of;
 use umbra_arch::rflags;
@@ -423,17 +423,7 @@ fn push_frame(e: &mut Emitter) {
         zero_extended(e, B, 2, frame::selector(seg as usize));
         e.store(Mem::at(A, at), B);
     }
-    e.mov32(B, FLAGS);
-    e.shr(false, B, 8);
-    e.alu_imm(Alu::And, false, B, 0xd5);
-    e.mov32(RDX, FLAGS);
-    e.alu_imm(Alu::And, false, RDX, 1);
-    e.shl(false, RDX, rflags::OF.trailing_zeros() as u8);
-    e.alu(Alu::Or, false, B, RDX);
-    e.load(RDX, frame::rflags());
-    e.alu_imm(Alu::And, true, RDX, !(rflags::STATUS as i32));
-    e.alu(Alu::Or, true, B, RDX);
-    e.alu_imm(Alu::Or, true, B, rflags::FIXED as i32);
+    whole_flags(e, B, RDX);
     e.store(Mem::at(A, 16), B);
     e.store(Mem::at(A, 24), GUEST_RSP);
 }

@@ -39,12 +39,11 @@ pub fn empty(e: &mut Emitter) {
     e.load(RSP, frame_field!(calls));
 }
 
-/// The bottom of the stack, a pair for RIP 0. The stub at offset `absolute` goes to the RIP in [`A`].
-pub fn begin(e: &mut Emitter, absolute: usize) {
+/// The bottom of the stack, a pair for RIP 0, which leads to what [`emit_absolute`] has written at offset `in_any_context`.
+pub fn begin(e: &mut Emitter, in_any_context: usize) {
     e.raw(&[0x6a, 0]); // push 0
     let begun = e.call_ahead();
-    empty(e);
-    e.jmp_to(absolute);
+    e.jmp_to(in_any_context);
     e.bind(begun);
     e.store(frame_field!(calls), RSP);
     e.lea(B, Mem { base: Some(RSP), index: None, disp: -DEPTH * PAIR });

@@ -134,7 +134,7 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
         *stub = range(e, n);
     }
     Stubs {
-        enter: enter(e, absolute),
+        enter: enter(e, in_any_context),
         helper,
         rest,
         budget,
@@ -158,7 +158,7 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
     }
 }
 
-fn enter(e: &mut Emitter, absolute: usize) -> usize {
+fn enter(e: &mut Emitter, in_any_context: usize) -> usize {
     let here = e.here();
     SAVED.iter().for_each(|&r| push(e, r));
     // Six pushes and the return address: aligned to 16 bytes with one slot more.
@@ -166,7 +166,7 @@ fn enter(e: &mut Emitter, absolute: usize) -> usize {
     e.mov(ENGINE, RDI);
     e.mov(A, RSI);
     reload(e);
-    returns::begin(e, absolute);
+    returns::begin(e, in_any_context);
     e.jmp_reg(A);
     here
 }

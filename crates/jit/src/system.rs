@@ -4,8 +4,8 @@ use crate::emitter::{Alu, Mem, cc};
 use crate::engine::ROOM;
 use crate::frame::{self, frame_field, gpr, selected};
 use crate::memory_path::{Access, Address};
-use crate::registers::{A, B, BUDGET, FLAGS, GUEST_RAX, GUEST_RSP, RCX, RDX, guest, home};
-use crate::system_calls::{jump_if_any, set_status, unless_byte};
+use crate::registers::{A, B, BUDGET, GUEST_RAX, GUEST_RSP, RCX, RDX, guest, home};
+use crate::system_calls::{jump_if_any, set_status, unless_byte, whole_flags};
 use crate::translate::Translator;
 use crate::views::{AC_STEP, WP_STEP, offset_of_view};
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
@@ -14,9 +14,6 @@ use umbra_arch::rflags;
 use umbra_arch::segment::Seg;
 use umbra_cpu::decode::register_index;
 use umbra_cpu::op::Op;
-
-/// Where OF is in RFLAGS.
-const OF_BIT: u8 = 11;
 
 /// An operation of system code.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -317,16 +314,7 @@ impl Translator<'_> {
     /// Status flags from where they are packed, the others from the core; RF and VM read as 0.
     fn push_flags(&mut self) {
         self.host_flags = false;
-        self.e.mov32(A, FLAGS);
-        self.e.shr(false, A, 8);
-        self.e.alu_imm(Alu::And, false, A, 0xff);
-        self.e.mov32(B, FLAGS);
-        self.e.alu_imm(Alu::And, false, B, 1);
-        self.e.shl(false, B, OF_BIT);
-        self.e.alu(Alu::Or, false, A, B);
-        self.e.load(B, frame::rflags());
-        self.e.alu_imm(Alu::And, true, B, !((rflags::STATUS | rflags::RF | rflags::VM) as i32));
-        self.e.alu(Alu::Or, true, A, B);
+        whole_flags(&mut self.e, A, B);
         self.e.store(frame_field!(scratch), A);
         let top = self.lookup(&Address::above(guest::RSP, -8), 8, Access::Write);
         self.e.load(top.free, frame_field!(scratch));

@@ -53,18 +53,8 @@ pub fn emit_call(e: &mut Emitter, ways: Ways) -> usize {
     let here = e.here();
     let mut slow = begin(e);
     e.store(frame_field!(scratch), B);
-    // RFLAGS for R11.
-    e.mov32(B, FLAGS);
-    e.shr(false, B, 8);
-    e.alu_imm(Alu::And, false, B, 0xd5);
-    e.mov32(A, FLAGS);
-    e.alu_imm(Alu::And, false, A, 1);
-    e.shl(false, A, OF_BIT);
-    e.alu(Alu::Or, false, B, A);
-    e.load(A, frame::rflags());
-    e.alu_imm(Alu::And, true, A, !((rflags::STATUS | rflags::RF) as i32));
-    e.alu(Alu::Or, true, B, A);
-    e.alu_imm(Alu::Or, true, B, rflags::FIXED as i32);
+    // For R11.
+    whole_flags(e, B, A);
     e.store(frame_field!(old_flags), B);
     e.load(A, frame::fmask());
     e.rr(true, &[0xf7], 2, A); // not
@@ -139,6 +129,21 @@ pub fn jump_if_any(e: &mut Emitter, r: u8, bits: u64) -> Jump {
     e.rr(false, &[0xf7], 0, r); // test
     e.raw(&(bits as u32).to_le_bytes());
     e.jcc(cc::NOT_EQUAL)
+}
+
+/// RFLAGS with RF clear. Clobbers `free`.
+pub fn whole_flags(e: &mut Emitter, to: Reg, free: Reg) {
+    e.mov32(to, FLAGS);
+    e.shr(false, to, 8);
+    e.alu_imm(Alu::And, false, to, 0xd5);
+    e.mov32(free, FLAGS);
+    e.alu_imm(Alu::And, false, free, 1);
+    e.shl(false, free, OF_BIT);
+    e.alu(Alu::Or, false, to, free);
+    e.load(free, frame::rflags());
+    e.alu_imm(Alu::And, true, free, !((rflags::STATUS | rflags::RF | rflags::VM) as i32));
+    e.alu(Alu::Or, true, to, free);
+    e.alu_imm(Alu::Or, true, to, rflags::FIXED as i32);
 }
 
 /// The status flags in [`A`], which it clobbers, are the guest's.

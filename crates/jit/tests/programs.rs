@@ -542,6 +542,16 @@ fn compare(code: &[u8], data: u64, options: JitOptions, stops: &[u64]) -> Result
     compare_on(|| memory(code, data), code, data, options, stops)
 }
 
+/// Where slices of these lengths end, and the last one.
+fn slices(lengths: &[u64], end: u64) -> Vec<u64> {
+    let mut at = 0;
+    let ends = lengths.iter().map(|length| {
+        at += length;
+        at
+    });
+    ends.chain([end]).collect()
+}
+
 /// As [`compare`] on other memory.
 fn compare_on(
     memory: impl Fn() -> Arc<GuestMemory>,
@@ -592,8 +602,7 @@ proptest! {
         data: u64,
         pieces in prop::collection::vec(1..1000u64, 0..10),
     ) {
-        let mut stops: Vec<u64> = pieces.iter().scan(0, |at, piece| { *at += piece; Some(*at) }).collect();
-        stops.push(TICKS);
+        let stops = slices(&pieces, TICKS);
         compare(&x87_program(&body), data, SMALL, &stops)?;
     }
 
@@ -603,8 +612,7 @@ proptest! {
         data: u64,
         pieces in prop::collection::vec(1..300u64, 1..20),
     ) {
-        let mut stops: Vec<u64> = pieces.iter().scan(0, |at, piece| { *at += piece; Some(*at) }).collect();
-        stops.push(TICKS);
+        let stops = slices(&pieces, TICKS);
         compare(&program(&body), data, SMALL, &stops)?;
     }
 }

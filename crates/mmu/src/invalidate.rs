@@ -119,7 +119,8 @@ impl Mmu {
             let page = self.shadow.page(index);
             let is_upper = |base: &u64| base.wrapping_add((at as u64) << shift) >> 63 != 0;
             // What is topmost has both halves.
-            if if page.is_child { anywhere || page.bases.iter().any(is_upper) } else { at >= UPPER } {
+            let upper = if page.is_child { anywhere || page.bases.iter().any(is_upper) } else { at >= UPPER };
+            if upper {
                 self.upper_half_changed(index);
             }
         }

@@ -36,8 +36,8 @@ fn piece(c: &mut Choice, at: u64) -> Vec<u8> {
         9 => vec![0xe8, 0, 0, 0, 0, 0x5a, 0x01, 0xd0],
         // mov rdx, [rsp]; xchg rdx, [rsp + 8]; mov [rsp], rdx
         10 => vec![0x48, 0x8b, 0x14, 0x24, 0x48, 0x87, 0x54, 0x24, 8, 0x48, 0x89, 0x14, 0x24],
-        // push rcx; ret 8 returns past it only if the caller has pushed, too.
-        11 => vec![0x51, 0x59, 0xc2, 0, 0],
+        // push [rsp]; ret 8
+        11 => vec![0xff, 0x34, 0x24, 0xc2, 8, 0],
         _ => vec![0x83, 0xc0, c.take(100) as u8],
     }
 }
@@ -85,8 +85,7 @@ proptest! {
         pieces in prop::collection::vec(1..400u64, 0..20),
     ) {
         let functions: Vec<_> = functions.iter().enumerate().map(|(n, pieces)| function(n as u64, pieces)).collect();
-        let mut stops: Vec<u64> = pieces.iter().scan(0, |at, piece| { *at += piece; Some(*at) }).collect();
-        stops.push(TICKS);
+        let stops = slices(&pieces, TICKS);
         compare_on(|| prepared(&driver(), &functions, data), &driver(), data, SMALL, &stops)?;
     }
 }

@@ -147,8 +147,7 @@ proptest! {
         data: u64,
         pieces in prop::collection::vec(1..900u64, 0..20),
     ) {
-        let mut stops: Vec<u64> = pieces.iter().scan(0, |at, piece| { *at += piece; Some(*at) }).collect();
-        stops.push(TICKS);
+        let stops = slices(&pieces, TICKS);
         compare_strings(&body(&numbers), data, SMALL, &stops)?;
     }
 }

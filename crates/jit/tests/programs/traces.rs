@@ -161,8 +161,7 @@ proptest! {
         stride: u8,
         pieces in prop::collection::vec(1..60u64, 0..40),
     ) {
-        let mut stops: Vec<u64> = pieces.iter().scan(0, |at, piece| { *at += piece; Some(*at) }).collect();
-        stops.push(6000);
+        let stops = slices(&pieces, 6000);
         let code = program(stride, &body);
         compare_on(|| prepared(&code, data), &code, data, SMALL, &stops)?;
     }
