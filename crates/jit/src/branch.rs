@@ -1,19 +1,21 @@
 //! Near branches.
 
-use crate::emitter::{Mem, cc};
+use crate::emitter::{Jump, Mem, cc};
 use crate::frame::{code_base, frame_field};
+use crate::jumps::Slot;
 use crate::memory_path::{Access, Address};
 use crate::plan::Kind;
 use crate::registers::{A, B, GUEST_RSP, Reg, guest};
-use crate::stubs::{Unknown, compare_slot, go, unknown_rip};
+use crate::stubs::{compare_slot, go};
 use crate::translate::Translator;
 use iced_x86::{Instruction, OpKind};
+use std::mem::offset_of;
 use umbra_cpu::op::Op;
 
 /// An indirect branch whose target the jump table doesn't know.
 pub struct Search {
-    unknown: Unknown,
-    /// Where the branch goes on with the slot's address in [`B`].
+    unknown: Jump,
+    /// Where the branch goes on with the RIP in [`A`] and the slot's address in [`B`].
     back: usize,
     /// The slow path that it belongs to.
     slow: usize,
@@ -44,6 +46,7 @@ impl Translator<'_> {
                     self.begin_pair(rip);
                 }
                 self.e.load(B, frame_field!(scratch));
+                self.e.load(A, Mem::at(B, offset_of!(Slot, rip)));
                 if self.predicts_returns { self.call_slot(next) } else { go(&mut self.e) }
             }
             Kind::JmpIndirect => {
@@ -94,7 +97,7 @@ impl Translator<'_> {
     /// The code for RIPs that the jump table doesn't know.
     pub fn emit_searches(&mut self) {
         for search in std::mem::take(&mut self.searches) {
-            unknown_rip(&mut self.e, search.unknown);
+            self.e.bind(search.unknown);
             self.e.call(self.stubs.find);
             let nothing = self.e.jcc(cc::NOT_EQUAL);
             self.slow_of(search.slow, nothing);

@@ -4,10 +4,11 @@ mod calls;
 mod links;
 mod translations;
 
+use crate::contexts::{Context, Contexts, Half};
 use crate::emitter::Emitter;
 use crate::flags::{logic_clears_af, pack, unpack};
 use crate::frame::{Frame, RELINK, Reason, edges, stamps};
-use crate::jumps::{Contexts, Fetches, Half, Jumps, Places, Slot};
+use crate::jumps::{Fetches, Places};
 use crate::listing::{Listener, Translated};
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::ranges::{Misses, Saved};
@@ -93,7 +94,6 @@ pub(crate) struct Engine {
     traces: HashMap<u32, Vec<u32>>,
     /// By block number: where its forgotten translations are, until it has another one.
     moved: HashMap<u32, Vec<(usize, Half)>>,
-    jumps: Jumps,
     fetches: Fetches,
     places: Places,
     /// Ranges of other tables.
@@ -148,9 +148,9 @@ impl Jit {
         let mut e = Emitter::new(0);
         let stubs = stubs::emit(&mut e, run_helper as *const () as u64, run_rest as *const () as u64);
         code.append(&e.bytes)?;
-        let (jumps, fetches, places) = (Jumps::new(), Fetches::new(), Places::new());
+        let (fetches, places) = (Fetches::new(), Places::new());
         Ok(Self(Box::new(Engine {
-            frame: Frame::new(ram, [jumps.address(), fetches.address(), places.address()]),
+            frame: Frame::new(ram, [fetches.address(), places.address()]),
             interp,
             stubs_end: code.used(),
             code,
@@ -159,7 +159,6 @@ impl Jit {
             exits: Vec::new(),
             traces: HashMap::new(),
             moved: HashMap::new(),
-            jumps,
             fetches,
             places,
             saved: Saved::new(),
@@ -285,8 +284,9 @@ impl Engine {
             self.look_up = true;
             return self.interp.run_chain(bus, until);
         }
-        if !alone && let Some(slot) = self.known() {
-            return self.enter(bus, slot.code, slot.base, until);
+        if !alone && let Some(code) = self.known() {
+            let rip = self.interp.core().next_rip;
+            return self.enter(bus, code, rip & !0xfff, until);
         }
         let number = match self.interp.find_block(bus) {
             Ok(number) => number,
@@ -320,19 +320,18 @@ impl Engine {
     }
 
     /// The next block's code by the jump table, if there is no more to do than to go there.
-    fn known(&mut self) -> Option<Slot> {
+    fn known(&mut self) -> Option<u64> {
         if !self.look_up || self.pending.is_some() || self.interp.must_interpret() {
             return None;
         }
         let rip = self.interp.core().next_rip;
-        let context = self.context_of(rip);
-        self.jumps.find(rip, context)
+        self.context_of(rip).jumps.find(rip)
     }
 
-    /// The number of the context that the code at `rip` is in.
-    fn context_of(&mut self, rip: u64) -> u32 {
+    /// The context that the code at `rip` is in.
+    fn context_of(&mut self, rip: u64) -> &mut Context {
         let (core, half) = (self.interp.core(), Half::of(rip));
-        self.contexts.number(half, stamps(core)[half as usize], core.code_mode)
+        self.contexts.get(half, stamps(core)[half as usize], core.code_mode)
     }
 
     /// Runs generated code from `translation` on until it is left.
@@ -349,11 +348,15 @@ impl Engine {
             return self.interp.run_block(bus, number, until);
         }
         let rip = self.interp.core().next_rip;
-        let context = self.context_of(rip);
         let base = rip.wrapping_sub(translation.rip);
         let code = self.code.address() + translation.entry as u64;
-        if !self.options.off.has(Mechanism::Jumps) {
-            self.jumps.enter(rip, context, code, base);
+        let jumps = !self.options.off.has(Mechanism::Jumps);
+        let context = self.context_of(rip);
+        if jumps {
+            context.jumps.enter(rip, code);
+        }
+        let context = context.number;
+        if jumps {
             if translation.is_placed() && Half::of(rip) == Half::Upper {
                 self.fetches.enter(rip, context, translation.offset);
             }

@@ -4,10 +4,11 @@ mod core_fields;
 
 pub use core_fields::*;
 
+use crate::contexts::{Contexts, Half};
 use crate::emitter::Mem;
 use crate::gates::Gates;
 use crate::groups::BASES;
-use crate::jumps::{self, Contexts, Half};
+use crate::jumps::salt;
 use crate::ranges::{self, COUNTERS, Ranges, STRIKES};
 use crate::system_calls::Segments;
 use crate::views::{self, Selected, Views};
@@ -41,8 +42,6 @@ pub struct Frame {
     /// Host address of guest RAM.
     pub ram: u64,
     pub selected: Selected,
-    /// The jump table.
-    pub jumps: u64,
     /// Ticks left, negative when there is not enough for the next block. In R14 while code runs.
     pub budget: i64,
     pub scratch: u64,
@@ -185,11 +184,10 @@ static NOTHING: Entry =
     Entry { tag_read: Entry::INVALID, tag_write: Entry::INVALID, tag_fetch: Entry::INVALID, addend: 0 };
 
 impl Frame {
-    pub fn new(ram: u64, [jumps, fetches, places]: [u64; 3]) -> Self {
+    pub fn new(ram: u64, [fetches, places]: [u64; 2]) -> Self {
         Self {
             ram,
             selected: Selected::NONE,
-            jumps,
             budget: 0,
             scratch: 0,
             kept: 0,
@@ -308,10 +306,12 @@ impl Frame {
         self.selected.stamps = stamps(core);
         self.mode = core.code_mode;
         for half in Half::BOTH {
-            let number = contexts.number(half, self.selected.stamps[half as usize], self.mode);
-            self.selected.context[half as usize] = number;
-            self.selected.salt[half as usize] = jumps::salt(number);
+            let context = contexts.get(half, self.selected.stamps[half as usize], self.mode);
+            self.selected.context[half as usize] = context.number;
+            self.selected.jumps[half as usize] = context.jumps.address();
         }
+        self.selected.upper_salt = salt(self.selected.context[Half::Upper as usize]).into();
+        contexts.take_replaced().for_each(|number| self.forget_views_of(number));
         self.edges = edges(core.s.linear_bits());
         self.take_level(core);
     }
@@ -412,7 +412,7 @@ pub fn context(half: Half) -> Mem {
     Mem { disp: selected!(context).disp + 4 * half as i32, ..selected!(context) }
 }
 
-/// What that changes in the jump table's hash.
-pub fn salt(half: Half) -> Mem {
-    Mem { disp: selected!(salt).disp + 4 * half as i32, ..selected!(salt) }
+/// The jump table of a half.
+pub fn jumps(half: Half) -> Mem {
+    Mem { disp: selected!(jumps).disp + 8 * half as i32, ..selected!(jumps) }
 }

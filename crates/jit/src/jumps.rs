@@ -4,57 +4,61 @@
 use smallvec::SmallVec;
 use std::collections::HashMap;
 
-/// Slots; a power of two. Few, so that they stay in the host's nearer caches: what they forget is found by its place.
-pub const SLOTS: usize = 1 << 12;
-/// Shift of the RIP's upper part in the hash.
+/// Slots of a [`Jumps`]; a power of two. Few, so that they stay in the host's nearer caches: what they forget is found by its
+/// place.
+const SLOTS: usize = 1 << 10;
+/// A RIP times this, within [`SLOT_MASK`], is its slot's offset.
+pub const SPREAD: u64 = 9;
+pub const SLOT_MASK: u64 = ((SLOTS - 1) * size_of::<Slot>()) as u64;
+/// Shift of the RAM offset's upper part in the hash of [`Places`].
 pub const FOLD: u8 = 13;
-/// log2 of a slot's size.
-pub const SLOT_SHIFT: u8 = 5;
 
 /// A slot.
 #[derive(Clone, Copy)]
-#[repr(C, align(32))]
+#[repr(C, align(16))]
 pub struct Slot {
     pub rip: u64,
-    /// Number of the context in which `rip` was fetched; 0 is none.
-    pub context: u64,
     /// Host address.
     pub code: u64,
-    /// What RIPs in the translation count from.
-    pub base: u64,
 }
 
-const EMPTY: Slot = Slot { rip: 0, context: 0, code: 0, base: 0 };
+/// No RIP of a slot's own but the first one's is 0.
+const EMPTY: Slot = Slot { rip: 0, code: 0 };
+/// Nor is this one the first one's.
+const FIRST_EMPTY: Slot = Slot { rip: 16, code: 0 };
 
-/// The table.
+/// The jump table of a [context](crate::contexts).
 pub struct Jumps(Box<[Slot]>);
 
 impl Jumps {
     pub fn new() -> Self {
-        Self(vec![EMPTY; SLOTS].into_boxed_slice())
+        let mut jumps = Self(vec![EMPTY; SLOTS].into_boxed_slice());
+        jumps.clear();
+        jumps
     }
 
     pub fn address(&self) -> u64 {
         self.0.as_ptr() as u64
     }
 
-    fn slot(&mut self, rip: u64, context: u32) -> &mut Slot {
-        let hash = (rip ^ rip >> FOLD) as u32 ^ salt(context);
-        &mut self.0[hash as usize & (SLOTS - 1)]
+    fn slot(&mut self, rip: u64) -> &mut Slot {
+        let offset = rip.wrapping_mul(SPREAD) & SLOT_MASK;
+        &mut self.0[offset as usize / size_of::<Slot>()]
     }
 
-    pub fn enter(&mut self, rip: u64, context: u32, code: u64, base: u64) {
-        *self.slot(rip, context) = Slot { rip, context: context.into(), code, base };
+    pub fn enter(&mut self, rip: u64, code: u64) {
+        *self.slot(rip) = Slot { rip, code };
     }
 
-    /// The slot of the RIP's translation.
-    pub fn find(&mut self, rip: u64, context: u32) -> Option<Slot> {
-        let slot = self.slot(rip, context);
-        (slot.rip == rip && slot.context == u64::from(context)).then_some(*slot)
+    /// Host address of the RIP's translation.
+    pub fn find(&mut self, rip: u64) -> Option<u64> {
+        let slot = self.slot(rip);
+        (slot.rip == rip && slot.code != 0).then_some(slot.code)
     }
 
     pub fn clear(&mut self) {
         self.0.fill(EMPTY);
+        self.0[0] = FIRST_EMPTY;
     }
 }
 
@@ -126,7 +130,7 @@ pub const FETCHES: usize = 1 << 11;
 pub struct Fetch {
     /// Linear address of the page.
     pub page: u64,
-    /// See [`Slot::context`].
+    /// Number of the [context](crate::contexts) that it is fetched in; 0 is none.
     pub context: u64,
     /// What to add to a linear address there to get its RAM offset.
     pub addend: u64,
@@ -178,52 +182,29 @@ impl Fetches {
     }
 }
 
-/// The halves of the canonical addresses: what code there is fetched by is numbered by itself, as the upper one is the
-/// same in many address spaces.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Half {
-    Lower,
-    Upper,
-}
-
-impl Half {
-    pub const BOTH: [Half; 2] = [Half::Lower, Half::Upper];
-
-    pub fn of(rip: u64) -> Self {
-        if rip >> 63 == 0 { Half::Lower } else { Half::Upper }
-    }
-}
-
-/// What a context changes in the hash, so that several have the same RIP in slots of their own.
+/// What a context changes in the hash, so that several have the same page in slots of their own.
 pub fn salt(context: u32) -> u32 {
     context.wrapping_mul(0x9e37_79b1) >> 12
 }
 
-/// Numbers for pairs of fetch stamp and code mode, so that generated code compares 32 bits.
-pub struct Contexts {
-    /// By [`Half`].
-    recent: [Box<[(u64, u64, u32)]>; 2],
-    last: u32,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Contexts {
-    pub fn new() -> Self {
-        Self { recent: [(); 2].map(|()| vec![(0, 0, 0); 256].into_boxed_slice()), last: 0 }
-    }
-
-    /// The pair's number; a pair that was forgotten gets a new one.
-    #[inline]
-    pub fn number(&mut self, half: Half, stamp: u64, mode: u64) -> u32 {
-        let slot = &mut self.recent[half as usize][(stamp ^ stamp >> 8 ^ mode >> 37) as usize & 0xff];
-        if (slot.0, slot.1) != (stamp, mode) || slot.2 == 0 {
-            self.last += 1;
-            *slot = (stamp, mode, self.last);
+    #[test]
+    fn no_rip_is_found_in_an_empty_table() {
+        // Generated code compares nothing but the RIP.
+        let mut jumps = Jumps::new();
+        for empty in jumps.0.clone() {
+            assert_ne!(jumps.slot(empty.rip).rip, empty.rip);
         }
-        slot.2
     }
 
-    /// Whether numbers are about to run out, so that everything has to be forgotten.
-    pub fn is_exhausted(&self) -> bool {
-        self.last > u32::MAX - 16
+    #[test]
+    fn aligned_targets_have_slots_of_their_own() {
+        let mut jumps = Jumps::new();
+        let targets = (0..SLOTS as u64).map(|n| 0x40_1000 + 16 * n);
+        targets.clone().for_each(|rip| jumps.enter(rip, rip));
+        assert!(targets.clone().all(|rip| jumps.find(rip) == Some(rip)));
     }
 }

@@ -14,6 +14,7 @@
 mod bases;
 mod bits;
 mod branch;
+mod contexts;
 mod emitter;
 mod engine;
 mod flags;

@@ -10,7 +10,7 @@ use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::{code_base, frame_field};
 use crate::jumps::Slot;
 use crate::registers::{A, B, GUEST_RSP, RSP, Reg};
-use crate::stubs::{compare_slot, go, pop, push, unknown_rip};
+use crate::stubs::{compare_slot, go, pop, push, take_base};
 use crate::translate::Translator;
 use std::mem::offset_of;
 
@@ -82,10 +82,9 @@ impl Translator<'_> {
         self.exit(next);
     }
 
-    /// Calls the translation whose slot is at [`B`], to go on at `next`.
+    /// Calls the translation of the RIP in [`A`], whose slot is at [`B`], to go on at `next`.
     pub fn call_slot(&mut self, next: u64) {
-        self.e.load(A, Mem::at(B, offset_of!(Slot, base)));
-        self.e.store(code_base(), A);
+        take_base(&mut self.e);
         self.e.call_mem(Mem::at(B, offset_of!(Slot, code)));
         self.return_here(next);
     }
@@ -113,7 +112,7 @@ impl Translator<'_> {
             let found = self.e.here();
             self.e.lea(GUEST_RSP, Mem::at(GUEST_RSP, bytes));
             go(&mut self.e);
-            unknown_rip(&mut self.e, unknown);
+            self.e.bind(unknown);
             self.e.call(self.stubs.find);
             let nothing = self.e.jcc(cc::NOT_EQUAL);
             self.slow_of(slow, nothing);

@@ -1,8 +1,9 @@
 //! The code that all translations share: entering, leaving, calling an operation's function, finding a RIP.
 
+use crate::contexts::Half;
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
-use crate::frame::{BANK, Reason, code_base, code_mode, context, frame_field, gpr, next_rip, salt, selected};
-use crate::jumps::{FETCHES, FOLD, Fetch, Half, PAIR_SHIFT, PLACES, Place, SLOT_SHIFT, SLOTS, Slot};
+use crate::frame::{BANK, Reason, code_base, code_mode, context, frame_field, gpr, jumps, next_rip, selected};
+use crate::jumps::{FETCHES, FOLD, Fetch, PAIR_SHIFT, PLACES, Place, SLOT_MASK, SPREAD, Slot};
 use crate::memory_path::Access;
 use crate::ranges::{self, MARGIN, NAMES, Name, PATIENCE, Range};
 use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, home};
@@ -32,8 +33,8 @@ pub struct Stubs {
     pub lookup: usize,
     /// As `lookup` for an exit, its number in [`B`], whose guard fails: now and then leaves so that it is linked anew.
     pub other: usize,
-    /// Called with a RIP in [`A`] that the jump table doesn't know: if its translation is found by where its code is,
-    /// ZF set and the jump table's slot at [`B`].
+    /// Called with a RIP in [`A`], which stays there, that the jump table doesn't know: if its translation is found by where its
+    /// code is, ZF set and the jump table's slot at [`B`].
     pub find: usize,
     /// Called by what remains of a dropped translation, [`LOOKUP_BYTES`] of it: as `lookup`, but never goes there.
     pub elsewhere: usize,
@@ -288,14 +289,12 @@ fn reload(e: &mut Emitter) {
     e.load(BUDGET, frame_field!(budget));
 }
 
-/// Hashes the RIP in [`A`], of that half: the slot's address to [`B`].
-fn hash(e: &mut Emitter, half: Half) {
-    e.shifted(B, A, FOLD);
-    e.alu(Alu::Xor, false, B, A);
-    e.alu_mem(Alu::Xor, false, B, salt(half));
-    e.alu_imm(Alu::And, false, B, SLOTS as i32 - 1);
-    e.shl(false, B, SLOT_SHIFT);
-    e.alu_mem(Alu::Add, true, B, frame_field!(jumps));
+/// The jump table's slot of the RIP in [`A`]: its address to [`B`].
+fn slot(e: &mut Emitter, half: Half) {
+    const _: () = assert!(SPREAD == 9);
+    e.lea(B, Mem { base: Some(A), index: Some((A, 3)), disp: 0 });
+    e.alu_imm(Alu::And, false, B, SLOT_MASK as i32);
+    e.alu_mem(Alu::Add, true, B, jumps(half));
 }
 
 /// See [`Stubs::find`].
@@ -349,14 +348,11 @@ fn find_in(e: &mut Emitter, half: Half) -> Vec<Jump> {
     e.store(frame_field!(found), A);
     // The jump table knows it from now on.
     e.load(A, next_rip());
-    hash(e, half);
-    e.store(Mem::at(B, offset_of!(Slot, rip)), A);
-    e.alu_imm(Alu::And, true, A, -4096);
-    e.store(Mem::at(B, offset_of!(Slot, base)), A);
-    e.load32(A, context(half));
-    e.store(Mem::at(B, offset_of!(Slot, context)), A);
+    slot(e, half);
     e.load(A, frame_field!(found));
     e.store(Mem::at(B, offset_of!(Slot, code)), A);
+    e.load(A, next_rip());
+    e.store(Mem::at(B, offset_of!(Slot, rip)), A);
     e.alu(Alu::Cmp, false, A, A);
     unmapped.into_iter().chain([unknown]).collect()
 }
@@ -381,7 +377,7 @@ fn find_page(e: &mut Emitter) -> Vec<Jump> {
 fn find_upper_page(e: &mut Emitter) -> Vec<Jump> {
     e.mov(B, A);
     e.shr(true, B, 12);
-    e.alu_mem(Alu::Xor, false, B, salt(Half::Upper));
+    e.alu_mem(Alu::Xor, false, B, selected!(upper_salt));
     e.alu_imm(Alu::And, false, B, FETCHES as i32 - 1);
     e.shl(false, B, size_of::<Fetch>().trailing_zeros() as u8);
     e.alu_mem(Alu::Add, true, B, frame_field!(fetches));
@@ -405,40 +401,29 @@ fn by_half(e: &mut Emitter, mut emit: impl FnMut(&mut Emitter, Half)) {
     emit(e, Half::Upper);
 }
 
-/// The jumps of a [`compare_slot`] that fails.
-pub struct Unknown {
-    other_rip: Jump,
-    other_context: Jump,
-}
-
-/// Compares the jump table's slot of the RIP in [`A`], whose address goes to [`B`]; fails if the RIP isn't of that half.
-/// Clobbers [`A`].
-pub fn compare_slot(e: &mut Emitter, half: Half) -> Unknown {
-    hash(e, half);
+/// Compares the jump table's slot of the RIP in [`A`], whose address goes to [`B`]; jumps if it is another one's, as that of
+/// a RIP of the other half always is.
+pub fn compare_slot(e: &mut Emitter, half: Half) -> Jump {
+    slot(e, half);
     e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Slot, rip)));
-    let other_rip = e.jcc(cc::NOT_EQUAL);
-    e.load32(A, context(half));
-    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Slot, context)));
-    Unknown { other_rip, other_context: e.jcc(cc::NOT_EQUAL) }
+    e.jcc(cc::NOT_EQUAL)
 }
 
-/// Where [`compare_slot`] has failed: the RIP is in [`A`] again.
-pub fn unknown_rip(e: &mut Emitter, unknown: Unknown) {
-    e.bind(unknown.other_context);
-    e.load(A, Mem::at(B, offset_of!(Slot, rip)));
-    e.bind(unknown.other_rip);
-}
-
-/// Goes to the translation whose slot is at [`B`].
+/// Goes to the translation of the RIP in [`A`], whose slot is at [`B`].
 pub fn go(e: &mut Emitter) {
-    e.load(A, Mem::at(B, offset_of!(Slot, base)));
-    e.store(code_base(), A);
+    take_base(e);
     e.jmp_mem(Mem::at(B, offset_of!(Slot, code)));
 }
 
+/// RIPs count from the page of the one in [`A`].
+pub fn take_base(e: &mut Emitter) {
+    e.alu_imm(Alu::And, true, A, -4096);
+    e.store(code_base(), A);
+}
+
 /// What follows [`compare_slot`] where that jumped: leaves if there is no translation.
-fn search(e: &mut Emitter, unknown: Unknown, find: usize, miss: usize) {
-    unknown_rip(e, unknown);
+fn search(e: &mut Emitter, unknown: Jump, find: usize, miss: usize) {
+    e.bind(unknown);
     e.call(find);
     let nothing = e.jcc(cc::NOT_EQUAL);
     e.point(nothing, miss);
@@ -481,6 +466,7 @@ fn elsewhere(e: &mut Emitter, find: usize, miss: usize) -> usize {
         e.load(A, frame_field!(scratch));
         e.alu_imm(Alu::Sub, true, A, LOOKUP_BYTES as i32);
         e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Slot, code)));
+        e.load(A, Mem::at(B, offset_of!(Slot, rip)));
         let same = e.jcc(cc::EQUAL);
         go(e);
         e.bind(same);

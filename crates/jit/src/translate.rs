@@ -8,9 +8,10 @@ mod exits;
 mod slow;
 
 use crate::branch::Search;
+use crate::contexts::Half;
 use crate::emitter::{Alu, Emitter, Jump, cc};
+use crate::frame::code_base;
 use crate::groups::{BASES, Groups, groups};
-use crate::jumps::Half;
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::memory_path::Cold;
 use crate::native::Unencodable;
@@ -276,6 +277,10 @@ impl<'a> Translator<'a> {
     fn run(&mut self, part: &Part<'_>, starts: &mut Vec<(usize, Option<Kind>)>) -> Result<(), Unencodable> {
         let (instructions, steps) = (&part.instructions, &part.steps);
         self.head = self.e.here();
+        if self.block.is_legacy() {
+            // Its RIPs aren't those of a page, which the jump table's count from.
+            self.e.store_imm(code_base(), 0);
+        }
         self.e.alu_imm(Alu::Sub, true, BUDGET, self.block.cost as i32);
         self.spent = Some(self.e.jcc(cc::SIGN));
         for (at, step) in steps.iter().enumerate() {

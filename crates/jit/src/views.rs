@@ -43,10 +43,12 @@ pub struct Selected {
     /// Mask of a slot's offset in bytes.
     pub mask: u64,
     pub generation: u64,
-    /// Numbers of the fetch stamps and code mode in force, by [`Half`](crate::jumps::Half).
+    /// Numbers of the fetch stamps and code mode in force, by [`Half`](crate::contexts::Half).
     pub context: [u32; 2],
-    /// What they change in the jump table's hash.
-    pub salt: [u32; 2],
+    /// Their jump tables.
+    pub jumps: [u64; 2],
+    /// What the upper half's context changes in the hash of [`Fetches`](crate::jumps::Fetches).
+    pub upper_salt: u64,
     /// The MMU's fetch stamps in force.
     pub stamps: [u64; 2],
     /// 1: RDTSC can't fault, and no other processor's time has to be looked at.
@@ -54,8 +56,16 @@ pub struct Selected {
 }
 
 impl Selected {
-    pub const NONE: Self =
-        Self { slots: 0, mask: 0, generation: 0, context: [0; 2], salt: [0; 2], stamps: [0; 2], tsc_usable: 0 };
+    pub const NONE: Self = Self {
+        slots: 0,
+        mask: 0,
+        generation: 0,
+        context: [0; 2],
+        jumps: [0; 2],
+        upper_salt: 0,
+        stamps: [0; 2],
+        tsc_usable: 0,
+    };
 }
 
 /// No epoch: that of no view.
@@ -139,6 +149,12 @@ impl Frame {
     /// What views select may depend on something else than before.
     pub fn forget_all_views(&mut self) {
         self.views.iter_mut().for_each(|view| view.epoch = NEVER);
+    }
+
+    /// The context of that number isn't known any more.
+    pub fn forget_views_of(&mut self, context: u32) {
+        let those = self.views.iter_mut().filter(|view| view.selected.context.contains(&context));
+        those.for_each(|view| view.epoch = NEVER);
     }
 
     /// As [`know_view`](Self::know_view) if numbers of contexts may be others than before.

@@ -2,8 +2,8 @@
 
 use super::Engine;
 use super::translations::{State, Translation};
+use crate::contexts::Half;
 use crate::emitter::displacement;
-use crate::jumps::Half;
 use crate::translate::{Exit, other_code};
 
 /// A direct exit, and the translation it belongs to.

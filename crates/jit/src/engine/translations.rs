@@ -2,7 +2,8 @@
 
 use super::links::KnownExit;
 use super::{Engine, LARGEST};
-use crate::jumps::{Half, Place};
+use crate::contexts::Half;
+use crate::jumps::Place;
 use crate::listing::{self, Translated};
 use crate::mechanisms::Mechanism;
 use crate::traces::trace;
@@ -203,7 +204,7 @@ impl Engine {
         self.traces.clear();
         self.moved.clear();
         self.misses.forget_code();
-        self.jumps.clear();
+        self.contexts.clear_jumps();
         self.fetches.clear();
         self.places.clear();
         self.pending = None;
