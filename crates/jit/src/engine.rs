@@ -356,10 +356,8 @@ impl Engine {
             context.jumps.enter(rip, code);
         }
         let context = context.number;
-        if jumps {
-            if translation.is_placed() && Half::of(rip) == Half::Upper {
-                self.fetches.enter(rip, context, translation.offset);
-            }
+        if jumps && translation.is_placed() && Half::of(rip) == Half::Upper {
+            self.fetches.enter(rip, context, translation.offset);
         }
         if let Some((pending, from)) = self.pending.take().filter(|_| !self.options.off.has(Mechanism::Links)) {
             self.link(pending, from, &translation, rip, context);

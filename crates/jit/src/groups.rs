@@ -1,5 +1,6 @@
-//! Accesses of a block that are checked together: those by the same base register, near each other, with no
-//! operation's function between them. The first one's check covers all, so that the others can't miss or fault.
+//! Accesses of a block, or of those that a trace has in a row, that are checked together: those by the same base register, near
+//! each other, with no operation's function between them. The first one's check covers all, so that the others can't miss or
+//! fault.
 
 use crate::memory_path::Access;
 use crate::native::writes_first;
@@ -8,6 +9,7 @@ use crate::ranges::MARGIN;
 use crate::registers::guest;
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register};
 use umbra_arch::segment::Seg;
+use umbra_cpu::block::MAX_OPS;
 use umbra_cpu::decode::register_index;
 use umbra_cpu::op::{CODE_BASE, NO_REG, Op};
 
@@ -71,13 +73,19 @@ impl Groups {
         self.inside >> op & 1 != 0
     }
 
+    /// Those of operations `start` to `end`, as a block of their own.
+    fn part(&self, start: usize, end: usize) -> Self {
+        let of = |set: u64| set.checked_shr(start as u32).unwrap_or(0);
+        Self { checks: self.checks[start..end].to_vec(), inside: of(self.inside), covered: of(self.covered) }
+    }
+
     /// Whether `op` looks memory up, and all of it is covered.
     pub fn cover(&self, op: usize) -> bool {
         self.covered >> op & 1 != 0
     }
 }
 
-/// A group that can still grow. Positions count from the value that its base had at the block's start.
+/// A group that can still grow. Positions count from the value that its base had at the first block's start.
 #[derive(Clone, Copy)]
 struct Open {
     number: usize,
@@ -87,40 +95,73 @@ struct Open {
     from: i32,
     to: i32,
     access: Access,
+    /// A block has ended since: one behind it may not be come to, so that its writes aren't checked here.
+    settled: bool,
     last: usize,
 }
 
-/// Plans a block's groups.
-pub fn groups(instructions: &[Instruction], ops: &[Op], steps: &[Step], info: &mut InstructionInfoFactory) -> Groups {
-    let reaches: Vec<_> =
-        (0..instructions.len()).map(|at| reaches(&instructions[at], &ops[at], steps[at].kind)).collect();
+/// A block whose groups are planned.
+#[derive(Clone, Copy)]
+pub struct Member<'a> {
+    pub instructions: &'a [Instruction],
+    pub ops: &'a [Op],
+    pub steps: &'a [Step],
+}
+
+/// Plans the groups of blocks of which each follows the one before, and of no more operations than a block may have: those of
+/// each block. Numbers begin with `next`, behind which there are those that were used then.
+pub fn groups(blocks: &[Member<'_>], next: &mut usize, info: &mut InstructionInfoFactory) -> Vec<Groups> {
+    let ops = blocks.iter().flat_map(|block| {
+        let kinds = block.steps.iter().map(|step| step.kind);
+        block.instructions.iter().zip(block.ops).zip(kinds).map(|((i, op), kind)| (i, op, kind))
+    });
+    let ops: Vec<_> = ops.collect();
+    debug_assert!(ops.len() <= MAX_OPS, "sets of operations have {MAX_OPS} bits");
+    let ends = ends(blocks);
+    let reaches: Vec<_> = ops.iter().map(|&(i, op, kind)| reaches(i, op, kind)).collect();
     let mut used = [0u8; BASES];
     reaches.iter().flatten().flatten().flatten().for_each(|reach| used[reach.base as usize] += 1);
     if used.iter().all(|&uses| uses < 2) {
-        return Groups::default();
+        return vec![Groups::default(); blocks.len()];
     }
     let mut planner = Planner {
         groups: Groups { checks: vec![[Check::Own; LOOKUPS]; ops.len()], inside: 0, covered: 0 },
         open: [None; BASES],
         moved: [0; BASES],
-        next: 0,
+        next: *next,
     };
-    for (at, i) in instructions.iter().enumerate() {
+    for (at, &(i, op, kind)) in ops.iter().enumerate() {
         for (nth, reach) in reaches[at].iter().enumerate() {
             if let Some(Some(reach)) = reach {
                 planner.access(at, nth, *reach);
             }
         }
-        planner.pass(i, &ops[at], steps[at].kind, info);
+        planner.pass(i, op, kind, info);
+        if ends.contains(&(at + 1)) {
+            planner.settle();
+        }
     }
     (0..BASES).for_each(|base| planner.close(base));
+    *next = planner.next;
     let mut groups = planner.groups;
     for (at, reaches) in reaches.iter().enumerate() {
         let lookups = reaches.iter().flatten().count();
         let covered = groups.checks[at][..lookups].iter().all(|check| matches!(check, Check::Covered(..)));
         groups.covered |= u64::from(lookups > 0 && covered) << at;
     }
-    groups
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    starts.zip(&ends).map(|(start, &end)| groups.part(start, end)).collect()
+}
+
+/// Where each block ends, as operations are counted through all of them.
+fn ends(blocks: &[Member<'_>]) -> Vec<usize> {
+    let lengths = blocks.iter().map(|block| block.instructions.len());
+    lengths
+        .scan(0, |end, length| {
+            *end += length;
+            Some(*end)
+        })
+        .collect()
 }
 
 struct Planner {
@@ -138,7 +179,8 @@ impl Planner {
         let to = from.saturating_add(reach.bytes as i32);
         if let Some(open) = &mut self.open[base] {
             let (low, high) = (open.from.min(from), open.to.max(to));
-            if high.saturating_sub(low) <= WIDEST {
+            let allowed = !open.settled || open.access == Access::Write || reach.access == Access::Read;
+            if allowed && high.saturating_sub(low) <= WIDEST {
                 (open.from, open.to, open.last) = (low, high, at);
                 if reach.access == Access::Write {
                     open.access = Access::Write;
@@ -150,7 +192,13 @@ impl Planner {
         }
         let (number, moved) = (self.next, self.moved[base]);
         self.next += 1;
-        self.open[base] = Some(Open { number, first: (at, nth), moved, from, to, access: reach.access, last: at });
+        self.open[base] =
+            Some(Open { number, first: (at, nth), moved, from, to, access: reach.access, settled: false, last: at });
+    }
+
+    /// A block ends.
+    fn settle(&mut self) {
+        self.open.iter_mut().flatten().for_each(|open| open.settled = true);
     }
 
     fn close(&mut self, base: usize) {

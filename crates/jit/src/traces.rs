@@ -3,6 +3,7 @@
 //!
 //! Each block charges its own cost, and can be left as if it were alone.
 
+use crate::groups::groups;
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::plan::Kind;
 use crate::recipes;
@@ -58,6 +59,10 @@ pub fn join<'a>(mut parts: Vec<Part<'a>>, off: Mechanisms, info: &mut Instructio
     if loops && !branches(&parts[1]) {
         parts.truncate(1);
     }
+    plan_groups(&mut parts, loops, off, info);
+    if !off.has(Mechanism::Flags) {
+        parts.iter_mut().for_each(|part| recipes::plan(&mut part.steps, &part.instructions, info));
+    }
     for at in 1..parts.len() {
         let (before, behind) = parts.split_at_mut(at);
         let (Some(from), Some(to)) = (before.last_mut(), behind.first_mut()) else { break };
@@ -82,4 +87,21 @@ pub fn join<'a>(mut parts: Vec<Part<'a>>, off: Mechanisms, info: &mut Instructio
         }
     }
     parts
+}
+
+/// Plans which accesses are checked together: through all parts unless the last one is come to from itself, too, or
+/// one has shown that it misses.
+fn plan_groups(parts: &mut [Part<'_>], loops: bool, off: Mechanisms, info: &mut InstructionInfoFactory) {
+    if off.has(Mechanism::Groups) {
+        return;
+    }
+    let mut next = 0;
+    let apart = loops || parts.iter().any(Part::is_alone);
+    for parts in parts.chunks_mut(if apart { 1 } else { LONGEST }) {
+        if !parts[0].is_alone() {
+            let members: Vec<_> = parts.iter().map(Part::member).collect();
+            let groups = groups(&members, &mut next, info);
+            parts.iter_mut().zip(groups).for_each(|(part, groups)| part.take_groups(groups, off));
+        }
+    }
 }

@@ -11,7 +11,7 @@ use crate::branch::Search;
 use crate::contexts::Half;
 use crate::emitter::{Alu, Emitter, Jump, cc};
 use crate::frame::code_base;
-use crate::groups::{BASES, Groups, groups};
+use crate::groups::{BASES, Groups, Member};
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::memory_path::Cold;
 use crate::native::Unencodable;
@@ -21,7 +21,7 @@ use crate::registers::{A, BUDGET};
 use crate::returns::{Elsewhere, TooDeep};
 use crate::stubs::Stubs;
 use crate::system::System;
-use crate::{recipes, traces, vector, x87};
+use crate::{traces, vector, x87};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory};
 use umbra_cpu::block::Block;
 use umbra_cpu::op::Op;
@@ -145,19 +145,25 @@ pub enum End {
 }
 
 impl<'a> Part<'a> {
-    fn new(source: Source<'a>, off: Mechanisms, info: &mut InstructionInfoFactory) -> Self {
-        let block = source.block;
-        let instructions = decode(block, source.bytes);
-        let mut steps = plan(&instructions, &block.ops, off);
-        let mut all = Groups::default();
-        if !source.alone && !off.has(Mechanism::Groups) {
-            all = groups(&instructions, &block.ops, &steps, info);
-            regard_groups(&mut steps, &instructions, &all, off);
-        }
-        if !off.has(Mechanism::Flags) {
-            recipes::plan(&mut steps, &instructions, info);
-        }
-        Self { source, instructions, steps, groups: all, recipe: None, end: End::Exits }
+    fn new(source: Source<'a>, off: Mechanisms) -> Self {
+        let instructions = decode(source.block, source.bytes);
+        let steps = plan(&instructions, &source.block.ops, off);
+        Self { source, instructions, steps, groups: Groups::default(), recipe: None, end: End::Exits }
+    }
+
+    /// Whether its accesses may be checked together with others.
+    pub fn is_alone(&self) -> bool {
+        self.source.alone
+    }
+
+    /// As a block whose groups are planned.
+    pub fn member(&self) -> Member<'_> {
+        Member { instructions: &self.instructions, ops: &self.source.block.ops, steps: &self.steps }
+    }
+
+    pub fn take_groups(&mut self, groups: Groups, off: Mechanisms) {
+        regard_groups(&mut self.steps, &self.instructions, &groups, off);
+        self.groups = groups;
     }
 
     /// Every operation by its function: no encoder is asked.
@@ -174,7 +180,7 @@ impl<'a> Part<'a> {
 /// Translates a trace for these offsets of the code memory. The numbers of the exits begin with `first_exit`.
 pub fn translate(trace: &[Source<'_>], at: Offsets, first_exit: usize, settings: Settings<'_>) -> Code {
     let mut info = InstructionInfoFactory::new();
-    let parts = trace.iter().map(|&source| Part::new(source, settings.off, &mut info)).collect();
+    let parts = trace.iter().map(|&source| Part::new(source, settings.off)).collect();
     let native = emit(&traces::join(parts, settings.off, &mut info), at, first_exit, settings);
     native.unwrap_or_else(|Unencodable| {
         let parts: Vec<_> = trace.iter().take(1).map(|&source| Part::by_functions(source)).collect();
@@ -187,11 +193,14 @@ fn emit(parts: &[Part<'_>], at: Offsets, first_exit: usize, settings: Settings<'
     let mut code = Code { parts: parts.len(), ..Code::default() };
     let mut e = Emitter::new(at.often);
     let mut translators = Vec::with_capacity(parts.len());
+    let mut checked = [None; BASES];
     for part in parts {
         let mut translator = Translator::new(part, settings, e);
+        translator.checked = checked;
         translator.run(part, &mut code.starts)?;
         code.helpers += part.steps.iter().filter(|step| step.kind == Kind::Helper).count();
         e = std::mem::take(&mut translator.e);
+        checked = translator.checked;
         translators.push(translator);
     }
     code.starts.push((e.bytes.len(), None));
