@@ -9,7 +9,6 @@ use crate::ranges::MARGIN;
 use crate::registers::guest;
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register};
 use umbra_arch::segment::Seg;
-use umbra_cpu::block::MAX_OPS;
 use umbra_cpu::decode::register_index;
 use umbra_cpu::op::{CODE_BASE, NO_REG, Op};
 
@@ -108,15 +107,15 @@ pub struct Member<'a> {
     pub steps: &'a [Step],
 }
 
-/// Plans the groups of blocks of which each follows the one before, and of no more operations than a block may have: those of
-/// each block. Numbers begin with `next`, behind which there are those that were used then.
+/// Plans the groups of blocks of which each follows the one before, of 64 operations at most: those of each block. Their
+/// numbers count from `next`.
 pub fn groups(blocks: &[Member<'_>], next: &mut usize, info: &mut InstructionInfoFactory) -> Vec<Groups> {
     let ops = blocks.iter().flat_map(|block| {
         let kinds = block.steps.iter().map(|step| step.kind);
         block.instructions.iter().zip(block.ops).zip(kinds).map(|((i, op), kind)| (i, op, kind))
     });
     let ops: Vec<_> = ops.collect();
-    debug_assert!(ops.len() <= MAX_OPS, "sets of operations have {MAX_OPS} bits");
+    debug_assert!(ops.len() <= u64::BITS as usize, "sets of operations are a number's bits");
     let ends = ends(blocks);
     let reaches: Vec<_> = ops.iter().map(|&(i, op, kind)| reaches(i, op, kind)).collect();
     let mut used = [0u8; BASES];
