@@ -132,3 +132,14 @@ fn flags_survive_an_alignment_check_in_a_group() {
         compare_on(|| prepared(&code, data), &code, data, SMALL, &[TICKS]).unwrap();
     }
 }
+
+/// In place twice, the loop is come to from itself, too: what was checked before is another address then.
+#[test]
+fn a_loop_that_moves_the_stack_is_checked_each_round() {
+    // mov ecx, 40; push rcx; sub ecx, 1; jnz push
+    let mut body = point(4, WINDOW + 0x2040);
+    body.extend([0xb9, 40, 0, 0, 0, 0x51, 0x83, 0xe9, 1, 0x75, 0xfa]);
+    body.extend(point(4, NEAR_END));
+    let code = looped(body.into_iter());
+    compare_on(|| prepared(&code, 5), &code, 5, SMALL, &[TICKS]).unwrap();
+}
