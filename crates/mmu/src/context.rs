@@ -126,6 +126,31 @@ const fn allowed(raw: Rights, view: &View) -> u8 {
     allowed
 }
 
+/// What to set in a page's tag to get those for reads, writes and fetches, by the accesses that are allowed.
+const TAGS: [[u64; 3]; 16] = tag_table();
+
+const fn tag_table() -> [[u64; 3]; 16] {
+    let mut table = [[Entry::INVALID; 3]; 16];
+    let mut allowed = 0;
+    while allowed < 16 {
+        let [read, write, fetch] = &mut table[allowed as usize];
+        if allowed & READ != 0 {
+            *read = 0;
+        }
+        if allowed & WRITE != 0 {
+            *write = 0;
+        }
+        if allowed & REPORTED_WRITE != 0 {
+            *write = Entry::REPORTED;
+        }
+        if allowed & FETCH != 0 {
+            *fetch = 0;
+        }
+        allowed += 1;
+    }
+    table
+}
+
 /// A block of the pool; `entries` is 0 until it is needed.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Column {
@@ -136,7 +161,7 @@ pub(crate) struct Column {
     pub keys: u32,
     /// Fills since the last clear: nothing is held when 0.
     pub held: u32,
-    fills: u32,
+    /// Of the fills since growth was last thought of, those that evicted something.
     conflicts: u32,
 }
 
@@ -150,14 +175,10 @@ impl Column {
     fn slot(&self, page: u64) -> usize {
         self.base as usize + ((page >> 12) & self.mask()) as usize
     }
-    /// Whether fills have evicted so much that a larger block pays.
+    /// Whether fills have evicted so much that a larger block pays: looked at each time that it could have been filled.
+    #[inline(always)]
     fn wants_growth(&mut self) -> bool {
-        if self.fills < self.entries {
-            return false;
-        }
-        let crowded = self.conflicts >= self.entries / 4;
-        (self.fills, self.conflicts) = (0, 0);
-        crowded
+        self.held & (self.entries - 1) == 0 && std::mem::take(&mut self.conflicts) >= self.entries / 4
     }
 }
 
@@ -245,9 +266,8 @@ impl Pool {
     #[inline(always)]
     pub(crate) fn fill(&mut self, column: &mut Column, page: u64, allowed: u8, addend: u64) -> bool {
         let tag = page | column.generation;
-        let pick = |bit| if allowed & bit != 0 { tag } else { Entry::INVALID };
-        let tag_write = if allowed & REPORTED_WRITE != 0 { tag | Entry::REPORTED } else { pick(WRITE) };
-        let new = Entry { tag_read: pick(READ), tag_write, tag_fetch: pick(FETCH), addend };
+        let [read, write, fetch] = TAGS[allowed as usize % TAGS.len()];
+        let new = Entry { tag_read: tag | read, tag_write: tag | write, tag_fetch: tag | fetch, addend };
         let slot = &mut self.entries[column.slot(page)];
         if slot.holds(tag) {
             self.withdrawals += u64::from(!new.allows_all_of(slot));
@@ -255,7 +275,6 @@ impl Pool {
             column.conflicts += u32::from(slot.in_use(column.generation));
         }
         *slot = new;
-        column.fills += 1;
         column.held = column.held.saturating_add(1);
         column.wants_growth()
     }

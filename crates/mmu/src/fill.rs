@@ -1,8 +1,8 @@
 //! The slow path: shadow tree first, guest walk on a shadow miss, then the contexts.
 
-use crate::context::{ALLOWED, FETCH, READ, REPORTED_WRITE, WRITE};
+use crate::context::{ALLOWED, FETCH, READ, REPORTED_WRITE, WRITE, column_of};
 use crate::event::Event;
-use crate::format::Decoded;
+use crate::format::{Decoded, is_leaf};
 use crate::hints::Hint;
 use crate::mmu::{Mmu, Translation};
 use crate::rights::{self, Rights};
@@ -11,7 +11,7 @@ use crate::shadow::{Fresh, Link, ShadowEntry, rights_of};
 use crate::tables::MemoryTables;
 use crate::walk::{self, Path, Reached, Regime, Step, Top};
 use crate::writers::Full;
-use umbra_arch::paging::{Access, AccessKind, entry};
+use umbra_arch::paging::{Access, AccessKind, entry, pfec};
 use umbra_arch::{Fault, Gpa, GpaPage, Gva};
 use umbra_memory::{Backing, PageFlags, RamOffset};
 
@@ -22,8 +22,18 @@ const MAX_DEPTH: usize = 5;
 #[derive(Clone, Copy)]
 struct Found {
     gpa: Gpa,
-    rights: Rights,
-    dirty: bool,
+    /// The leaf, with the rights over all levels.
+    leaf: ShadowEntry,
+}
+
+/// What became of a walk by one entry.
+enum Walked {
+    /// The shadow tree has it now.
+    Kept(Found),
+    /// It led here; nothing may be kept of it, as the entry lies in ROM without A.
+    Passing(Gpa),
+    /// Somebody changed the entry meanwhile.
+    Changed,
 }
 
 /// The last shadow page on the way to a linear address.
@@ -37,12 +47,6 @@ struct Last {
     above: u64,
 }
 
-impl Found {
-    fn at(reached: &Reached) -> Found {
-        Found { gpa: reached.gpa, rights: reached.rights, dirty: reached.dirty }
-    }
-}
-
 impl Mmu {
     /// Translates one byte: sets A and D bits, marks the page of a write dirty, fills the fast tables.
     /// `gva` is canonical, in legacy modes of 32 bits. An explicit access to an absent page is answered
@@ -54,20 +58,35 @@ impl Mmu {
         self.check_memory_map();
         self.maybe_drop();
         let Some(last) = self.last_page(gva.raw()) else { return self.translate_from_top(gva, access) };
-        if !last.entry.is_leaf() {
-            let raw = self.guest_entry(&last);
-            if raw & entry::P == 0 {
-                return Err(self.not_present(gva, access));
+        let mut known = None;
+        if last.entry.is_leaf() {
+            let found = self.leaf_of(gva.raw(), &last);
+            self.check(gva, access, &found)?;
+            known = (access.kind != AccessKind::Write || is_written(&found)).then_some(found);
+        }
+        let found = match known {
+            Some(found) => found,
+            None => {
+                let raw = self.guest_entry(&last);
+                if raw & entry::P == 0 {
+                    return Err(self.not_present(gva, access));
+                }
+                if !is_leaf(raw, self.shadow.page(last.index).role) {
+                    return self.translate_by_walk(gva, access, Some(&last));
+                }
+                match self.walk_leaf(gva, access, &last, raw)? {
+                    Walked::Kept(found) => found,
+                    Walked::Passing(gpa) => return Ok(self.reach(gpa, access).0),
+                    Walked::Changed => return self.translate_by_walk(gva, access, Some(&last)),
+                }
             }
-            return self.translate_by_last(gva, access, &last, raw);
-        }
-        let found = self.leaf_of(gva.raw(), &last);
-        rights::check(found.rights, access, &self.view).map_err(|code| Fault::page(gva.raw(), code))?;
-        if access.kind == AccessKind::Write && !is_written(&found) {
-            let raw = self.guest_entry(&last);
-            return self.translate_by_last(gva, access, &last, raw);
-        }
-        Ok(self.finish(gva, access, &found))
+        };
+        Ok(self.finish(gva, access, found))
+    }
+
+    #[inline(always)]
+    fn check(&self, gva: Gva, access: Access, found: &Found) -> Result<(), Fault> {
+        rights::check(found.leaf.rights(), access, &self.view).map_err(|code| Fault::page(gva.raw(), code))
     }
 
     /// Finds the last shadow page on the way to `gva` under the current root, which notes that its contexts may hold what
@@ -136,8 +155,9 @@ impl Mmu {
             return self.translate_by_walk(gva, access, None);
         }
         let gpa = Gpa::new(gva.raw() & 0xffff_ffff);
-        rights::check(Rights::ALL, access, &self.view).map_err(|code| Fault::page(gva.raw(), code))?;
-        Ok(self.finish(gva, access, &Found { gpa, rights: Rights::ALL, dirty: true }))
+        let found = Found { gpa, leaf: ShadowEntry::leaf(gpa.page().base(), Rights::ALL, true) };
+        self.check(gva, access, &found)?;
+        Ok(self.finish_walk(gva, access, found))
     }
 
     /// Follows a root's shadow pages to the last one on the way to `gva`: it holds the leaf, or lacks the next entry.
@@ -171,31 +191,59 @@ impl Mmu {
         self.hints.set(gva, end);
     }
 
-    /// The slow path's end, nearly always: all of the way but its end is in the shadow tree, and of guest tables a walk
-    /// has to read but one entry, `raw`.
-    #[inline(never)]
-    fn translate_by_last(&mut self, gva: Gva, access: Access, last: &Last, raw: u64) -> Result<Translation, Fault> {
+    /// The walk that is left to do nearly always: all of the way but its end is in the shadow tree, and of guest tables
+    /// there is but one entry to read, the leaf `raw`.
+    #[inline(always)]
+    fn walk_leaf(&mut self, gva: Gva, access: Access, last: &Last, raw: u64) -> Result<Walked, Fault> {
         let page = self.shadow.page(last.index);
-        let mut step = Step { table: page.table.base(), role: page.role, index: last.at as u16, raw };
-        let mut tables = MemoryTables { watcher: &self.watcher, reads: 0 };
-        let above = rights_of(last.above, 0);
-        let reached = match walk::walk_last(&mut tables, &mut step, above, &self.format, gva, access, &self.view) {
-            Ok(Some(reached)) => reached,
-            Ok(None) => return self.translate_by_walk(gva, access, Some(last)),
-            Err(fault) => {
-                self.count_walk(gva, access, 1, Err(fault));
-                return Err(fault);
-            }
+        let Some(leaf) = page.leaf(raw) else {
+            let code = pfec::P | pfec::RSVD | rights::attempt_code(access, &self.view);
+            return Err(self.walk_faulted(gva, access, Fault::page(gva.raw(), code)));
         };
-        self.count_walk(gva, access, 1, Ok(reached.gpa));
-        if reached.dirtied {
-            self.refresh_aliases(&step);
+        let found = found_at(gva.raw(), page.shift, leaf, last.above);
+        let allowed = self.check(gva, access, &found);
+        if !cfg!(umbra_mutant = "flags-set-before-rights-are-checked") {
+            allowed.map_err(|fault| self.walk_faulted(gva, access, fault))?;
         }
-        self.shadow.page_mut(last.index).used();
-        match self.set_leaf(last.index, &step, &reached) {
-            Some(()) => Ok(self.finish(gva, access, &Found::at(&reached))),
-            None => Ok(self.reach(reached.gpa, access).0),
+        let wanted = raw | entry::A | if access.kind == AccessKind::Write { entry::D } else { 0 };
+        let mut marked = raw;
+        if raw != wanted && self.shadow.page(last.index).is_ram {
+            if !self.mark_entry(last, raw, wanted) {
+                return Ok(Walked::Changed);
+            }
+            marked = wanted;
         }
+        allowed?;
+        self.count_walk(gva, access, 1, Ok(found.gpa));
+        if marked & entry::A == 0 {
+            return Ok(Walked::Passing(found.gpa));
+        }
+        let dirty = if marked & entry::D != 0 { ShadowEntry::D } else { 0 };
+        let page = self.shadow.page_mut(last.index);
+        page.used();
+        page.set(last.at, ShadowEntry(leaf.0 | dirty));
+        Ok(Walked::Kept(Found { leaf: ShadowEntry(found.leaf.0 | dirty), ..found }))
+    }
+
+    /// Sets A, or D, or both in the last entry of a walk. False if somebody changed it since it was read.
+    #[inline(always)]
+    fn mark_entry(&mut self, last: &Last, raw: u64, marked: u64) -> bool {
+        let page = self.shadow.page(last.index);
+        let (off, bytes) = (page.offset_of(last.at), page.role.format.entry_bytes());
+        let gpa = page.table.base().add(off.raw() & 0xfff);
+        let tables = MemoryTables { watcher: &self.watcher, reads: 0 };
+        let done = tables.replace(gpa, off, bytes, raw, marked);
+        if done && (marked ^ raw) & entry::D != 0 {
+            self.refresh_aliases(off);
+        }
+        done
+    }
+
+    /// A walk by the last entry alone has faulted.
+    #[cold]
+    fn walk_faulted(&mut self, gva: Gva, access: Access, fault: Fault) -> Fault {
+        self.count_walk(gva, access, 1, Err(fault));
+        fault
     }
 
     /// A walk from the last table that is shadowed, or from the root.
@@ -223,14 +271,16 @@ impl Mmu {
                 return Err(fault);
             }
         };
-        if let Some(step) = path.steps().last().filter(|_| reached.dirtied) {
-            self.refresh_aliases(step);
+        if let Some(step) = path.steps().last().filter(|_| reached.dirtied)
+            && let Some(off) = self.mem.map(step.table.page()).at(step.entry().offset()).readable()
+        {
+            self.refresh_aliases(off);
         }
         let last = self.install(gva, &path, &reached, from.is_none()).and_then(|()| self.last_page(gva.raw()));
         Ok(match last.filter(|last| last.entry.is_leaf()) {
             Some(last) => {
                 let found = self.leaf_of(gva.raw(), &last);
-                self.finish(gva, access, &found)
+                self.finish_walk(gva, access, found)
             }
             None => self.reach(reached.gpa, access).0,
         })
@@ -242,14 +292,13 @@ impl Mmu {
         Regime { top: Top::Table(page.table.base()), role: page.role, ..*whole }
     }
 
-    /// The walk has set D in an entry that other shadow pages of the same frame may hold too. (Entries without A
-    /// nobody holds.)
-    fn refresh_aliases(&mut self, step: &Step) {
+    /// The walk has set D in the entry at `off`, which other shadow pages of the same frame may hold too. (Entries without
+    /// A nobody holds.)
+    fn refresh_aliases(&mut self, off: RamOffset) {
         if cfg!(umbra_mutant = "aliases-of-a-table-not-refreshed") {
             return;
         }
-        let Some(off) = self.mem.map(step.table.page()).readable() else { return };
-        let at_byte = step.entry().offset();
+        let at_byte = off.raw() & 0xfff;
         let mut next = self.shadow.first_of_frame(off);
         while let Some(index) = next {
             let page = self.shadow.page(index);
@@ -259,14 +308,15 @@ impl Mmu {
         }
     }
 
-    /// Makes a present entry agree with the guest's, or drops it. True if it was dropped.
+    /// Makes an entry agree with the guest's, if it is present, or drops it. True if it was dropped.
     #[inline(always)]
     pub(crate) fn refresh_entry(&mut self, index: u32, at: usize) -> bool {
         self.shadow.page(index).entries[at].is_present() && self.refresh_present_entry(index, at)
     }
 
+    /// Makes a present entry agree with the guest's, or drops it. True if it was dropped.
     #[inline(never)]
-    fn refresh_present_entry(&mut self, index: u32, at: usize) -> bool {
+    pub(crate) fn refresh_present_entry(&mut self, index: u32, at: usize) -> bool {
         let raw = self.shadow.guest_entry(&self.mem, index, at);
         let stale = self.shadow.refresh(index, at, raw, &self.format) == Fresh::Stale;
         if stale {
@@ -337,13 +387,14 @@ impl Mmu {
 
     /// Finds or makes the shadow page of a table in a role.
     pub(crate) fn shadow_page_of(&mut self, table: GpaPage, role: PageRole) -> Option<u32> {
-        let off = self.mem.map(table).readable()?;
+        let backing = self.mem.map(table);
+        let off = backing.readable()?;
         if let Some(index) = self.shadow.find(off, table, role) {
             return Some(index);
         }
         self.stats.pages_allocated += 1;
         self.events.note(|| Event::PageAllocated { table, role });
-        let index = self.shadow.allocate(off, table, role);
+        let index = self.shadow.allocate(backing, table, role, &self.format)?;
         if self.watcher.claim(off, PageFlags::WATCHED) {
             self.drop_write_tags(off);
         }
@@ -367,65 +418,56 @@ impl Mmu {
         (Translation { gpa, backing, absent }, flags)
     }
 
+    #[inline(never)]
+    fn finish_walk(&mut self, gva: Gva, access: Access, found: Found) -> Translation {
+        self.finish(gva, access, found)
+    }
+
     #[inline(always)]
-    fn finish(&mut self, gva: Gva, access: Access, found: &Found) -> Translation {
+    fn finish(&mut self, gva: Gva, access: Access, found: Found) -> Translation {
         let (translation, flags) = self.reach(found.gpa, access);
-        match translation.backing {
-            Backing::Ram(_) if is_away(flags) => {}
-            Backing::Ram(off) => {
-                let write = match flags.intersects(PageFlags::REPORTED) {
-                    _ if !is_written(found) || !flags.contains(PageFlags::DIRTY) => 0,
-                    true => REPORTED_WRITE,
-                    false => WRITE,
-                };
-                // A store to a table or to code: what can be cached is cached.
-                if access.kind != AccessKind::Write || write == WRITE || !self.is_cached(gva, write != 0) {
-                    self.fill(gva, found, off, write);
-                }
-            }
-            Backing::Rom(off) => self.fill(gva, found, off, 0),
-            Backing::Mmio => {}
+        let (off, write) = match translation.backing {
+            Backing::Ram(_) if is_away(flags) => return translation,
+            Backing::Ram(off) if !is_written(&found) || !flags.contains(PageFlags::DIRTY) => (off, 0),
+            Backing::Ram(off) if flags.intersects(PageFlags::REPORTED) => (off, REPORTED_WRITE),
+            Backing::Ram(off) => (off, WRITE),
+            Backing::Rom(off) => (off, 0),
+            Backing::Mmio => return translation,
+        };
+        // A store to a table or to code: what can be cached is cached.
+        if access.kind != AccessKind::Write || write == WRITE || !self.is_cached(gva, write != 0) {
+            let view = if access.implicit { self.view.implicit() } else { self.view };
+            self.fill(gva, column_of(&view), found.leaf, off, write);
         }
         translation
     }
 
-    /// Writes all columns of the current root from the raw rights; `write` is what its page allows of writes.
-    #[inline(never)]
-    fn fill(&mut self, gva: Gva, found: &Found, off: RamOffset, write: u8) {
+    /// Writes a column of the current root by a leaf with the rights over all levels; `write` is what its page allows of
+    /// writes. Other columns follow when they miss: mostly they never do.
+    #[inline(always)]
+    fn fill(&mut self, gva: Gva, at: usize, leaf: ShadowEntry, off: RamOffset, write: u8) {
         let page = gva.raw() & !0xfff;
-        let Rights { write: w, user, exec, key } = found.rights;
-        let rights = w as usize | (user as usize) << 1 | (exec as usize) << 2;
-        let key = 1 << (key + if user { 0 } else { 16 });
-        let mut mask = FETCH;
-        if self.restricted & key == 0 {
-            mask |= READ | write;
-        }
-        // Some column may get a write tag; remembering one too many costs nothing but its place.
+        let rights = leaf.rights_index();
+        // With a key under restrictions only fetches may be fast, which heed no keys.
+        let (mask, key) = match leaf.key_bit() {
+            key if self.restricted & key == 0 => (FETCH | READ | write, key),
+            _ => (FETCH, 0),
+        };
+        // The column may get a write tag; remembering one too many costs nothing but its place.
         if mask & WRITE != 0 {
             self.record_writer(off, page);
         }
         self.stats.refills += 1;
         let addend = self.ram.wrapping_add(off.page_base().raw()).wrapping_sub(page);
         let Some(root) = &mut self.roots.slots[self.current] else { return };
-        let mut grown = false;
-        let mut left = root.existing;
-        while left != 0 {
-            let at = left.trailing_zeros() as usize;
-            left &= left - 1;
-            let column = &mut root.columns[at];
-            let allowed = ALLOWED[at][rights] & mask;
-            if allowed == 0 {
-                continue;
-            }
-            if allowed != FETCH {
-                column.keys |= key;
-            }
-            if self.pool.fill(column, page, allowed, addend) && self.pool.grow(column) {
-                self.stats.context_growths += 1;
-                grown = true;
-            }
+        let column = &mut root.columns[at];
+        let allowed = ALLOWED[at][rights] & mask;
+        if !column.exists() || allowed == 0 {
+            return;
         }
-        if grown {
+        column.keys |= key;
+        if self.pool.fill(column, page, allowed, addend) && self.pool.grow(column) {
+            self.stats.context_growths += 1;
             self.sync_active();
         }
     }
@@ -443,16 +485,12 @@ impl Mmu {
 /// D is set: a write needs no walk.
 #[inline]
 fn is_written(found: &Found) -> bool {
-    found.dirty || cfg!(umbra_mutant = "clean-pages-written-without-a-walk")
+    found.leaf.is_dirty() || cfg!(umbra_mutant = "clean-pages-written-without-a-walk")
 }
 
-#[inline]
-fn found_at(gva: u64, shift: u32, entry: ShadowEntry, above: u64) -> Found {
-    Found {
-        gpa: entry.frame().add(gva & ((1 << shift) - 1)),
-        rights: rights_of(entry.0 & above, entry.key()),
-        dirty: entry.is_dirty(),
-    }
+#[inline(always)]
+fn found_at(gva: u64, shift: u32, leaf: ShadowEntry, above: u64) -> Found {
+    Found { gpa: leaf.frame().add(gva & ((1 << shift) - 1)), leaf: leaf.below(above) }
 }
 
 /// Explicit accesses to such a page must come here.

@@ -65,6 +65,52 @@ const fn bits(high: u32, low: u32) -> u64 {
     if high < low { 0 } else { (!0u64 >> (63 - high)) & (!0u64 << low) }
 }
 
+/// How the leaves of a table are read, or its other entries: what a [`Format`] and a role come to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct EntryMasks {
+    /// Bits that must be 0.
+    reserved: u64,
+    address: u64,
+    /// Address bits 39:32, where a 4 MiB page has them.
+    high_address: u64,
+    execute_disable: u64,
+    key: u64,
+}
+
+impl EntryMasks {
+    /// The present entry `raw` has no reserved bit set.
+    #[inline(always)]
+    pub(crate) const fn are_legal(&self, raw: u64) -> bool {
+        raw & self.reserved == 0
+    }
+
+    /// First byte of the page or table that `raw` leads to.
+    #[inline(always)]
+    pub(crate) const fn base(&self, raw: u64) -> Gpa {
+        Gpa::new(raw & self.address | (raw & self.high_address) << 19)
+    }
+
+    /// What `raw` itself allows.
+    #[inline(always)]
+    pub(crate) const fn rights(&self, raw: u64) -> Rights {
+        Rights {
+            write: raw & entry::W != 0 || self.is_writable_by_mistake(raw),
+            user: raw & entry::U != 0,
+            exec: raw & self.execute_disable == 0,
+            key: ((raw & self.key) >> KEY.trailing_zeros()) as u8,
+        }
+    }
+
+    const fn is_writable_by_mistake(&self, raw: u64) -> bool {
+        let large = self.address & 1 << 12 == 0;
+        large && cfg!(umbra_mutant = "large-pages-always-writable")
+            || large && cfg!(umbra_mutant = "wp-ignored-for-large-pages") && raw & entry::U == 0
+    }
+}
+
+/// A leaf's protection key, in the formats that have one.
+const KEY: u64 = bits(62, 59);
+
 impl Format {
     /// Reads `raw` as an entry of a table with `role`.
     #[inline(always)]
@@ -73,42 +119,34 @@ impl Format {
             return Decoded::NotPresent;
         }
         let leaf = is_leaf(raw, role);
-        if raw & self.reserved(role, leaf) != 0 {
+        let masks = self.masks(role, leaf);
+        if !masks.are_legal(raw) {
             return Decoded::Reserved;
         }
-        let accessed = raw & entry::A != 0;
-        let rights = Rights {
-            write: raw & entry::W != 0
-                || cfg!(umbra_mutant = "large-pages-always-writable") && leaf && role.level > 1
-                || cfg!(umbra_mutant = "wp-ignored-for-large-pages") && leaf && role.level > 1 && raw & entry::U == 0,
-            user: raw & entry::U != 0,
-            exec: !(role.nxe && raw & entry::XD != 0),
-            key: if leaf && matches!(role.format, EntryFormat::Long) { ((raw >> 59) & 15) as u8 } else { 0 },
-        };
+        let (base, rights, accessed) = (masks.base(raw), masks.rights(raw), raw & entry::A != 0);
         if leaf {
-            Decoded::Leaf { base: self.frame(raw, role), rights, accessed, dirty: raw & entry::D != 0 }
+            Decoded::Leaf { base, rights, accessed, dirty: raw & entry::D != 0 }
         } else {
-            Decoded::Table { table: Gpa::new(raw & self.address_bits(role)), rights, accessed }
+            Decoded::Table { table: base, rights, accessed }
         }
     }
 
-    const fn address_bits(&self, role: PageRole) -> u64 {
-        match role.format {
+    /// How leaves, or other entries, of a table with `role` are read.
+    #[inline(always)]
+    pub(crate) const fn masks(&self, role: PageRole, leaf: bool) -> EntryMasks {
+        let address = match role.format {
             EntryFormat::None => 0,
             EntryFormat::Short => 0xffff_f000,
             EntryFormat::Pae | EntryFormat::Long => bits(51, 12),
+        };
+        let large_short = leaf && matches!(role.format, EntryFormat::Short) && role.level == 2;
+        EntryMasks {
+            reserved: self.reserved(role, leaf),
+            address: if leaf { address & !0u64 << role.format.shift(role.level) } else { address },
+            high_address: if large_short && self.pse36 { bits(20, 13) } else { 0 },
+            execute_disable: if role.nxe { entry::XD } else { 0 },
+            key: if leaf && matches!(role.format, EntryFormat::Long) { KEY } else { 0 },
         }
-    }
-
-    /// The first byte of the page that a leaf maps.
-    #[inline]
-    const fn frame(&self, raw: u64, role: PageRole) -> Gpa {
-        let size = role.format.shift(role.level);
-        let mut base = raw & self.address_bits(role) & (!0u64 << size);
-        if matches!(role.format, EntryFormat::Short) && role.level == 2 && self.pse36 {
-            base |= (raw & bits(20, 13)) << 19;
-        }
-        Gpa::new(base)
     }
 
     /// Bits that must be 0 in a present entry.
@@ -152,8 +190,9 @@ impl Format {
     }
 }
 
+/// Whether `raw` maps a page, if it is present in a table with `role`.
 #[inline]
-const fn is_leaf(raw: u64, role: PageRole) -> bool {
+pub(crate) const fn is_leaf(raw: u64, role: PageRole) -> bool {
     let ps = raw & entry::PS != 0;
     match (role.format, role.level) {
         (_, 1) => true,

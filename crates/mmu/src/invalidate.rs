@@ -94,41 +94,57 @@ impl Mmu {
     }
 
     /// Drops one present entry and all that the contexts hold because of it.
+    #[inline(always)]
     pub(crate) fn drop_entry(&mut self, index: u32, at: usize) {
         let page = self.shadow.page(index);
-        let entry = page.entries[at];
-        let (roots, anywhere) = (page.roots, page.anywhere);
+        let (table, role) = (page.table, page.role);
         let shift = if cfg!(umbra_mutant = "format-from-the-mode-in-force") {
-            self.cpu_role().root_page_role(false).format.shift(page.role.level)
+            self.cpu_role().root_page_role(false).format.shift(role.level)
         } else {
             page.shift
         };
-        let (table, level) = (page.table, page.role.level);
+        let (roots, anywhere) = (page.roots, page.anywhere);
         let only_base = if let [base] = page.bases[..] { Some(base) } else { None };
-        self.events.note(|| Event::EntryDropped { table, level, index: at });
-        self.shadow.set(index, at, ShadowEntry::default());
-        if !entry.is_leaf() && self.shadow.get(entry.child()).is_none() {
+        self.events.note(|| Event::EntryDropped { table, level: role.level, index: at });
+        let entry = self.shadow.take(index, at);
+        let is_small = entry.is_leaf() && shift == 12;
+        if is_small && (!entry.is_executable() || self.holds_no_code(entry.frame())) {
+            // Nearly always.
+            if let Some(base) = only_base.filter(|_| !anywhere) {
+                return self.clear_page(roots, base.wrapping_add((at as u64) << 12));
+            }
+        } else if !entry.is_leaf() && self.shadow.get(entry.child()).is_none() {
             // What was below went when the child was freed.
             return;
+        } else if entry.is_executable() {
+            self.fetches_ended(index, at, shift);
         }
+        self.dropped(index, at, entry, shift);
+    }
+
+    /// Fetches by an entry of a shadow page that covers 2 to the power of `shift` bytes may have ended.
+    #[cold]
+    fn fetches_ended(&mut self, index: u32, at: usize, shift: u32) {
+        self.renew_stamps(self.shadow.page(index).roots);
+        let page = self.shadow.page(index);
+        let is_upper = |base: &u64| base.wrapping_add((at as u64) << shift) >> 63 != 0;
+        // What is topmost has both halves.
+        let upper = if page.is_child { page.anywhere || page.bases.iter().any(is_upper) } else { at >= UPPER };
+        if upper {
+            self.upper_half_changed(index);
+        }
+    }
+
+    /// Clears what the contexts hold because of `entry`, which was dropped.
+    #[inline(never)]
+    fn dropped(&mut self, index: u32, at: usize, entry: ShadowEntry, shift: u32) {
         if !entry.is_leaf() && !cfg!(umbra_mutant = "hints-outlive-links") {
             self.hints.forget();
         }
-        if entry.is_executable() && !(entry.is_leaf() && shift == 12 && self.holds_no_code(entry.frame())) {
-            self.renew_stamps(roots);
-            let page = self.shadow.page(index);
-            let is_upper = |base: &u64| base.wrapping_add((at as u64) << shift) >> 63 != 0;
-            // What is topmost has both halves.
-            let upper = if page.is_child { anywhere || page.bases.iter().any(is_upper) } else { at >= UPPER };
-            if upper {
-                self.upper_half_changed(index);
-            }
-        }
-        if anywhere {
+        let page = self.shadow.page(index);
+        let roots = page.roots;
+        if page.anywhere {
             return self.clear_columns(roots);
-        }
-        if let Some(base) = only_base.filter(|_| entry.is_leaf() && shift == 12) {
-            return self.clear_page(roots, base.wrapping_add((at as u64) << 12));
         }
         let mut known = 0;
         while let Some(&base) = self.shadow.page(index).bases.get(known) {
@@ -156,11 +172,10 @@ impl Mmu {
             Some(child) if child.role.level == 1 && child.present <= 64 => present_at(&child.entries).collect(),
             _ => return self.clear_range(roots, gva, pages),
         };
-        for at in singles {
-            self.clear_page(roots, gva.wrapping_add(at << 12));
-        }
+        singles.into_iter().for_each(|at| self.clear_range(roots, gva.wrapping_add(at << 12), 1));
     }
 
+    #[inline(never)]
     fn clear_range(&mut self, roots: u64, gva: u64, pages: u64) {
         if pages.saturating_mul(u64::from(roots.count_ones())) > MAX_SINGLE_CLEARS {
             return self.clear_columns(roots);
@@ -170,6 +185,7 @@ impl Mmu {
         }
     }
 
+    #[inline(always)]
     fn clear_page(&mut self, roots: u64, page: u64) {
         let pool = &mut self.pool;
         self.roots.for_each_in(roots, |root| {
@@ -216,9 +232,7 @@ impl Mmu {
                 let bases = page.bases.clone();
                 let singles: Vec<u64> = present_at(&page.entries).collect();
                 for base in bases {
-                    for &at in &singles {
-                        self.clear_page(roots, base.wrapping_add(at << 12));
-                    }
+                    singles.iter().for_each(|at| self.clear_range(roots, base.wrapping_add(at << 12), 1));
                 }
             } else {
                 self.clear_columns(roots);

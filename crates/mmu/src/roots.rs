@@ -124,7 +124,7 @@ impl RootCache {
     }
 
     /// Visits the roots of a set, one bit a slot.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn for_each_in(&mut self, set: u64, mut visit: impl FnMut(&mut Root)) {
         let mut left = set;
         while left != 0 {

@@ -4,12 +4,13 @@
 //! since entries keep raw rights and a lookup combines them on its way down. A link to a child names a
 //! page's index and serial number, so a freed child leaves no dangling link: the serial differs.
 
-use crate::format::{Decoded, Format};
+use crate::format::{Decoded, EntryMasks, Format, is_leaf};
 use crate::rights::Rights;
 use crate::role::PageRole;
 use smallvec::SmallVec;
+use umbra_arch::paging::entry;
 use umbra_arch::{Gpa, GpaPage};
-use umbra_memory::{GuestMemory, RamOffset};
+use umbra_memory::{Backing, GuestMemory, RamOffset};
 
 /// An entry of a shadow page. Bits 1..=3 are W, U and X so that combining rights is an AND.
 ///
@@ -23,17 +24,19 @@ impl ShadowEntry {
     pub(crate) const U: u64 = 4;
     pub(crate) const X: u64 = 8;
     pub(crate) const RIGHTS: u64 = Self::W | Self::U | Self::X;
-    const D: u64 = 1 << 4;
+    pub(crate) const D: u64 = 1 << 4;
     const LEAF: u64 = 1 << 5;
     const KEY_SHIFT: u32 = 6;
     const FRAME: u64 = 0x000f_ffff_ffff_f000;
     const INDEX_SHIFT: u32 = 10;
     const SERIAL_SHIFT: u32 = 30;
 
+    #[inline(always)]
     fn rights_bits(rights: Rights) -> u64 {
         let bit = |on, bit| if on { bit } else { 0 };
         bit(rights.write, Self::W) | bit(rights.user, Self::U) | bit(rights.exec, Self::X)
     }
+    #[inline(always)]
     pub(crate) fn leaf(base: Gpa, rights: Rights, dirty: bool) -> Self {
         let key = u64::from(rights.key) << Self::KEY_SHIFT;
         let dirty = if dirty { Self::D } else { 0 };
@@ -78,6 +81,26 @@ impl ShadowEntry {
     fn set_dirty(self) -> Self {
         Self(self.0 | Self::D)
     }
+    /// The entry below links whose rights bits are `above`.
+    #[inline(always)]
+    pub(crate) fn below(self, above: u64) -> Self {
+        Self(self.0 & (above | !Self::RIGHTS))
+    }
+    /// Raw rights.
+    #[inline(always)]
+    pub(crate) fn rights(self) -> Rights {
+        rights_of(self.0, self.key())
+    }
+    /// W, U and X as bits 0 to 2.
+    #[inline(always)]
+    pub(crate) fn rights_index(self) -> usize {
+        (self.0 & Self::RIGHTS) as usize >> 1
+    }
+    /// Its key, as in `View::restricted_keys`.
+    #[inline(always)]
+    pub(crate) fn key_bit(self) -> u32 {
+        1 << (self.key() + if self.0 & Self::U != 0 { 0 } else { 16 })
+    }
 }
 
 /// Raw rights from combined entry bits.
@@ -111,7 +134,11 @@ pub(crate) struct ShadowPage {
     /// The table's frame.
     pub table: GpaPage,
     pub off: RamOffset,
+    /// Walks can set A and D in it.
+    pub is_ram: bool,
     pub role: PageRole,
+    /// How its leaves are read.
+    pub leaves: EntryMasks,
     /// log2 of the bytes that one entry covers.
     pub shift: u32,
     /// Present entries.
@@ -154,6 +181,27 @@ impl ShadowPage {
     #[inline(always)]
     pub(crate) fn entry_for(&self, gva: u64) -> ShadowEntry {
         self.entries[self.index(gva)]
+    }
+
+    /// The leaf that the guest's entry `raw` is; `None` if it has a reserved bit set.
+    #[inline(always)]
+    pub(crate) fn leaf(&self, raw: u64) -> Option<ShadowEntry> {
+        let Self { leaves, .. } = self;
+        let leaf = ShadowEntry::leaf(leaves.base(raw), leaves.rights(raw), raw & entry::D != 0);
+        leaves.are_legal(raw).then_some(leaf)
+    }
+
+    /// Where its entry `at` is.
+    #[inline(always)]
+    pub(crate) fn offset_of(&self, at: usize) -> RamOffset {
+        self.off.add(at as u64 * self.role.format.entry_bytes())
+    }
+
+    /// Writes an entry and keeps the count.
+    #[inline(always)]
+    pub(crate) fn set(&mut self, at: usize, entry: ShadowEntry) {
+        let old = std::mem::replace(&mut self.entries[at], entry);
+        self.present = self.present + u32::from(entry.is_present()) - u32::from(old.is_present());
     }
 
     /// It serves as a table.
@@ -246,8 +294,8 @@ impl ShadowPages {
     pub(crate) fn guest_entry(&self, mem: &GuestMemory, index: u32, at: usize) -> u64 {
         let page = self.page(index);
         match page.role.format.entry_bytes() {
-            4 => u64::from(mem.load::<u32>(page.off.add(at as u64 * 4))),
-            _ => mem.load::<u64>(page.off.add(at as u64 * 8)),
+            4 => u64::from(mem.load::<u32>(page.offset_of(at))),
+            _ => mem.load::<u64>(page.offset_of(at)),
         }
     }
 
@@ -283,8 +331,15 @@ impl ShadowPages {
         None
     }
 
-    /// Makes an empty page. The caller marks the frame as watched.
-    pub(crate) fn allocate(&mut self, off: RamOffset, table: GpaPage, role: PageRole) -> u32 {
+    /// Makes an empty page; `None` where there is no memory. The caller marks the frame as watched.
+    pub(crate) fn allocate(
+        &mut self,
+        backing: Backing,
+        table: GpaPage,
+        role: PageRole,
+        format: &Format,
+    ) -> Option<u32> {
+        let off = backing.readable()?;
         self.last_serial = (self.last_serial + 1) & SERIAL_MASK;
         self.last_serial = self.last_serial.max(1);
         let length = 1 << role.format.index_bits();
@@ -294,7 +349,9 @@ impl ShadowPages {
             serial: self.last_serial,
             table,
             off: off.page_base(),
+            is_ram: matches!(backing, Backing::Ram(_)),
             role,
+            leaves: format.masks(role, true),
             shift: role.format.shift(role.level),
             present: 0,
             roots: 0,
@@ -320,7 +377,7 @@ impl ShadowPages {
         }
         self.heads[(off.raw() >> 12) as usize] = index + 1;
         self.live += 1;
-        index
+        Some(index)
     }
 
     /// Frees a page; answers whether its frame is no longer shadowed at all.
@@ -357,27 +414,41 @@ impl ShadowPages {
 
     /// Writes an entry and keeps the count.
     pub(crate) fn set(&mut self, index: u32, at: usize, entry: ShadowEntry) {
+        self.pages[index as usize].set(at, entry);
+    }
+
+    /// Clears a present entry and keeps the count.
+    #[inline(always)]
+    pub(crate) fn take(&mut self, index: u32, at: usize) -> ShadowEntry {
         let page = &mut self.pages[index as usize];
-        let old = std::mem::replace(&mut page.entries[at], entry);
-        page.present = page.present + u32::from(entry.is_present()) - u32::from(old.is_present());
+        page.present -= 1;
+        std::mem::take(&mut page.entries[at])
     }
 
     /// Compares a present entry with what the guest's entry `raw` says now.
+    #[inline(always)]
     pub(crate) fn refresh(&mut self, index: u32, at: usize, raw: u64, format: &Format) -> Fresh {
-        let page = &self.pages[index as usize];
+        let page = &mut self.pages[index as usize];
         let old = page.entries[at];
-        let decoded = format.decode(raw, page.role);
-        if decoded == Decoded::NotPresent {
-            return Fresh::Stale;
+        if !old.is_leaf() {
+            return self.refresh_link(index, at, raw, format);
         }
-        if self.says(old, page.role, decoded) {
-            return Fresh::Same;
+        let kept = raw & (entry::P | entry::A) == entry::P | entry::A && is_leaf(raw, page.role);
+        match page.leaf(raw).filter(|_| kept) {
+            Some(new) if new == old => Fresh::Same,
+            Some(new) if new == old.set_dirty() => {
+                page.entries[at] = new;
+                Fresh::Dirtied
+            }
+            _ => Fresh::Stale,
         }
-        if !old.is_dirty() && self.says(old.set_dirty(), page.role, decoded) && old.is_leaf() {
-            self.pages[index as usize].entries[at] = old.set_dirty();
-            return Fresh::Dirtied;
-        }
-        Fresh::Stale
+    }
+
+    #[inline(never)]
+    fn refresh_link(&self, index: u32, at: usize, raw: u64, format: &Format) -> Fresh {
+        let page = self.page(index);
+        let same = self.says(page.entries[at], page.role, format.decode(raw, page.role));
+        if same { Fresh::Same } else { Fresh::Stale }
     }
 
     /// Whether an entry of a page with `role` is what `decoded` asks for. A link to a freed child asks

@@ -2,7 +2,7 @@
 
 use crate::walk::{Exchange, Tables};
 use umbra_arch::Gpa;
-use umbra_memory::{Backing, GuestMemory, Watcher};
+use umbra_memory::{Backing, GuestMemory, RamOffset, Watcher};
 
 /// Entry reads and locked updates in guest memory, counted.
 pub(crate) struct MemoryTables<'a> {
@@ -45,23 +45,31 @@ impl Tables for MemoryTables<'_> {
 
     #[inline(always)]
     fn exchange(&mut self, gpa: Gpa, bytes: u64, old: u64, new: u64) -> Exchange {
-        let mem = self.watcher.memory();
-        let Backing::Ram(off) = mem.map(gpa.page()).at(gpa.offset()) else {
+        let Backing::Ram(off) = self.watcher.memory().map(gpa.page()).at(gpa.offset()) else {
             return Exchange::Ignored;
         };
+        if self.replace(gpa, off, bytes, old, new) { Exchange::Done } else { Exchange::Changed }
+    }
+}
+
+impl MemoryTables<'_> {
+    /// As [`Tables::exchange`] of the entry in RAM at `off`, which `gpa` names. False if somebody changed it since it was
+    /// read.
+    #[inline(always)]
+    pub(crate) fn replace(&self, gpa: Gpa, off: RamOffset, bytes: u64, old: u64, new: u64) -> bool {
+        let mem = self.watcher.memory();
         let done = if bytes == 4 {
             mem.compare_exchange(off, old as u32, new as u32).is_ok()
         } else {
             mem.compare_exchange(off, old, new).is_ok()
         };
-        if !done {
-            return Exchange::Changed;
+        if done {
+            // Entries lie in one page.
+            mem.note_store(off, 1);
+            if !cfg!(umbra_mutant = "walks-tell-nobody") {
+                self.watcher.walk_stored(gpa, off, bytes as u32);
+            }
         }
-        // Entries lie in one page.
-        mem.note_store(off, 1);
-        if !cfg!(umbra_mutant = "walks-tell-nobody") {
-            self.watcher.walk_stored(gpa, off, bytes as u32);
-        }
-        Exchange::Done
+        done
     }
 }

@@ -185,7 +185,9 @@ pub(crate) fn walk_below<T: Tables>(
     loop {
         let mut reached = look_below(tables, regime, above, gva, access, view, path)?;
         if tries == RETRIES || set_accessed_dirty(tables, path, &mut reached, access) {
-            check_late(&reached, gva, access, view)?;
+            if cfg!(umbra_mutant = "flags-set-before-rights-are-checked") {
+                rights::check(reached.rights, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
+            }
             return Ok(reached);
         }
         tries += 1;
@@ -270,44 +272,6 @@ fn follow(
             Ok(Next::Leaf(Reached { gpa, rights, own, base, dirty, dirtied: false }))
         }
     }
-}
-
-/// As [`walk_below`] by the one entry that `step` has read; `None` if it leads to another table, or somebody has changed
-/// it meanwhile.
-///
-/// # Errors
-/// As [`walk`].
-#[inline(always)]
-pub(crate) fn walk_last<T: Tables>(
-    tables: &mut T,
-    step: &mut Step,
-    above: Rights,
-    format: &Format,
-    gva: Gva,
-    access: Access,
-    view: &View,
-) -> Result<Option<Reached>, Fault> {
-    let next = match step.role {
-        // Nearly always: decoding has little to ask then.
-        role @ PageRole { level: 1, .. } => {
-            follow(step.raw, PageRole { level: 1, ..role }, above, format, gva, access, view)
-        }
-        role => follow(step.raw, role, above, format, gva, access, view),
-    };
-    let Next::Leaf(mut reached) = next? else { return Ok(None) };
-    if !set_flags(tables, step, access.kind == AccessKind::Write, &mut reached) {
-        return Ok(None);
-    }
-    check_late(&reached, gva, access, view)?;
-    Ok(Some(reached))
-}
-
-#[inline(always)]
-fn check_late(reached: &Reached, gva: Gva, access: Access, view: &View) -> Result<(), Fault> {
-    if cfg!(umbra_mutant = "flags-set-before-rights-are-checked") {
-        rights::check(reached.rights, access, view).map_err(|code| Fault::page(gva.raw(), code))?;
-    }
-    Ok(())
 }
 
 /// The identity of paging off; linear addresses have 32 bits there.
