@@ -129,11 +129,17 @@ impl Core {
             let place = self.place(op, lin, W::BYTES, AccessKind::Read)?;
             return Ok(self.load_place(bus, op, place, W::BYTES));
         }
-        let found = self.in_page(op, lin, W::BYTES, AccessKind::Read)?;
+        self.may_access(op, lin, W::BYTES, AccessKind::Read)?;
+        let found = self.mmu.translate(Gva::new(lin), Access::explicit(AccessKind::Read, self.s.cpl));
+        let found = match &found {
+            Ok(found) => found,
+            Err(fault) => return self.raise_page_fault(fault),
+        };
+        self.after_translation();
         match found.backing {
-            _ if found.absent => Err(self.is_absent(&found)),
+            _ if found.absent => Err(self.is_absent(found)),
             Backing::Ram(off) | Backing::Rom(off) => Ok(self.mem.load::<W>(off).zext()),
-            Backing::Mmio => Ok(self.load_place(bus, op, Place::One(found), W::BYTES)),
+            Backing::Mmio => Ok(self.load_place(bus, op, Place::One(*found), W::BYTES)),
         }
     }
 

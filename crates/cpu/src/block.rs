@@ -198,22 +198,20 @@ impl BlockCache {
         self.find_slow(c, rip)
     }
 
-    /// The block that follows `from`, which ran to its end without breaking: by link, else by
-    /// [`find`](Self::find). CS and code size are those of `from`.
+    /// The block that a link of `from` says comes next, and its number. CS and code size are those of `from`.
     #[inline(always)]
-    pub fn follow(&mut self, c: &mut Core, from: u32) -> Result<u32, Stop> {
+    pub(crate) fn linked(&self, from: &Block, c: &Core) -> Option<(u32, &Block)> {
         let (rip, stamp) = (c.next_rip, c.mmu.fetch_stamp());
-        for link in &self.blocks[from as usize].links {
-            let target = &self.blocks[link.block as usize];
-            if link.rip == rip && link.stamp == stamp && link.generation == target.generation {
-                return Ok(link.block);
-            }
-        }
-        self.link(c, from)
+        from.links.iter().find_map(|link| {
+            let target = self.block(link.block);
+            let holds = link.rip == rip && link.stamp == stamp && link.generation == target.generation;
+            holds.then_some((link.block, target))
+        })
     }
 
+    /// The block that follows `from`, which ran to its end without breaking and has no link to it yet.
     #[inline(never)]
-    fn link(&mut self, c: &mut Core, from: u32) -> Result<u32, Stop> {
+    pub(crate) fn link(&mut self, c: &mut Core, from: u32) -> Result<u32, Stop> {
         let generation = self.blocks[from as usize].generation;
         c.recent.push(c.block_rip, c.next_rip);
         let rip = c.next_rip;

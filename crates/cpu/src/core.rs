@@ -235,7 +235,7 @@ impl Core {
     }
 
     /// Replaces RFLAGS; the caller has masked what may change.
-    #[inline]
+    #[inline(always)]
     pub fn set_rflags(&mut self, value: u64) {
         self.flags = Flags::from_rflags(value);
         self.set_system_flags(value);
@@ -374,7 +374,7 @@ impl Core {
     }
 
     /// Replaces CS, and nothing else that addressing and decoding depend on.
-    #[inline]
+    #[inline(always)]
     pub fn set_code_segment(&mut self, cs: Segment) {
         self.break_block = true;
         let old = &mut self.s.seg[Seg::Cs as usize];

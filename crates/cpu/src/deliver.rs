@@ -186,7 +186,9 @@ impl Core {
         } else {
             self.deliver_legacy(bus, event, rip)?;
         }
-        if let Event::Fault(Fault::DEBUG) | Event::Trap(Fault::DEBUG) | Event::Icebp = event {
+        if event.vector() == vector::DB
+            && let Event::Fault(Fault::DEBUG) | Event::Trap(Fault::DEBUG) | Event::Icebp = event
+        {
             self.s.dr7 &= !DR7_GD;
         }
         Ok(())

@@ -3,7 +3,7 @@
 //! Time and counters are exact at every exit: a block's cost is charged when it ends, a fault charges the
 //! prefix before it, and a block longer than the budget runs only as far as the budget reaches.
 
-use crate::block::BlockCache;
+use crate::block::{Block, BlockCache};
 use crate::core::{Core, EngineError, EngineOptions};
 use crate::deliver::Event;
 use crate::op::Stop;
@@ -22,6 +22,63 @@ pub struct Interpreter {
     pub(crate) single: bool,
     /// End of the running slice.
     until: VirtualTime,
+}
+
+/// Where a run of blocks has left the last one, and why.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Left {
+    /// It ran to its end, and no link leads on.
+    AtEnd,
+    /// It ran to its end, and something is due.
+    Due,
+    /// It ran to its end, as did the slice.
+    Spent,
+    /// It didn't run: only a part of it may.
+    AtStart,
+    /// Behind this operation, which asked for it.
+    Behind(usize),
+    /// In this operation, which has stopped.
+    In(usize, Stop),
+}
+
+/// Runs a whole block, unless instructions are to run one by one or `until` comes before its end, and counts what
+/// `retired`. `Ok` if the next one can follow at once.
+#[inline(always)]
+fn whole_block(
+    c: &mut Core,
+    bus: &mut dyn Bus,
+    block: &Block,
+    (single, until): (bool, VirtualTime),
+    retired: &mut u64,
+) -> Result<(), Left> {
+    c.enter_block(block);
+    c.break_block = false;
+    let end = c.clock.plus(u64::from(block.cost));
+    if single || end > until {
+        return Err(Left::AtStart);
+    }
+    let mut ops = block.ops.iter().enumerate();
+    if c.resumes()
+        && let Some((first, op)) = ops.next()
+    {
+        (op.exec)(c, bus, op).map_err(|stop| Left::In(first, stop))?;
+        if c.break_block {
+            return Err(Left::Behind(first));
+        }
+        c.s.rflags &= !rflags::RF;
+    }
+    for (at, op) in ops {
+        (op.exec)(c, bus, op).map_err(|stop| Left::In(at, stop))?;
+        if c.break_block {
+            return Err(Left::Behind(at));
+        }
+    }
+    *retired += block.ops.len() as u64;
+    c.clock = end;
+    if c.check_events {
+        return Err(Left::Due);
+    }
+    if end >= until { Err(Left::Spent) } else { Ok(()) }
 }
 
 impl Interpreter {
@@ -137,14 +194,43 @@ impl Interpreter {
     pub(crate) fn chain(&mut self, bus: &mut dyn Bus, first: Result<u32, Stop>, until: VirtualTime) -> Option<Exit> {
         let mut found = first;
         loop {
-            let number = match found {
+            let mut number = match found {
                 Ok(number) => number,
                 Err(stop) => return self.not_found(bus, stop),
             };
-            if let Err(left) = self.whole_block(bus, number, until) {
+            let left = self.linked_blocks(bus, &mut number, until);
+            if left != Left::AtEnd {
+                return self.left(bus, number, left, until);
+            }
+            found = self.cache.link(&mut self.core, number);
+        }
+    }
+
+    /// Runs block `number` and those that are linked to it, as long as they run to their ends. Why it left the last one,
+    /// which `number` is then.
+    #[inline(always)]
+    fn linked_blocks(&mut self, bus: &mut dyn Bus, number: &mut u32, until: VirtualTime) -> Left {
+        let mut block = self.cache.block(*number);
+        loop {
+            if let Err(left) = whole_block(&mut self.core, bus, block, (self.single, until), &mut self.retired) {
                 return left;
             }
-            found = self.cache.follow(&mut self.core, number);
+            match self.cache.linked(block, &self.core) {
+                Some((next, target)) => (*number, block) = (next, target),
+                None => return Left::AtEnd,
+            }
+        }
+    }
+
+    /// Does what is left to do about a block. What the slice ends with, if it ends.
+    #[inline(always)]
+    fn left(&mut self, bus: &mut dyn Bus, number: u32, left: Left, until: VirtualTime) -> Option<Exit> {
+        match left {
+            Left::AtEnd | Left::Spent => None,
+            Left::Due => self.after(bus),
+            Left::AtStart => self.part(bus, number, until),
+            Left::Behind(last) => self.ended(bus, number, last),
+            Left::In(last, stop) => self.ended_by(bus, number, last, stop),
         }
     }
 
@@ -154,47 +240,11 @@ impl Interpreter {
         self.stopped(bus, stop, rip)
     }
 
-    /// Runs a block. `Ok` if the next one can follow at once, else what the slice ends with, if it ends.
-    #[inline(always)]
-    pub(crate) fn whole_block(
-        &mut self,
-        bus: &mut dyn Bus,
-        number: u32,
-        until: VirtualTime,
-    ) -> Result<(), Option<Exit>> {
+    /// Runs one block, or as much of it as `until` allows. What the slice ends with, if it ends.
+    pub(crate) fn one_whole_block(&mut self, bus: &mut dyn Bus, number: u32, until: VirtualTime) -> Option<Exit> {
         let block = self.cache.block(number);
-        let c = &mut self.core;
-        c.enter_block(block);
-        c.break_block = false;
-        if self.single || c.clock.plus(u64::from(block.cost)) > until {
-            return Err(self.part(bus, number, until));
-        }
-        let mut ops = block.ops.iter().enumerate();
-        if c.resumes()
-            && let Some((first, op)) = ops.next()
-        {
-            if let Err(stop) = (op.exec)(c, bus, op) {
-                return Err(self.ended_by(bus, number, first, stop));
-            }
-            if c.break_block {
-                return Err(self.ended(bus, number, first));
-            }
-            c.s.rflags &= !rflags::RF;
-        }
-        for (done, op) in ops {
-            if let Err(stop) = (op.exec)(c, bus, op) {
-                return Err(self.ended_by(bus, number, done, stop));
-            }
-            if c.break_block {
-                return Err(self.ended(bus, number, done));
-            }
-        }
-        self.retired += block.ops.len() as u64;
-        c.clock = c.clock.plus(u64::from(block.cost));
-        if c.check_events {
-            return Err(self.after(bus));
-        }
-        if c.clock >= until { Err(None) } else { Ok(()) }
+        let ran = whole_block(&mut self.core, bus, block, (self.single, until), &mut self.retired);
+        ran.err().and_then(|left| self.left(bus, number, left, until))
     }
 
     /// Runs a block only as far as the budget reaches, or one instruction of it.

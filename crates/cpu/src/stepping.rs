@@ -70,7 +70,7 @@ impl Interpreter {
 
     /// Interprets one block, or as much of it as `until` allows.
     pub fn run_block(&mut self, bus: &mut dyn Bus, number: u32, until: VirtualTime) -> Option<Exit> {
-        self.whole_block(bus, number, until).err().flatten()
+        self.one_whole_block(bus, number, until)
     }
 
     /// Interprets blocks one after the other until something has to be looked at. They are all of one code size.

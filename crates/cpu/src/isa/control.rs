@@ -28,7 +28,7 @@ pub const ROWS: &[Row] = &[
         _ => Some(smsw_mem),
     }),
     Row::new(M::Clts, "CLTS-Clear Task-Switched Flag in CR0", |_| Some(clts)).ends(),
-    Row::new(M::Invlpg, "INVLPG-Invalidate TLB Entries", |_| Some(invlpg)).ends(),
+    Row::new(M::Invlpg, "INVLPG-Invalidate TLB Entries", |_| Some(invlpg)),
     Row::new(M::Invpcid, "INVPCID-Invalidate Process-Context Identifier", |_| Some(invpcid))
         .needs(Feature::Invpcid)
         .ends(),
