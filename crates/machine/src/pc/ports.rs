@@ -133,9 +133,10 @@ impl Pc {
         }
     }
 
-    /// Collects what the serial port sent and looks for the expected string in it.
+    /// Collects what the serial port sent and looks for the expected string in it. The host gets a line when it ends.
     pub(super) fn collect_serial(&mut self) {
         let bytes = self.devices.com1.take_output();
+        self.attention |= bytes.ends_with(b"\n");
         if !bytes.is_empty() && self.serial.push(&bytes) {
             self.ask(Request::Expected);
         }
