@@ -249,13 +249,13 @@ impl BlockCache {
         Ok(number)
     }
 
-    /// The block behind the end of block `number`, if that is 64-bit code and the page goes on there.
-    pub fn behind(&self, number: u32) -> Option<u32> {
+    /// The block at `rip`, which counts as those of block `number` do, if that is 64-bit code and both lie in one page.
+    pub fn in_page(&self, number: u32, rip: u64) -> Option<u32> {
         let block = self.block(number);
-        let same_page = !block.is_legacy() && !block.crosses() && block.end_rip >> 12 == block.rip >> 12;
-        let offset = block.offset + block.end_rip.wrapping_sub(block.rip);
-        let key = Key { offset, rip: block.end_rip, mode: block.mode };
-        self.number_of(&key).filter(|&next| same_page && !self.block(next).crosses())
+        let same_page = !block.is_legacy() && !block.crosses() && rip >> 12 == block.rip >> 12;
+        let offset = block.offset.wrapping_add(rip.wrapping_sub(block.rip));
+        let key = Key { offset, rip, mode: block.mode };
+        self.number_of(&key).filter(|&other| same_page && !self.block(other).crosses())
     }
 
     fn number_of(&self, key: &Key) -> Option<u32> {

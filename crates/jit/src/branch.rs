@@ -67,7 +67,7 @@ impl Translator<'_> {
                 }
             }
             Kind::System(system) => self.system_call(system, self.site(at), next),
-            _ => self.exit(op.imm),
+            _ => self.goes(op.imm),
         }
     }
 

@@ -89,6 +89,8 @@ pub(crate) struct Engine {
     stubs_end: usize,
     /// By block number.
     states: Vec<State>,
+    /// By block number: how often it was left for another one than that behind it while it was interpreted.
+    went: Vec<u8>,
     exits: Vec<KnownExit>,
     /// By block number: the first blocks of the traces that it is a part of.
     traces: HashMap<u32, Vec<u32>>,
@@ -156,6 +158,7 @@ impl Jit {
             code,
             stubs,
             states: Vec::new(),
+            went: Vec::new(),
             exits: Vec::new(),
             traces: HashMap::new(),
             moved: HashMap::new(),
@@ -303,7 +306,10 @@ impl Engine {
             _ => {
                 self.pending = None;
                 self.look_up = true;
-                self.interp.run_block(bus, number, until)
+                let from = self.interp.core().next_rip;
+                let exit = self.interp.run_block(bus, number, until);
+                self.note_way(number, from);
+                exit
             }
         }
     }

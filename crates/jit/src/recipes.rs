@@ -4,10 +4,10 @@
 use crate::bits::Bits;
 use crate::emitter::Alu;
 use crate::frame::{frame_field, gpr};
-use crate::plan::{Kind, ShiftKind, Step, has_memory, reads_flags, width, writes_all_flags};
+use crate::plan::{Kind, ShiftKind, has_memory, reads_flags, width, writes_all_flags};
 use crate::registers::{A, B, FLAGS, Reg, home};
 use crate::shifts::shift_count;
-use crate::translate::Translator;
+use crate::translate::{Part, Translator};
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register};
 use umbra_arch::rflags;
 use umbra_cpu::decode::register_index;
@@ -100,56 +100,69 @@ fn is_high_byte(register: Register) -> bool {
     matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
 }
 
-/// Takes the saving of flags from operations that have a [`Recipe`], and gives that to those whose functions may be
-/// called before other flags replace them.
-pub fn plan(steps: &mut [Step], instructions: &[Instruction], info: &mut InstructionInfoFactory) {
-    for at in 0..instructions.len() {
-        let recipe = Recipe::of(&instructions[at], steps[at].kind).filter(|_| steps[at].live);
-        if recipe.is_some_and(|recipe| give(&recipe, &mut steps[at + 1..], &instructions[at + 1..], info)) {
-            steps[at].live = false;
-            steps[at].keeps = matches!(steps[at].kind, Kind::Shift(_) | Kind::Imul);
+/// An operation of a trace: its part, and where it is there.
+type Place = (usize, usize);
+
+/// Takes the saving of flags from operations that have a [`Recipe`], and gives that to those whose functions may be called, and
+/// to those parts that may be left at their heads, before other flags replace them. Where a branch looks at flags that only
+/// what leaves the trace wants besides, they are saved there.
+pub fn plan(parts: &mut [Part<'_>], info: &mut InstructionInfoFactory) {
+    let of_part = |(part, steps): (usize, &Part<'_>)| (0..steps.instructions.len()).map(move |at| (part, at));
+    let places: Vec<Place> = parts.iter().enumerate().flat_map(of_part).collect();
+    for (n, &(part, at)) in places.iter().enumerate() {
+        let (i, step) = (&parts[part].instructions[at], parts[part].steps[at]);
+        let Some(recipe) = Recipe::of(i, step.kind).filter(|_| step.live) else { continue };
+        let Some(found) = replaced(&recipe, parts, &places[n + 1..], info) else { continue };
+        if found.over_branch && step.kind != Kind::Arithmetic {
+            continue;
+        }
+        for &(part, at) in &places[n + 1..][..=found.after] {
+            parts[part].steps[at].recipe = Some(recipe);
+            if at == 0 {
+                parts[part].recipe = Some(recipe);
+            }
+        }
+        let step = &mut parts[part].steps[at];
+        step.unsaved = found.over_branch;
+        if !found.over_branch {
+            step.live = false;
+            step.keeps = matches!(step.kind, Kind::Shift(_) | Kind::Imul);
         }
     }
 }
 
-/// Likewise for the operation before a block's branch, if the trace goes on with `next`: the recipe for that block's head.
-pub fn carry(
-    steps: &mut [Step],
-    instructions: &[Instruction],
-    next: (&mut [Step], &[Instruction]),
-    info: &mut InstructionInfoFactory,
-) -> Option<Recipe> {
-    let at = instructions.len().checked_sub(2)?;
-    let arithmetic = steps[at].live && steps[at].kind == Kind::Arithmetic;
-    let recipe = Recipe::of(&instructions[at], steps[at].kind).filter(|_| arithmetic)?;
-    let given = give(&recipe, next.0, next.1, info);
-    steps[at].unsaved = given;
-    given.then_some(recipe)
+/// Where flags are replaced.
+struct Replaced {
+    /// So many operations later.
+    after: usize,
+    /// The branch behind the operation that they are of looks at them.
+    over_branch: bool,
 }
 
-/// Gives a recipe to the operations behind the one that it is for, up to where its flags are replaced; false if
-/// anything but slow paths looks at them before, or the recipe can't be followed as long as there are any.
-fn give(recipe: &Recipe, steps: &mut [Step], instructions: &[Instruction], info: &mut InstructionInfoFactory) -> bool {
-    let end = replaced(recipe, steps, instructions, info);
-    steps[..end.map_or(0, |end| end + 1)].iter_mut().for_each(|step| step.recipe = Some(*recipe));
-    end.is_some()
-}
-
-/// The operation that replaces the flags, unless anything but slow paths looks at them before or the recipe is spoilt.
+/// Where flags are replaced by those of one of the operations `behind`, unless anything else looks at them before or the
+/// recipe is spoilt.
 fn replaced(
     recipe: &Recipe,
-    steps: &[Step],
-    instructions: &[Instruction],
+    parts: &[Part<'_>],
+    behind: &[Place],
     info: &mut InstructionInfoFactory,
-) -> Option<usize> {
-    let mut spoilt = false;
-    for (next, (step, i)) in steps.iter().zip(instructions).enumerate() {
-        let kind = step.kind;
+) -> Option<Replaced> {
+    let (mut spoilt, mut over_branch) = (false, false);
+    for (after, &(part, at)) in behind.iter().enumerate() {
+        let (i, kind) = (&parts[part].instructions[at], parts[part].steps[at].kind);
+        if parts[part].goes_on_behind(at) {
+            // The next part may be left at its head.
+            if spoilt || kind == Kind::Jcc && after > 0 {
+                return None;
+            }
+            over_branch |= kind == Kind::Jcc;
+            continue;
+        }
         if looks_at_flags(kind) || reads_flags(i) || spoilt && kind.accesses_memory(i) {
             return None;
         }
         if writes_all_flags(kind) {
-            return Some(next);
+            return Some(Replaced { after, over_branch });
         }
         spoilt |= info.info(i).used_registers().iter().any(|used| {
             let written = !matches!(used.access(), OpAccess::None | OpAccess::Read | OpAccess::CondRead);

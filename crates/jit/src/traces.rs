@@ -1,4 +1,4 @@
-//! Blocks that are translated together: behind a conditional branch comes the block that it mostly goes to. What the
+//! Blocks that are translated together: behind a direct branch comes the block that it mostly goes to. What the
 //! flags were then often needn't be saved: the blocks behind replace them.
 //!
 //! Each block charges its own cost, and can be left as if it were alone.
@@ -17,18 +17,20 @@ const LONGEST: usize = 4;
 /// Operations of a trace at most.
 const MOST_OPS: usize = 40;
 
-/// The blocks that a trace from block `first` on has; a loop has its only block twice.
-pub fn trace(first: u32, blocks: &BlockCache, mem: &GuestMemory) -> Vec<u32> {
+/// The blocks that a trace from block `first` on has; a loop has its only block twice. `goes` says whether a block mostly goes
+/// to its branch's target, if that is known.
+pub fn trace(first: u32, blocks: &BlockCache, mem: &GuestMemory, goes: impl Fn(u32) -> Option<bool>) -> Vec<u32> {
     let mut trace = vec![first];
     let (mut last, mut ops) = (first, blocks.block(first).ops.len());
     while trace.len() < LONGEST {
         let block = blocks.block(last);
-        let Some(target) = branches_to(block, mem) else { break };
-        if target == block.rip && trace.len() == 1 && 2 * ops <= MOST_OPS {
+        let Some(branch) = branch(block, mem) else { break };
+        if branch.condition && branch.target == block.rip && trace.len() == 1 && 2 * ops <= MOST_OPS {
             return vec![first, first];
         }
         // Behind a loop comes what is seldom executed.
-        let Some(next) = blocks.behind(last).filter(|_| target > block.rip) else { break };
+        let goes = !branch.condition || goes(last).unwrap_or(branch.target <= block.rip);
+        let Some(next) = blocks.in_page(last, if goes { branch.target } else { block.end_rip }) else { break };
         ops += blocks.block(next).ops.len();
         if ops > MOST_OPS || trace.contains(&next) {
             break;
@@ -39,37 +41,40 @@ pub fn trace(first: u32, blocks: &BlockCache, mem: &GuestMemory) -> Vec<u32> {
     trace
 }
 
-/// The target of a block's conditional branch.
-fn branches_to(block: &Block, mem: &GuestMemory) -> Option<u64> {
+/// A direct jump at a block's end.
+struct Branch {
+    target: u64,
+    /// It is a Jcc.
+    condition: bool,
+}
+
+fn branch(block: &Block, mem: &GuestMemory) -> Option<Branch> {
     let op = block.ops.last().filter(|_| !block.is_legacy() && !block.crosses())?;
     let mut bytes = [0; 2];
     let len = usize::from(op.len).min(bytes.len());
     mem.load_bytes(RamOffset::new(block.offset() + u64::from(op.start)), &mut bytes[..len]);
     let short = op.len == 2 && bytes[0] & 0xf0 == 0x70;
     let near = op.len == 6 && bytes[0] == 0x0f && bytes[1] & 0xf0 == 0x80;
-    (short || near).then_some(op.imm)
+    let always = (op.len, bytes[0]) == (2, 0xeb) || (op.len, bytes[0]) == (5, 0xe9);
+    (short || near || always).then_some(Branch { target: op.imm, condition: !always })
 }
 
 /// Lets each part go on with the next one, as far as that is possible without the mechanisms that are `off`.
 pub fn join<'a>(mut parts: Vec<Part<'a>>, off: Mechanisms, info: &mut InstructionInfoFactory) -> Vec<Part<'a>> {
-    let branches = |part: &Part<'_>| part.steps.last().is_some_and(|step| step.kind == Kind::Jcc);
+    let branches = |part: &Part<'_>| part.steps.last().is_some_and(|step| matches!(step.kind, Kind::Jcc | Kind::Jmp));
     let joined = parts.iter().take_while(|part| branches(part)).count() + 1;
     parts.truncate(joined);
     let loops = parts.len() == 2 && parts[0].block().rip == parts[1].block().rip;
     if loops && !branches(&parts[1]) {
         parts.truncate(1);
     }
+    for at in 1..parts.len() {
+        let falls = !loops && parts[at].block().rip == parts[at - 1].block().end_rip && parts[at - 1].may_fall();
+        parts[at - 1].end = if falls { End::Falls } else { End::Enters };
+    }
     plan_groups(&mut parts, loops, off, info);
     if !off.has(Mechanism::Flags) {
-        parts.iter_mut().for_each(|part| recipes::plan(&mut part.steps, &part.instructions, info));
-    }
-    for at in 1..parts.len() {
-        let (before, behind) = parts.split_at_mut(at);
-        let (Some(from), Some(to)) = (before.last_mut(), behind.first_mut()) else { break };
-        if !off.has(Mechanism::Flags) {
-            to.recipe = recipes::carry(&mut from.steps, &from.instructions, (&mut to.steps, &to.instructions), info);
-        }
-        from.end = if loops { End::Enters } else { End::Falls };
+        recipes::plan(&mut parts, info);
     }
     if let [first, second] = &mut parts[..]
         && loops

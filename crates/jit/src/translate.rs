@@ -131,14 +131,14 @@ pub struct Part<'a> {
     pub end: End,
 }
 
-/// How a block's conditional branch goes on.
+/// How a block's direct branch goes on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum End {
     /// To other translations, both ways.
     Exits,
     /// Behind it comes the trace's next block, where it isn't taken.
     Falls,
-    /// Where it is taken.
+    /// Where it is taken, as a JMP always is.
     Enters,
     /// To this block's head, where it is taken.
     Loops,
@@ -154,6 +154,16 @@ impl<'a> Part<'a> {
     /// Whether its accesses may be checked together with others.
     pub fn is_alone(&self) -> bool {
         self.source.alone
+    }
+
+    /// Whether what follows it in memory may come behind it.
+    pub fn may_fall(&self) -> bool {
+        self.steps.last().is_some_and(|step| step.kind == Kind::Jcc)
+    }
+
+    /// Whether operation `at` is its branch, behind which the trace's next part comes.
+    pub fn goes_on_behind(&self, at: usize) -> bool {
+        at + 1 == self.steps.len() && matches!(self.end, End::Falls | End::Enters)
     }
 
     /// As a block whose groups are planned.

@@ -49,6 +49,7 @@ impl Engine {
         for number in self.interp.take_dropped() {
             self.misses.forget_block(number);
             self.moved.remove(&number);
+            self.went.get_mut(number as usize).into_iter().for_each(|count| *count = 0);
             if self.forget(number, false) {
                 self.stats.dropped += 1;
             }
@@ -83,6 +84,7 @@ impl Engine {
         let index = number as usize;
         if index >= self.states.len() {
             self.states.resize(index + 1, State::Cold(0));
+            self.went.resize(index + 1, 0);
         }
         match &mut self.states[index] {
             State::Translated(translation) => Some(*translation),
@@ -167,7 +169,11 @@ impl Engine {
     pub(super) fn translated(&self, number: u32, at: Offsets, half: Half) -> (Vec<u32>, Code) {
         let (off, blocks) = (self.options.off, self.interp.blocks());
         let alone = off.has(Mechanism::Traces);
-        let mut trace = if alone { vec![number] } else { trace(number, blocks, &self.interp.core().mem) };
+        let mut trace = if alone {
+            vec![number]
+        } else {
+            trace(number, blocks, &self.interp.core().mem, |number| self.goes(number))
+        };
         let bytes: Vec<_> = trace.iter().map(|&number| self.bytes_of(&[number])).collect();
         let sources = trace.iter().zip(&bytes).map(|(&number, bytes)| Source {
             block: blocks.block(number),
@@ -180,6 +186,26 @@ impl Engine {
         let code = translate(&sources, at, self.exits.len(), Settings { half, off, stubs: &self.stubs });
         trace.truncate(code.parts);
         (trace, code)
+    }
+
+    /// Whether a block has mostly been left for another than the one behind it, if that is known.
+    fn goes(&self, number: u32) -> Option<bool> {
+        let runs = match self.states.get(number as usize)? {
+            State::Cold(runs) => *runs,
+            State::Translated(_) => self.options.threshold,
+        };
+        let went = *self.went.get(number as usize)?;
+        (runs > 0).then_some(2 * u32::from(went) > runs.into())
+    }
+
+    /// An interpreted block has been left for RIP `to`.
+    pub(super) fn note_way(&mut self, number: u32, from: u64) {
+        let block = self.interp.blocks().block(number);
+        let behind = from.wrapping_sub(block.rip).wrapping_add(block.end_rip);
+        let went = self.interp.core().next_rip != behind;
+        if let Some(count) = self.went.get_mut(number as usize) {
+            *count = count.saturating_add(went.into());
+        }
     }
 
     /// The bytes of blocks, each one's once.

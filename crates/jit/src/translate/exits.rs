@@ -142,6 +142,13 @@ impl Translator<'_> {
         }
     }
 
+    /// The block's JMP.
+    pub fn goes(&mut self, target: u64) {
+        if self.end != End::Enters {
+            self.exit(target);
+        }
+    }
+
     /// Leaves the trace for `target` where `condition` holds.
     fn leave_if(&mut self, condition: u8, target: u64) {
         if self.unsaved || self.leaves_page(target) {
