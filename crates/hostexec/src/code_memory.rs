@@ -55,7 +55,8 @@ impl CodeMemory {
         Ok(Self { writable, executable, used: 0, rare: begin..begin })
     }
 
-    /// Appends `code` at a 16-byte boundary; returns its address in the executable view.
+    /// Appends `code`; returns its address in the executable view. It isn't aligned: processors tell the ways to an indirect
+    /// jump apart by the last bits of where jumps went, which would be alike.
     ///
     /// # Errors
     /// [`HostExecError::Full`].
@@ -108,7 +109,7 @@ impl CodeMemory {
 
     /// Offset at which the next [`append`](Self::append) puts its code.
     pub fn next(&self) -> usize {
-        self.used.next_multiple_of(16)
+        self.used
     }
 
     /// Offset at which the next [`append_rare`](Self::append_rare) puts its code.

@@ -15,24 +15,31 @@ pub const FOLD: u8 = 13;
 
 /// A slot.
 #[derive(Clone, Copy)]
-#[repr(C, align(16))]
+#[repr(C)]
 pub struct Slot {
     pub rip: u64,
     /// Host address.
     pub code: u64,
 }
 
-/// No RIP of a slot's own but the first one's is 0.
-const EMPTY: Slot = Slot { rip: 0, code: 0 };
-/// Nor is this one the first one's.
-const FIRST_EMPTY: Slot = Slot { rip: 16, code: 0 };
+/// From a slot's address to that of the other one of its pair, which has what it forgot last: by XOR.
+pub const OTHER: i32 = size_of::<Slot>() as i32;
+
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+struct SlotPair([Slot; 2]);
+
+/// No RIP of a pair but the first one is 0.
+const EMPTY: SlotPair = SlotPair([Slot { rip: 0, code: 0 }; 2]);
+/// Nor is this one the first pair's.
+const FIRST_EMPTY: SlotPair = SlotPair([Slot { rip: 32, code: 0 }; 2]);
 
 /// The jump table of a [context](crate::contexts).
-pub struct Jumps(Box<[Slot]>);
+pub struct Jumps(Box<[SlotPair]>);
 
 impl Jumps {
     pub fn new() -> Self {
-        let mut jumps = Self(vec![EMPTY; SLOTS].into_boxed_slice());
+        let mut jumps = Self(vec![EMPTY; SLOTS / 2].into_boxed_slice());
         jumps.clear();
         jumps
     }
@@ -41,19 +48,25 @@ impl Jumps {
         self.0.as_ptr() as u64
     }
 
-    fn slot(&mut self, rip: u64) -> &mut Slot {
-        let offset = rip.wrapping_mul(SPREAD) & SLOT_MASK;
-        &mut self.0[offset as usize / size_of::<Slot>()]
+    /// A RIP's pair, and which slot there is its own.
+    fn pair(&mut self, rip: u64) -> (&mut [Slot; 2], usize) {
+        let slot = (rip.wrapping_mul(SPREAD) & SLOT_MASK) as usize / size_of::<Slot>();
+        (&mut self.0[slot / 2].0, slot % 2)
     }
 
     pub fn enter(&mut self, rip: u64, code: u64) {
-        *self.slot(rip) = Slot { rip, code };
+        let (pair, own) = self.pair(rip);
+        if pair[own].rip != rip && pair[own].code != 0 {
+            pair[1 - own] = pair[own];
+        }
+        pair[own] = Slot { rip, code };
     }
 
     /// Host address of the RIP's translation.
     pub fn find(&mut self, rip: u64) -> Option<u64> {
-        let slot = self.slot(rip);
-        (slot.rip == rip && slot.code != 0).then_some(slot.code)
+        let (pair, own) = self.pair(rip);
+        let found = [pair[own], pair[1 - own]].into_iter().find(|slot| slot.rip == rip);
+        found.map(|slot| slot.code).filter(|&code| code != 0)
     }
 
     pub fn clear(&mut self) {
@@ -195,8 +208,8 @@ mod tests {
     fn no_rip_is_found_in_an_empty_table() {
         // Generated code compares nothing but the RIP.
         let mut jumps = Jumps::new();
-        for empty in jumps.0.clone() {
-            assert_ne!(jumps.slot(empty.rip).rip, empty.rip);
+        for empty in jumps.0.clone().iter().flat_map(|pair| pair.0) {
+            assert!(jumps.pair(empty.rip).0.iter().all(|slot| slot.rip != empty.rip));
         }
     }
 
@@ -205,6 +218,14 @@ mod tests {
         let mut jumps = Jumps::new();
         let targets = (0..SLOTS as u64).map(|n| 0x40_1000 + 16 * n);
         targets.clone().for_each(|rip| jumps.enter(rip, rip));
-        assert!(targets.clone().all(|rip| jumps.find(rip) == Some(rip)));
+        assert!(targets.clone().all(|rip| jumps.pair(rip).0.iter().any(|slot| slot.rip == rip)));
+    }
+
+    #[test]
+    fn two_targets_of_one_slot_are_known() {
+        let mut jumps = Jumps::new();
+        let (one, two) = (0x40_1230, 0x40_1230 + 16 * SLOTS as u64);
+        [one, two, one].into_iter().for_each(|rip| jumps.enter(rip, rip + 1));
+        assert_eq!([one, two].map(|rip| jumps.find(rip)), [Some(one + 1), Some(two + 1)]);
     }
 }

@@ -3,7 +3,7 @@
 use crate::contexts::Half;
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::{BANK, Reason, code_base, code_mode, context, frame_field, gpr, jumps, next_rip, selected};
-use crate::jumps::{FETCHES, FOLD, Fetch, PAIR_SHIFT, PLACES, Place, SLOT_MASK, SPREAD, Slot};
+use crate::jumps::{FETCHES, FOLD, Fetch, OTHER, PAIR_SHIFT, PLACES, Place, SLOT_MASK, SPREAD, Slot};
 use crate::memory_path::Access;
 use crate::ranges::{self, MARGIN, NAMES, Name, PATIENCE, Range};
 use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, home};
@@ -33,7 +33,7 @@ pub struct Stubs {
     pub lookup: usize,
     /// As `lookup` for an exit, its number in [`B`], whose guard fails: now and then leaves so that it is linked anew.
     pub other: usize,
-    /// Called with a RIP in [`A`], which stays there, that the jump table doesn't know: if its translation is found by where its
+    /// Called with a RIP in [`A`], which stays there, that isn't in the jump table's slot at [`B`]: if its translation is found by where its
     /// code is, ZF set and the jump table's slot at [`B`].
     pub find: usize,
     /// Called by what remains of a dropped translation, [`LOOKUP_BYTES`] of it: as `lookup`, but never goes there.
@@ -118,9 +118,9 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
     returns::empty(e);
     e.load(A, next_rip());
     let to_absolute = e.jmp();
-    let find = find(e);
+    let (find, by_place) = find(e);
     let (lookup, absolute) = lookup(e, find, miss, to_absolute);
-    let elsewhere = elsewhere(e, find, miss);
+    let elsewhere = elsewhere(e, by_place, miss);
     let helper = call_helper(e, helper, leave_spilled, dispatch);
     let rest = call_helper(e, rest, leave_spilled, dispatch);
     let change_view = views::emit_change(e);
@@ -297,9 +297,15 @@ fn slot(e: &mut Emitter, half: Half) {
     e.alu_mem(Alu::Add, true, B, jumps(half));
 }
 
-/// See [`Stubs::find`].
-fn find(e: &mut Emitter) -> usize {
+/// See [`Stubs::find`]; the second place doesn't look at the pair's other slot.
+fn find(e: &mut Emitter) -> (usize, usize) {
     let here = e.here();
+    e.alu_imm(Alu::Xor, true, B, OTHER);
+    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Slot, rip)));
+    let other = e.jcc(cc::NOT_EQUAL);
+    e.raw(&[0xc3]);
+    e.bind(other);
+    let by_place = e.here();
     e.store(next_rip(), A);
     // Places are those of 64-bit code.
     let upper_mode = Mem { disp: code_mode().disp + 4, ..code_mode() };
@@ -321,7 +327,7 @@ fn find(e: &mut Emitter) -> usize {
     e.alu(Alu::Or, false, B, B);
     unknown.into_iter().for_each(|jump| e.bind(jump));
     e.raw(&[0xc3]);
-    here
+    (here, by_place)
 }
 
 /// The RIP in [`A`], which is that in the core, by its place: ZF set and the jump table's slot at [`B`]; or one of the
@@ -349,6 +355,15 @@ fn find_in(e: &mut Emitter, half: Half) -> Vec<Jump> {
     // The jump table knows it from now on.
     e.load(A, next_rip());
     slot(e, half);
+    e.cmp_mem_imm(Mem::at(B, offset_of!(Slot, code)), 0);
+    let empty = e.jcc(cc::EQUAL);
+    for field in [offset_of!(Slot, rip), offset_of!(Slot, code)] {
+        e.load(A, Mem::at(B, field));
+        e.alu_imm(Alu::Xor, true, B, OTHER);
+        e.store(Mem::at(B, field), A);
+        e.alu_imm(Alu::Xor, true, B, OTHER);
+    }
+    e.bind(empty);
     e.load(A, frame_field!(found));
     e.store(Mem::at(B, offset_of!(Slot, code)), A);
     e.load(A, next_rip());
@@ -455,8 +470,8 @@ fn other(e: &mut Emitter, lookup: usize, link: usize) -> usize {
     here
 }
 
-/// Another context's slot may still lead to the dropped translation.
-fn elsewhere(e: &mut Emitter, find: usize, miss: usize) -> usize {
+/// Both slots may still lead to the dropped translation, and those of other contexts.
+fn elsewhere(e: &mut Emitter, by_place: usize, miss: usize) -> usize {
     let here = e.here();
     pop(e, B);
     e.store(frame_field!(scratch), B);
@@ -470,7 +485,7 @@ fn elsewhere(e: &mut Emitter, find: usize, miss: usize) -> usize {
         let same = e.jcc(cc::EQUAL);
         go(e);
         e.bind(same);
-        search(e, unknown, find, miss);
+        search(e, unknown, by_place, miss);
         go(e);
     });
     here
