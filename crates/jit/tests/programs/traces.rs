@@ -145,6 +145,8 @@ fn program(stride: u8, body: &[(u64, [u64; 3])]) -> Vec<u8> {
         match c.take(8) {
             0 => rounds(&mut c, &some),
             1..=5 => over(c.take(16) as u8, c.take(4) == 0, &some),
+            // JMP over an INT3.
+            6 => [&some[..], &[0xeb, 1, 0xcc]].concat(),
             _ => some,
         }
     });
@@ -225,5 +227,16 @@ fn a_product_by_its_function_leaves_its_own_flags() {
     let code = looped(body.into_iter());
     for data in [3, 0x55, u64::MAX - 9] {
         compare_on(|| prepared(&code, data), &code, data, SMALL, &[TICKS]).unwrap();
+    }
+}
+
+/// A trace's next block may be left at its head, where flags are wanted that can't be computed any more.
+#[test]
+fn flags_are_there_at_a_head_behind_a_jump() {
+    // add rax, rsi; mov rax, r8; jmp over int3; and r10, rsi; inc r8
+    let body = [0x48, 0x01, 0xf0, 0x4c, 0x89, 0xc0, 0xeb, 1, 0xcc, 0x49, 0x21, 0xf2, 0x49, 0xff, 0xc0];
+    let code = looped(body.into_iter());
+    for end in 300..320 {
+        compare_on(|| prepared(&code, 3), &code, 3, SMALL, &[end]).unwrap();
     }
 }
