@@ -72,12 +72,12 @@ impl Mmu {
                     return Err(self.not_present(gva, access));
                 }
                 if !is_leaf(raw, self.shadow.page(last.index).role) {
-                    return self.translate_by_walk(gva, access, Some(&last));
+                    return self.translate_by_walk(gva, access, Some(last));
                 }
                 match self.walk_leaf(gva, access, &last, raw)? {
                     Walked::Kept(found) => found,
                     Walked::Passing(gpa) => return Ok(self.reach(gpa, access).0),
-                    Walked::Changed => return self.translate_by_walk(gva, access, Some(&last)),
+                    Walked::Changed => return self.translate_by_walk(gva, access, Some(last)),
                 }
             }
         };
@@ -249,7 +249,7 @@ impl Mmu {
     /// A walk from the last table that is shadowed, or from the root.
     #[cold]
     #[inline(never)]
-    fn translate_by_walk(&mut self, gva: Gva, access: Access, from: Option<&Last>) -> Result<Translation, Fault> {
+    fn translate_by_walk(&mut self, gva: Gva, access: Access, from: Option<Last>) -> Result<Translation, Fault> {
         // First of all: what is evicted may lie on the way to the table that is known.
         let from = if self.make_room(MAX_DEPTH) { None } else { from };
         let Some(root) = &self.roots.slots[self.current] else { return Err(Fault::GP0) };

@@ -160,7 +160,7 @@ impl Mmu {
 
     /// Nothing was decoded from the page, so no fetch from it is remembered by a stamp.
     fn holds_no_code(&self, page: Gpa) -> bool {
-        match self.mem.map(page.page()) {
+        match self.mem.locate(page.page()) {
             Backing::Ram(off) => !self.watcher.has_claimed(off, PageFlags::CODE),
             _ => false,
         }

@@ -28,6 +28,7 @@ pub const ROWS: &[Row] = &[
         _ => Some(smsw_mem),
     }),
     Row::new(M::Clts, "CLTS-Clear Task-Switched Flag in CR0", |_| Some(clts)).ends(),
+    // Serialising, but there is nothing stale to get rid of: it ends no block.
     Row::new(M::Invlpg, "INVLPG-Invalidate TLB Entries", |_| Some(invlpg)),
     Row::new(M::Invpcid, "INVPCID-Invalidate Process-Context Identifier", |_| Some(invpcid))
         .needs(Feature::Invpcid)
