@@ -2,7 +2,7 @@
 """Measures Umbra beside QEMU TCG, and the host itself, on the same programs.
 
     bench/compare.py --guests FOLDER [--programs NAME,...] [--rounds N] [--scale F] [--qemu COMMAND]...
-                     [--engines jit,interp] [--net] [--no-native] [--no-counters] [--json FILE]
+                     [--engines jit,interp] [--umbra-options STRING] [--net] [--no-native] [--no-counters] [--json FILE]
 
 Each round starts every emulator once per class of programs, one after the other; a program costs the CPU seconds
 (user and system, all threads) that the emulator's process uses between the guest's lines @@S and @@E. Prints medians,
@@ -53,7 +53,8 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--guests", required=True, metavar="FOLDER")
     parser.add_argument("--umbra", default=UMBRA, metavar="PATH", help="default: the release build")
-    parser.add_argument("--umbra-options", default="", metavar="STRING", help="further options of `umbra run`")
+    parser.add_argument("--umbra-options", default="--cpu max", metavar="STRING",
+                        help="further options of `umbra run` (default `--cpu max`, as QEMU has)")  # fmt: skip
     parser.add_argument("--engines", default="jit", help="of Umbra; the first is compared (default jit)")
     parser.add_argument("--qemu", action="append", metavar="COMMAND", help="may be given several times")
     parser.add_argument("--no-qemu", action="store_true")
