@@ -153,6 +153,8 @@ impl Core {
         Ok(())
     }
 
+    #[cold]
+    #[inline(never)]
     fn through_task_gate(&mut self, bus: &mut dyn Bus, event: Event, gate: Gate, rip: u64) -> Flow {
         let rf = self.s.rflags & rflags::RF;
         if matches!(event, Event::Fault(_)) {
@@ -186,15 +188,13 @@ impl Core {
         } else {
             self.deliver_legacy(bus, event, rip)?;
         }
-        if event.vector() == vector::DB
-            && let Event::Fault(Fault::DEBUG) | Event::Trap(Fault::DEBUG) | Event::Icebp = event
-        {
+        if let Event::Fault(Fault { vector: vector::DB, .. }) | Event::Trap(_) | Event::Icebp = event {
             self.s.dr7 &= !DR7_GD;
         }
         Ok(())
     }
 
-    #[inline(never)]
+    #[inline(always)]
     fn deliver_legacy(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
         let gate = self.read_gate::<false>(bus, event)?;
         if gate.attr.kind() == system::TASK_GATE {
@@ -252,8 +252,8 @@ impl Core {
             Gate::long(low, self.read_system::<u64>(bus, base.wrapping_add(8))?)
         };
         let refused = matches!(event, Event::Software(_) | Event::Short(_)) && gate.attr.dpl() < self.s.cpl;
-        // Nearly always: present, an interrupt or trap gate of IA-32e mode.
-        if LONG && gate.attr.0 & 0x9e == 0x8e && !refused {
+        // Nearly always: present, an interrupt or trap gate of 32 or 64 bits.
+        if gate.attr.0 & 0x9e == 0x8e && !refused {
             return Ok(gate);
         }
         let fits = match gate.attr.kind() {
@@ -292,26 +292,23 @@ impl Core {
         let inner = new_cpl < old_cpl;
         let (rsp, ss) = if LONG {
             let rsp = self.long_stack(bus, gate.ist, new_cpl, inner, ext)?;
-            let rsp = self.push_long_frame(bus, rsp, new_cpl, &values, code)?;
+            let frame = Frame { pointer: rsp, base: 0, mask: u64::MAX, cpl: new_cpl, limit: None };
+            let rsp = frame.push_event::<u64, 5>(self, bus, values, code)?;
             (rsp, inner.then(|| Segment::null_stack(new_cpl)))
         } else {
-            let (mut frame, ss) = if inner {
-                let (frame, ss) = self.inner_stack(bus, new_cpl, ext)?;
-                (frame, Some(ss))
+            let wide = gate.attr.kind() & 8 != 0;
+            if inner {
+                let (esp, ss) = self.push_inner_frame(bus, new_cpl, wide, values, (code, ext))?;
+                (esp, Some(ss))
             } else {
-                (Frame::on_current_stack(self), None)
-            };
-            let size = if gate.attr.kind() & 8 != 0 { 4 } else { 2 };
-            if v86 {
-                for seg in [Seg::Gs, Seg::Fs, Seg::Ds, Seg::Es] {
-                    let selector = self.s.segment(seg).selector;
-                    frame.push(self, bus, size, u64::from(selector))?;
-                }
+                let ([_, _, flags, cs, eip], frame) = (values, Frame::on_checked_stack(self));
+                let esp = if wide {
+                    frame.push_event::<u32, 3>(self, bus, [flags, cs, eip], code)?
+                } else {
+                    frame.push_event::<u16, 3>(self, bus, [flags, cs, eip], code)?
+                };
+                (esp, None)
             }
-            let [ss_selector, esp, flags, cs_selector, eip] = values;
-            let values = [ss_selector, esp, flags, cs_selector, eip, code.unwrap_or(0).into()];
-            frame.push_all(self, bus, size, &values[if inner { 0 } else { 2 }..if code.is_some() { 6 } else { 5 }])?;
-            (frame.pointer & frame.mask, ss)
         };
         let reachable = if LONG {
             umbra_arch::Gva::new(gate.offset).is_canonical(self.s.linear_bits())
@@ -339,6 +336,31 @@ impl Core {
         }
         self.next_rip = gate.offset;
         Ok(())
+    }
+
+    /// The frame of an inner level's handler outside IA-32e mode: the new ESP and SS.
+    #[inline(never)]
+    fn push_inner_frame(
+        &mut self,
+        bus: &mut dyn Bus,
+        cpl: u8,
+        wide: bool,
+        values: [u64; 5],
+        (code, ext): (Option<u32>, u32),
+    ) -> Result<(u64, Segment), Stop> {
+        let (mut frame, ss) = self.inner_stack(bus, cpl, ext)?;
+        if self.s.is_v86() {
+            for seg in [Seg::Gs, Seg::Fs, Seg::Ds, Seg::Es] {
+                let selector = self.s.segment(seg).selector;
+                frame.push(self, bus, if wide { 4 } else { 2 }, u64::from(selector))?;
+            }
+        }
+        let esp = if wide {
+            frame.push_event::<u32, 5>(self, bus, values, code)?
+        } else {
+            frame.push_event::<u16, 5>(self, bus, values, code)?
+        };
+        Ok((esp, ss))
     }
 
     /// The segments of an inner level's handler.

@@ -99,6 +99,7 @@ impl Core {
     }
 
     /// Whether `offset` can be executed in `cs`.
+    #[inline(always)]
     pub(crate) fn check_entry(&mut self, cs: &Segment, offset: u64) -> Flow {
         let fits = if self.s.efer.lma() && cs.attr.is_long() {
             Gva::new(offset).is_canonical(self.s.linear_bits())

@@ -2,6 +2,7 @@
 
 use crate::core::Core;
 use crate::op::{Flow, Stop};
+use crate::word::Word;
 use umbra_arch::paging::{Access, AccessKind};
 use umbra_arch::segment::{Seg, Segment};
 use umbra_arch::state::reg;
@@ -25,15 +26,17 @@ pub struct Frame {
 impl Frame {
     /// The present stack.
     pub fn on_current_stack(c: &Core) -> Self {
-        let ss = *c.s.segment(Seg::Ss);
-        let long = c.s.is_64bit_code();
-        Self {
-            pointer: c.gpr[reg::RSP],
-            base: if long { 0 } else { ss.base },
-            mask: c.stack_mask,
-            cpl: c.s.cpl,
-            limit: (!long).then_some(ss),
+        if c.s.is_64bit_code() {
+            return Self { pointer: c.gpr[reg::RSP], base: 0, mask: c.stack_mask, cpl: c.s.cpl, limit: None };
         }
+        Self::on_checked_stack(c)
+    }
+
+    /// The present stack outside 64-bit mode.
+    #[inline(always)]
+    pub fn on_checked_stack(c: &Core) -> Self {
+        let ss = *c.s.segment(Seg::Ss);
+        Self { pointer: c.gpr[reg::RSP], base: ss.base, mask: c.stack_mask, cpl: c.s.cpl, limit: Some(ss) }
     }
 
     /// Pushes the low `bytes` (2, 4, 8) of `value`.
@@ -60,27 +63,47 @@ impl Frame {
         if self.limit.is_some() { lin & 0xffff_ffff } else { lin }
     }
 
-    /// Pushes `values`, the first one first. Where all of them lie in one page they are found by one lookup.
-    pub fn push_all(&mut self, c: &mut Core, bus: &mut dyn Bus, bytes: u64, values: &[u64]) -> Flow {
-        let (top, total) = (self.pointer & self.mask, bytes * values.len() as u64);
+    /// Pushes `values`, the first one first, then an event's error code. The new stack pointer, within the stack's width.
+    /// What lies in one page is found by one lookup.
+    #[inline(always)]
+    pub fn push_event<W: Word, const N: usize>(
+        self,
+        c: &mut Core,
+        bus: &mut dyn Bus,
+        values: [u64; N],
+        code: Option<u32>,
+    ) -> Result<u64, Stop> {
+        let below = if code.is_some() { W::BYTES } else { 0 };
+        let (top, total) = (self.pointer & self.mask, W::BYTES * N as u64 + below);
         let at = top.wrapping_sub(total);
         if self.cpl < 3
             && total <= top
             && self.allows(at, total)
             && let Some(off) = c.mmu.lookup_system_write(Gva::new(self.linear(at)), total)
         {
-            for (n, &value) in values.iter().rev().enumerate() {
-                let off = off.add(bytes * n as u64);
-                match bytes {
-                    2 => c.mem.store::<u16>(off, value as u16),
-                    4 => c.mem.store::<u32>(off, value as u32),
-                    _ => c.mem.store::<u64>(off, value),
-                }
+            if let Some(code) = code {
+                c.mem.store::<W>(off, W::of(code.into()));
             }
-            self.pointer = self.pointer & !self.mask | at;
-            return Ok(());
+            let words: [W; N] = std::array::from_fn(|n| W::of(values[N - 1 - n]));
+            c.mem.store_words(off.add(below), &words);
+            return Ok(at);
         }
-        values.iter().try_for_each(|&value| self.push(c, bus, bytes, value))
+        self.push_each(c, bus, W::BYTES, &values, code)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn push_each(
+        mut self,
+        c: &mut Core,
+        bus: &mut dyn Bus,
+        bytes: u64,
+        values: &[u64],
+        code: Option<u32>,
+    ) -> Result<u64, Stop> {
+        let all = values.iter().copied().chain(code.map(u64::from));
+        all.into_iter().try_for_each(|value| self.push(c, bus, bytes, value))?;
+        Ok(self.pointer & self.mask)
     }
 
     /// Makes the pushes real: RSP (SP, ESP) gets the frame's pointer.
@@ -90,37 +113,6 @@ impl Frame {
 }
 
 impl Core {
-    /// Pushes `values`, the first one first, and an error code as an event in IA-32e mode does; `pointer` is aligned. The
-    /// new stack pointer. A frame that lies in one page is found by one lookup.
-    #[inline(always)]
-    pub(crate) fn push_long_frame(
-        &mut self,
-        bus: &mut dyn Bus,
-        pointer: u64,
-        cpl: u8,
-        values: &[u64; 5],
-        code: Option<u32>,
-    ) -> Result<u64, Stop> {
-        let below = if code.is_some() { 8 } else { 0 };
-        let bottom = pointer.wrapping_sub(40 + below);
-        if cpl < 3
-            && let Some(off) = self.mmu.lookup_system_write(Gva::new(bottom), 40 + below)
-        {
-            if let Some(code) = code {
-                self.mem.store::<u64>(off, u64::from(code));
-            }
-            let [ss, rsp, flags, cs, rip] = *values;
-            self.mem.store_words(off.add(below), &[rip, cs, flags, rsp, ss]);
-            return Ok(bottom);
-        }
-        let mut frame = Frame { pointer, base: 0, mask: u64::MAX, cpl, limit: None };
-        frame.push_all(self, bus, 8, values)?;
-        if let Some(code) = code {
-            frame.push(self, bus, 8, u64::from(code))?;
-        }
-        Ok(frame.pointer)
-    }
-
     /// A push by privilege level `cpl`: below 3 it is an implicit supervisor access.
     fn write_as(&mut self, bus: &mut dyn Bus, lin: u64, bytes: u64, value: u64, cpl: u8) -> Flow {
         if cpl == 3 {

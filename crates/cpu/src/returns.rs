@@ -120,6 +120,7 @@ impl Core {
     }
 
     /// IRET, IRETD, IRETQ.
+    #[inline(always)]
     pub fn interrupt_return(&mut self, bus: &mut dyn Bus, op: &Op, bytes: u64) -> Flow {
         if !self.s.cr0.pe() {
             return self.return_real(bus, op, bytes);
@@ -136,57 +137,62 @@ impl Core {
             }
             return self.task_return(bus, op.next_rip(self.block_rip));
         }
-        let from64 = self.s.is_64bit_code();
-        if from64
-            && bytes == 8
-            && let Some([rip, selector, flags, rsp, ss]) = self.interrupt_frame()
+        if bytes == 8 && self.s.is_64bit_code() {
+            if let Some([rip, selector, flags, rsp, ss]) = self.interrupt_frame() {
+                let cs = self.return_segment(bus, selector as u16)?;
+                let mask = self.return_flags_mask(bytes);
+                self.check_entry(&cs, rip)?;
+                self.return_outer(bus, cs, rip, ss as u16, rsp, bytes)?;
+                self.after_return(flags, mask);
+                return Ok(());
+            }
+        } else if let Some([rip, selector, flags]) = self.short_frame(op, bytes)
+            && (selector & 3) as u8 == self.s.cpl
+            && u64::from(flags) & rflags::VM == 0
         {
             let cs = self.return_segment(bus, selector as u16)?;
-            let mask = self.return_flags_mask(bytes);
-            self.check_entry(&cs, rip)?;
-            self.return_outer(bus, cs, rip, ss as u16, rsp, bytes)?;
-            self.after_return(flags, mask);
-            return Ok(());
+            return self.return_inside(cs, rip.into(), flags.into(), bytes);
         }
         self.return_by_parts(bus, op, bytes)
+    }
+
+    /// Commits IRET outside 64-bit mode to the same level.
+    #[inline(always)]
+    fn return_inside(&mut self, cs: Segment, rip: u64, flags: u64, bytes: u64) -> Flow {
+        self.check_entry(&cs, rip)?;
+        self.drop_stack(3 * bytes);
+        self.set_code_segment(cs);
+        self.next_rip = rip;
+        self.after_return(flags, self.return_flags_mask(bytes));
+        Ok(())
     }
 
     /// IRET in protected mode and IA-32e mode, its frame read value by value.
     #[inline(never)]
     fn return_by_parts(&mut self, bus: &mut dyn Bus, op: &Op, bytes: u64) -> Flow {
         let from64 = self.s.is_64bit_code();
-        let [rip, selector, flags] = match self.short_frame(op, bytes) {
-            Some(values) => values.map(u64::from),
-            None => [
-                self.pop_value(bus, op, bytes, 0)?,
-                self.pop_value(bus, op, bytes, bytes)?,
-                self.pop_value(bus, op, bytes, 2 * bytes)?,
-            ],
-        };
-        let selector = selector as u16;
+        let rip = self.pop_value(bus, op, bytes, 0)?;
+        let selector = self.pop_value(bus, op, bytes, bytes)? as u16;
+        let flags = self.pop_value(bus, op, bytes, 2 * bytes)?;
         if flags & rflags::VM != 0 && self.s.cpl == 0 && !self.s.efer.lma() && bytes == 4 {
             return self.return_to_v86(bus, op, rip, selector, flags);
         }
         let cs = self.return_segment(bus, selector)?;
-        let mask = self.return_flags_mask(bytes);
         if cs.rpl() == self.s.cpl && !from64 {
-            self.check_entry(&cs, rip)?;
-            self.drop_stack(3 * bytes);
-            self.set_code_segment(cs);
-            self.next_rip = rip;
-        } else {
-            let rsp = self.pop_value(bus, op, bytes, 3 * bytes)?;
-            let ss = self.pop_value(bus, op, bytes, 4 * bytes)? as u16;
-            self.check_entry(&cs, rip)?;
-            self.return_outer(bus, cs, rip, ss, rsp, bytes)?;
+            return self.return_inside(cs, rip, flags, bytes);
         }
+        let mask = self.return_flags_mask(bytes);
+        let rsp = self.pop_value(bus, op, bytes, 3 * bytes)?;
+        let ss = self.pop_value(bus, op, bytes, 4 * bytes)? as u16;
+        self.check_entry(&cs, rip)?;
+        self.return_outer(bus, cs, rip, ss, rsp, bytes)?;
         self.after_return(flags, mask);
         Ok(())
     }
 
     /// What IRETD takes off a flat stack of 32 bits at least, if one lookup finds all of it.
     #[inline(always)]
-    fn short_frame(&mut self, op: &Op, bytes: u64) -> Option<[u32; 3]> {
+    fn short_frame(&self, op: &Op, bytes: u64) -> Option<[u32; 3]> {
         let at = self.gpr[reg::RSP] & self.stack_mask;
         let is_flat = op.legacy && self.stack_mask == 0xffff_ffff && self.seg_checked >> Seg::Ss as u8 & 1 == 0;
         if bytes != 4 || !is_flat || at > 0xffff_ffff - 12 {
@@ -194,7 +200,7 @@ impl Core {
         }
         let lin = self.seg_base[Seg::Ss as usize].wrapping_add(at) & 0xffff_ffff;
         let off = self.mmu.lookup_read(Gva::new(lin), 12)?;
-        Some([0, 4, 8].map(|skip| self.mem.load(off.add(skip))))
+        Some(self.mem.load_words(off))
     }
 
     /// What IRETQ takes off the stack in 64-bit mode, if one lookup finds all of it.

@@ -209,15 +209,15 @@ impl GuestMemory {
         self.host.store(off, value);
     }
 
-    /// Loads words of 8 bytes, one after the other; zeros when any of them is outside the mapping.
+    /// Loads words, one after the other; zeros when any of them is outside the mapping.
     #[inline(always)]
-    pub fn load_words<const N: usize>(&self, off: RamOffset) -> [u64; N] {
+    pub fn load_words<T: Scalar, const N: usize>(&self, off: RamOffset) -> [T; N] {
         self.host.load_words(off)
     }
 
-    /// Stores words of 8 bytes; nothing when any of them is outside the mapping. Sets no flag.
+    /// Stores words, one after the other; nothing when any of them is outside the mapping. Sets no flag.
     #[inline(always)]
-    pub fn store_words<const N: usize>(&self, off: RamOffset, words: &[u64; N]) {
+    pub fn store_words<T: Scalar, const N: usize>(&self, off: RamOffset, words: &[T; N]) {
         self.host.store_words(off, words);
     }
 

@@ -21,8 +21,8 @@ pub(crate) struct HostMapping {
     _map: MmapMut,
 }
 
-// SAFETY: the mapping lives as long as this value and never moves; all accesses are bounds-checked,
-// volatile or atomic, and hand out values, never references.
+// SAFETY: the mapping lives as long as this value and never moves; all accesses are bounds-checked and hand out values,
+// never references.
 unsafe impl Send for HostMapping {}
 // SAFETY: as above. Guest data races read some mixture of the stored bytes, as on hardware.
 unsafe impl Sync for HostMapping {}
@@ -79,8 +79,9 @@ impl HostMapping {
     #[inline(always)]
     pub(crate) fn store<T: Scalar>(&self, off: RamOffset, value: T) {
         match self.pointer(off) {
-            // SAFETY: as in `load`.
-            Some(p) => unsafe { ptr::write_volatile(p.cast::<Unaligned<T>>(), Unaligned(value)) },
+            // SAFETY: SLACK covers a scalar's bytes beyond the checked first one. (A volatile write would have to be of a
+            // packed struct, which is put together on the host's stack first.)
+            Some(p) => unsafe { ptr::write_unaligned(p.cast::<T>(), value) },
             None => outside(),
         }
     }
@@ -91,22 +92,22 @@ impl HostMapping {
         if end <= self.bytes { self.pointer(off) } else { None }
     }
 
-    /// Loads words of 8 bytes one after the other.
+    /// Loads words one after the other.
     #[inline(always)]
-    pub(crate) fn load_words<const N: usize>(&self, off: RamOffset) -> [u64; N] {
-        match self.range(off, 8 * N) {
+    pub(crate) fn load_words<T: Scalar, const N: usize>(&self, off: RamOffset) -> [T; N] {
+        match self.range(off, size_of::<[T; N]>()) {
             // SAFETY: the whole range was checked; packed needs no alignment.
-            Some(p) => std::array::from_fn(|n| unsafe { ptr::read_volatile(p.cast::<Unaligned<u64>>().add(n)).0 }),
-            None => [0; N],
+            Some(p) => std::array::from_fn(|n| unsafe { ptr::read_volatile(p.cast::<Unaligned<T>>().add(n)).0 }),
+            None => [T::default(); N],
         }
     }
 
-    /// Stores words of 8 bytes.
+    /// Stores words one after the other.
     #[inline(always)]
-    pub(crate) fn store_words<const N: usize>(&self, off: RamOffset, words: &[u64; N]) {
-        if let Some(p) = self.range(off, 8 * N) {
+    pub(crate) fn store_words<T: Scalar, const N: usize>(&self, off: RamOffset, words: &[T; N]) {
+        if let Some(p) = self.range(off, size_of_val(words)) {
             // SAFETY: the whole range was checked; `words` is the caller's own memory, and packed needs no alignment.
-            unsafe { ptr::copy_nonoverlapping(words.as_ptr().cast(), p, 8 * N) }
+            unsafe { ptr::copy_nonoverlapping(words.as_ptr().cast(), p, size_of_val(words)) }
         }
     }
 
