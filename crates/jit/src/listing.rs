@@ -15,17 +15,17 @@ use std::ops::Range;
 use umbra_arch::CpuState;
 use umbra_arch::fpu::FpState;
 use umbra_cpu::block::Block;
-use umbra_cpu::op::CODE_BASE;
+use umbra_cpu::op::{CODE_BASE, Op};
 use umbra_cpu::{Core, Interpreter};
 
 /// A translation as it was made.
 #[derive(Clone, Debug)]
 pub struct Translated {
-    /// Of the block, as offset in CS.
+    /// Of its first block, as offset in CS.
     pub rip: u64,
     /// Code size: 16, 32 or 64.
     pub bits: u32,
-    /// The block's bytes.
+    /// The blocks' bytes, one behind the other, each block's once.
     pub guest: Vec<u8>,
     /// Its host code; exits aren't linked yet.
     pub host: Vec<u8>,
@@ -44,7 +44,9 @@ pub struct Translated {
 /// An instruction of a translation.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Part {
-    /// Its bytes, as range of the block's.
+    /// Where it is, as offset in CS.
+    pub rip: u64,
+    /// Its bytes, as range of the blocks'.
     pub guest: Range<usize>,
     /// Its host code but for rarely executed parts, which come behind all instructions.
     pub host: Range<usize>,
@@ -91,12 +93,26 @@ impl Translated {
     ) -> Self {
         let ends = code.starts.iter().skip(1).map(|(end, _)| *end);
         let first = blocks[0];
+        let mut bytes = 0;
+        let mut known: Vec<(u64, usize)> = Vec::new();
         let ops = blocks.iter().flat_map(|block| {
-            let into = block.rip.wrapping_sub(first.rip) as usize;
-            block.ops.iter().map(move |op| (into + usize::from(op.start), op.len))
+            let seen = known.iter().find(|(known, _)| *known == block.rip).map(|&(_, start)| start);
+            let start = seen.unwrap_or_else(|| {
+                known.push((block.rip, bytes));
+                let start = bytes;
+                bytes += block.pieces().map(|(_, len)| len as usize).sum::<usize>();
+                start
+            });
+            let block_rip = rip.wrapping_add(block.rip.wrapping_sub(first.rip));
+            let op = move |op: &Op| {
+                let at = start + usize::from(op.start);
+                (block_rip.wrapping_add(op.start.into()), at..at + usize::from(op.len))
+            };
+            block.ops.iter().map(op).collect::<Vec<_>>()
         });
-        let parts = ops.zip(&code.starts).zip(ends).map(|(((at, len), (start, kind)), end)| Part {
-            guest: at..at + usize::from(len),
+        let parts = ops.zip(&code.starts).zip(ends).map(|(((rip, guest), (start, kind)), end)| Part {
+            rip,
+            guest,
             host: *start..end,
             way: kind.map_or_else(String::new, |kind| format!("{kind:?}")),
         });
@@ -107,8 +123,7 @@ impl Translated {
 
     fn guest_text(&self, part: &Part) -> String {
         let bytes = self.guest.get(part.guest.clone()).unwrap_or_default();
-        let rip = self.rip.wrapping_add(part.guest.start as u64);
-        let i = Decoder::with_ip(self.bits, bytes, rip, DecoderOptions::NONE).decode();
+        let i = Decoder::with_ip(self.bits, bytes, part.rip, DecoderOptions::NONE).decode();
         let mut text = String::new();
         numbers(IntelFormatter::new()).format(&i, &mut text);
         text

@@ -2,6 +2,8 @@
 //! arithmetic of all widths, accesses that miss or fault behind them, branches over a little code, loops of one block.
 
 use super::*;
+use std::sync::Mutex;
+use umbra_jit::Translated;
 
 /// In the window: two pages of data, one that may only be read, none.
 fn prepared(code: &[u8], data: u64) -> Arc<GuestMemory> {
@@ -239,4 +241,30 @@ fn flags_are_there_at_a_head_behind_a_jump() {
     for end in 300..320 {
         compare_on(|| prepared(&code, 3), &code, 3, SMALL, &[end]).unwrap();
     }
+}
+
+/// What listeners are told of a trace is where its instructions are, behind a JMP, too, and in a loop that is in place twice.
+#[test]
+fn a_listing_has_each_instruction_of_a_trace() {
+    // jmp over int3; inc rax; mov ecx, 5; sub ecx, 1; jnz back
+    let body = [0xeb, 1, 0xcc, 0x48, 0xff, 0xc0, 0xb9, 5, 0, 0, 0, 0x83, 0xe9, 1, 0x75, 0xfb];
+    let code = looped(body.into_iter());
+    let mem = prepared(&code, 1);
+    let mut jit = Jit::new(Arc::clone(&mem), &CpuidProfile::default(), 0, &EngineOptions::default(), SMALL).unwrap();
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let keep = Arc::clone(&told);
+    jit.set_listener(Box::new(move |translated| keep.lock().unwrap().push(translated.clone())));
+    run(&mut jit, &mem, &start(1), &[2000]);
+    let told = told.lock().unwrap();
+    for translated in told.iter() {
+        for part in &translated.parts {
+            let at = (part.rip - CODE) as usize;
+            assert_eq!(translated.guest[part.guest.clone()], code[at..at + part.guest.len()], "{translated}");
+        }
+    }
+    let rips = |translated: &Translated| translated.parts.iter().map(|part| part.rip).collect::<Vec<_>>();
+    let jump = CODE + (code.windows(2).position(|bytes| bytes == [0xeb, 1]).unwrap() as u64);
+    let goes_on = |translated: &Translated| rips(translated).windows(2).any(|pair| pair == [jump, jump + 3]);
+    assert!(told.iter().any(goes_on), "none goes on behind the JMP");
+    assert!(told.iter().any(|translated| !rips(translated).is_sorted()), "no loop is in place twice");
 }
