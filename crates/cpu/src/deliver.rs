@@ -301,13 +301,13 @@ impl Core {
                 let (esp, ss) = self.push_inner_frame(bus, new_cpl, wide, values, (code, ext))?;
                 (esp, Some(ss))
             } else {
-                let ([_, _, flags, cs, eip], frame) = (values, Frame::on_checked_stack(self));
-                let esp = if wide {
-                    frame.push_event::<u32, 3>(self, bus, [flags, cs, eip], code)?
-                } else {
-                    frame.push_event::<u16, 3>(self, bus, [flags, cs, eip], code)?
-                };
-                (esp, None)
+                let [_, _, flags, cs, eip] = values;
+                let frame = Frame::on_checked_stack(self);
+                let pushed = if wide { frame.push_at_once::<u32, 3>(self, [flags, cs, eip], code) } else { None };
+                match pushed {
+                    Some(esp) => (esp, None),
+                    None => (self.push_on_this_stack(bus, wide, values, code)?, None),
+                }
             }
         };
         let reachable = if LONG {
@@ -336,6 +336,20 @@ impl Core {
         }
         self.next_rip = gate.offset;
         Ok(())
+    }
+
+    /// The frame of a handler on the present stack outside IA-32e mode: the new ESP.
+    #[cold]
+    #[inline(never)]
+    fn push_on_this_stack(
+        &mut self,
+        bus: &mut dyn Bus,
+        wide: bool,
+        values: [u64; 5],
+        code: Option<u32>,
+    ) -> Result<u64, Stop> {
+        let frame = Frame::on_checked_stack(self);
+        frame.push_each(self, bus, if wide { 4 } else { 2 }, &values[2..], code)
     }
 
     /// The frame of an inner level's handler outside IA-32e mode: the new ESP and SS.

@@ -64,7 +64,6 @@ impl Frame {
     }
 
     /// Pushes `values`, the first one first, then an event's error code. The new stack pointer, within the stack's width.
-    /// What lies in one page is found by one lookup.
     #[inline(always)]
     pub fn push_event<W: Word, const N: usize>(
         self,
@@ -73,27 +72,34 @@ impl Frame {
         values: [u64; N],
         code: Option<u32>,
     ) -> Result<u64, Stop> {
+        match self.push_at_once::<W, N>(c, values, code) {
+            Some(pointer) => Ok(pointer),
+            None => self.push_each(c, bus, W::BYTES, &values, code),
+        }
+    }
+
+    /// As [`push_event`](Self::push_event), if one lookup finds where all of it goes.
+    #[inline(always)]
+    pub fn push_at_once<W: Word, const N: usize>(&self, c: &Core, values: [u64; N], code: Option<u32>) -> Option<u64> {
         let below = if code.is_some() { W::BYTES } else { 0 };
         let (top, total) = (self.pointer & self.mask, W::BYTES * N as u64 + below);
         let at = top.wrapping_sub(total);
-        if self.cpl < 3
-            && total <= top
-            && self.allows(at, total)
-            && let Some(off) = c.mmu.lookup_system_write(Gva::new(self.linear(at)), total)
-        {
-            if let Some(code) = code {
-                c.mem.store::<W>(off, W::of(code.into()));
-            }
-            let words: [W; N] = std::array::from_fn(|n| W::of(values[N - 1 - n]));
-            c.mem.store_words(off.add(below), &words);
-            return Ok(at);
+        if self.cpl == 3 || total > top || !self.allows(at, total) {
+            return None;
         }
-        self.push_each(c, bus, W::BYTES, &values, code)
+        let off = c.mmu.lookup_system_write(Gva::new(self.linear(at)), total)?;
+        if let Some(code) = code {
+            c.mem.store::<W>(off, W::of(code.into()));
+        }
+        let words: [W; N] = std::array::from_fn(|n| W::of(values[N - 1 - n]));
+        c.mem.store_words(off.add(below), &words);
+        Some(at)
     }
 
+    /// As [`push_event`](Self::push_event), value by value.
     #[cold]
     #[inline(never)]
-    fn push_each(
+    pub fn push_each(
         mut self,
         c: &mut Core,
         bus: &mut dyn Bus,

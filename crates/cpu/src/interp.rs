@@ -319,12 +319,20 @@ impl Interpreter {
     #[inline(always)]
     fn after_block(&mut self, bus: &mut dyn Bus) -> Option<Exit> {
         self.core.s.shadow = std::mem::take(&mut self.core.shadow_next);
-        let debug = self.core.after_instruction();
-        if debug != 0
-            && let Err(exit) = self.debug_trap(bus, debug)
-        {
-            return Some(exit);
+        match self.core.after_instruction() {
+            0 => self.attention(),
+            debug => self.trapped(bus, debug),
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn trapped(&mut self, bus: &mut dyn Bus, debug: u64) -> Option<Exit> {
+        self.debug_trap(bus, debug).map_or_else(Some, |()| self.attention())
+    }
+
+    #[inline(always)]
+    fn attention(&mut self) -> Option<Exit> {
         if std::mem::take(&mut self.core.attention) {
             self.core.check_events = true;
             return Some(Exit::Attention);
