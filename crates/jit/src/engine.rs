@@ -91,6 +91,8 @@ pub(crate) struct Engine {
     states: Vec<State>,
     /// By block number: how often it was left for another one than that behind it while it was interpreted.
     went: Vec<u8>,
+    /// By block number: how often the budget was used up there.
+    samples: HashMap<u32, u8>,
     exits: Vec<KnownExit>,
     /// By block number: the first blocks of the traces that it is a part of.
     traces: HashMap<u32, Vec<u32>>,
@@ -159,6 +161,7 @@ impl Jit {
             stubs,
             states: Vec::new(),
             went: Vec::new(),
+            samples: HashMap::new(),
             exits: Vec::new(),
             traces: HashMap::new(),
             moved: HashMap::new(),
@@ -456,6 +459,7 @@ impl Engine {
             }
             Reason::Budget => {
                 self.stats.left_by_budget += 1;
+                self.sample(number);
                 base.wrapping_add(self.interp.blocks().block(number).rip)
             }
             Reason::Link => {

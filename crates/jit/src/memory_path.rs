@@ -191,7 +191,8 @@ impl Translator<'_> {
     /// often. Pointers to structures lead anywhere.
     fn is_ranged(&self, address: &Address, slow: usize) -> bool {
         let misses = self.missing >> self.op_of(slow) & 1 != 0;
-        !misses && (self.closes_loop || address.index.is_some() || address.base == Some(guest::RSP))
+        let array = self.hot && (self.closes_loop || address.index.is_some());
+        !misses && (array || address.base == Some(guest::RSP))
     }
 
     /// Jumps if no access may begin at `address` by its range. The linear address is in [`A`] afterwards, unless the

@@ -254,6 +254,11 @@ impl Misses {
         self.operations.get(&number).copied().unwrap_or(0)
     }
 
+    /// A block is to be translated again.
+    pub fn translate_again(&mut self, number: u32) {
+        self.again.push(number);
+    }
+
     /// Blocks that are to be translated again.
     pub fn take_again(&mut self) -> Vec<u32> {
         std::mem::take(&mut self.again)

@@ -61,6 +61,8 @@ pub struct Translator<'a> {
     pub cold: Vec<Cold>,
     /// Operations, by bits, that ranges are no good for.
     pub missing: u64,
+    /// Much time is spent in the block.
+    pub hot: bool,
     pub groups: Groups,
     /// The groups, by base register, whose checks have been emitted.
     pub checked: [Option<usize>; BASES],
@@ -100,6 +102,8 @@ pub struct Source<'a> {
     pub bytes: &'a [u8],
     /// Operations, by bits, that ranges are no good for.
     pub missing: u64,
+    /// Much time is spent in it.
+    pub hot: bool,
     /// Groups are no good for it.
     pub alone: bool,
 }
@@ -260,7 +264,7 @@ fn closes_loop(block: &Block, steps: &[Step]) -> bool {
 
 impl<'a> Translator<'a> {
     fn new(part: &Part<'a>, settings: Settings<'a>, e: Emitter) -> Self {
-        let Source { block, number, missing, .. } = part.source;
+        let Source { block, number, missing, hot, .. } = part.source;
         let Settings { half, stubs, off } = settings;
         Self {
             e,
@@ -270,6 +274,7 @@ impl<'a> Translator<'a> {
             x87: x87::Place::default(),
             cold: Vec::new(),
             missing,
+            hot,
             groups: part.groups.clone(),
             checked: [None; BASES],
             lookups: 0,

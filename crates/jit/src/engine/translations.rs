@@ -11,6 +11,9 @@ use crate::translate::{Code, Offsets, Settings, Source, dropped_code, jump, tran
 use umbra_cpu::core::code_bits;
 use umbra_memory::RamOffset;
 
+/// Samples of a block that much time is spent in.
+const HOT: u8 = 8;
+
 /// A block's translation.
 #[derive(Clone, Copy)]
 pub(super) enum State {
@@ -49,6 +52,7 @@ impl Engine {
         for number in self.interp.take_dropped() {
             self.misses.forget_block(number);
             self.moved.remove(&number);
+            self.samples.remove(&number);
             self.went.get_mut(number as usize).into_iter().for_each(|count| *count = 0);
             if self.forget(number, false) {
                 self.stats.dropped += 1;
@@ -57,13 +61,14 @@ impl Engine {
     }
 
     /// Forgets a block's translation, and those it is a part of. True if it had one of its own. The next one is gone to
-    /// from there, too, if the block is translated `again`.
+    /// from there, too, if the block is to be translated `again` as soon as it is run.
     pub(super) fn forget(&mut self, number: u32, again: bool) -> bool {
         for first in self.traces.remove(&number).into_iter().flatten() {
             self.forget(first, true);
         }
         let Some(state) = self.states.get_mut(number as usize) else { return false };
-        let State::Translated(old) = std::mem::replace(state, State::Cold(0)) else { return false };
+        let runs = if again { self.options.threshold } else { 0 };
+        let State::Translated(old) = std::mem::replace(state, State::Cold(runs)) else { return false };
         let code = dropped_code(old.entry, old.rip, &self.stubs);
         self.patch(old.entry, &code);
         if again {
@@ -180,12 +185,23 @@ impl Engine {
             number,
             bytes,
             missing: if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) },
+            hot: self.samples.get(&number).is_some_and(|&samples| samples >= HOT),
             alone: self.misses.is_alone(number),
         });
         let sources: Vec<_> = sources.collect();
         let code = translate(&sources, at, self.exits.len(), Settings { half, off, stubs: &self.stubs });
         trace.truncate(code.parts);
         (trace, code)
+    }
+
+    /// The budget was used up at block `number`'s head, as it is now and then: time is spent there. Where it often is, range
+    /// registers are worth looking for, and what they miss is known soon.
+    pub(super) fn sample(&mut self, number: u32) {
+        let samples = self.samples.entry(number).or_default();
+        *samples = samples.saturating_add(1);
+        if *samples == HOT && !self.options.off.has(Mechanism::Ranges) {
+            self.misses.translate_again(number);
+        }
     }
 
     /// Whether a block has mostly been left for another than the one behind it, if that is known.
