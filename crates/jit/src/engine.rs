@@ -48,6 +48,8 @@ pub enum JitError {
 pub struct JitOptions {
     /// Times a block is interpreted before it is translated.
     pub threshold: u8,
+    /// Slices, or parts of slices, that end at a block until range registers are looked for in it.
+    pub hot_after: u8,
     /// Bytes of host code kept.
     pub code_bytes: usize,
     /// Translate 16- and 32-bit code, too. None of its operations has host code yet, so that interpreting it
@@ -61,8 +63,14 @@ pub struct JitOptions {
 
 impl JitOptions {
     /// What a run has unless something else is said.
-    pub const DEFAULT: Self =
-        Self { threshold: 8, code_bytes: 128 << 20, legacy: false, limit: u64::MAX, off: Mechanisms::NONE };
+    pub const DEFAULT: Self = Self {
+        threshold: 8,
+        hot_after: 4,
+        code_bytes: 128 << 20,
+        legacy: false,
+        limit: u64::MAX,
+        off: Mechanisms::NONE,
+    };
 }
 
 impl Default for JitOptions {

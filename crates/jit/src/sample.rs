@@ -60,7 +60,7 @@ pub fn translations_of(code: &[u8], mode: SampleMode, options: JitOptions) -> Re
     }
     // The last instruction is followed by HLT.
     memory.write(Gpa::new(CODE), &[code, &[0xf4]].concat());
-    let options = JitOptions { threshold: 0, legacy: true, ..options };
+    let options = JitOptions { threshold: 0, hot_after: 0, legacy: true, ..options };
     let mut engine = Jit::new(memory, &CpuidProfile::default(), 0, &EngineOptions::default(), options)?;
     let heard = Arc::new(Mutex::new(Vec::new()));
     let all = Arc::clone(&heard);

@@ -586,7 +586,8 @@ fn compare_from(
     Ok(jit.stats())
 }
 
-const SMALL: JitOptions = JitOptions { threshold: 2, code_bytes: 1 << 20, legacy: true, ..JitOptions::DEFAULT };
+const SMALL: JitOptions =
+    JitOptions { threshold: 2, hot_after: 0, code_bytes: 1 << 20, legacy: true, ..JitOptions::DEFAULT };
 
 proptest! {
     #![proptest_config(ProptestConfig::default())]

@@ -11,9 +11,6 @@ use crate::translate::{Code, Offsets, Settings, Source, dropped_code, jump, tran
 use umbra_cpu::core::code_bits;
 use umbra_memory::RamOffset;
 
-/// Samples of a block that much time is spent in.
-const HOT: u8 = 8;
-
 /// A block's translation.
 #[derive(Clone, Copy)]
 pub(super) enum State {
@@ -185,7 +182,7 @@ impl Engine {
             number,
             bytes,
             missing: if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) },
-            hot: self.samples.get(&number).is_some_and(|&samples| samples >= HOT),
+            hot: self.samples.get(&number).copied().unwrap_or(0) >= self.options.hot_after,
             alone: self.misses.is_alone(number),
         });
         let sources: Vec<_> = sources.collect();
@@ -199,7 +196,7 @@ impl Engine {
     pub(super) fn sample(&mut self, number: u32) {
         let samples = self.samples.entry(number).or_default();
         *samples = samples.saturating_add(1);
-        if *samples == HOT && !self.options.off.has(Mechanism::Ranges) {
+        if *samples == self.options.hot_after && !self.options.off.has(Mechanism::Ranges) {
             self.misses.translate_again(number);
         }
     }
