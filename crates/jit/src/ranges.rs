@@ -41,7 +41,7 @@ const MOST_PATIENCE: u32 = 8192;
 const SELDOM: u64 = 1024;
 /// Instructions from one miss of a site to the next, when its range is missed too often. Going through memory misses
 /// [`MARGIN`] times a page in a row, which is still better than a lookup each time.
-const OFTEN: u64 = 48;
+const OFTEN: u64 = 128;
 /// Pages of a run in each direction.
 const LONGEST: u64 = 1024;
 /// From so many pages on, a run is kept however much is missed.
