@@ -39,6 +39,8 @@ pub struct Stubs {
     pub find: usize,
     /// Called by what remains of a dropped translation, [`LOOKUP_BYTES`] of it: as `lookup`, but never goes there.
     pub elsewhere: usize,
+    /// As `elsewhere` for code that isn't 64-bit.
+    pub elsewhere_legacy: usize,
     /// As `lookup` for the RIP in the core.
     pub dispatch: usize,
     /// Called: see [`views::emit_change`].
@@ -118,7 +120,7 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
     let to_absolute = e.jmp();
     let (find, by_place) = find(e);
     let (lookup, absolute) = lookup(e, find, miss, to_absolute);
-    let elsewhere = elsewhere(e, by_place, miss);
+    let (elsewhere, elsewhere_legacy) = elsewhere(e, by_place, miss);
     let helper = call_helper(e, helper, leave_spilled, dispatch);
     let rest = call_helper(e, rest, leave_spilled, dispatch);
     let change_view = views::emit_change(e);
@@ -142,6 +144,7 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
         other: other(e, lookup, link),
         find,
         elsewhere,
+        elsewhere_legacy,
         dispatch,
         change_view,
         system_call,

@@ -66,7 +66,7 @@ impl Engine {
         let Some(state) = self.states.get_mut(number as usize) else { return false };
         let runs = if again { self.options.threshold } else { 0 };
         let State::Translated(old) = std::mem::replace(state, State::Cold(runs)) else { return false };
-        let code = dropped_code(old.entry, old.rip, &self.stubs);
+        let code = dropped_code(old.entry, old.rip, code_bits(old.mode), &self.stubs);
         self.patch(old.entry, &code);
         if again {
             self.moved.entry(number).or_default().push((old.entry, Half::of(old.seen_at)));

@@ -197,7 +197,10 @@ pub(super) fn other(e: &mut Emitter, lookup: usize, link: usize) -> usize {
 }
 
 /// Both slots may still lead to the dropped translation, and those of other contexts.
-pub(super) fn elsewhere(e: &mut Emitter, by_place: usize, miss: usize) -> usize {
+/// The second place is for RIPs that don't count from a page.
+pub(super) fn elsewhere(e: &mut Emitter, by_place: usize, miss: usize) -> (usize, usize) {
+    let legacy = e.here();
+    e.store_imm(code_base(), 0);
     let here = e.here();
     pop(e, B);
     e.store(frame_field!(scratch), B);
@@ -214,5 +217,5 @@ pub(super) fn elsewhere(e: &mut Emitter, by_place: usize, miss: usize) -> usize 
         search(e, unknown, by_place, miss);
         go(e);
     });
-    here
+    (here, legacy)
 }

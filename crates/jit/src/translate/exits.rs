@@ -42,11 +42,11 @@ pub fn other_code(at: usize, number: u32, rip: u64, stubs: &Stubs) -> Vec<u8> {
     e.bytes
 }
 
-/// What a dropped translation of `rip` becomes: always [`LOOKUP_BYTES`].
-pub fn dropped_code(at: usize, rip: u64, stubs: &Stubs) -> Vec<u8> {
+/// What a dropped translation of `rip` becomes, code of that many bits: always [`LOOKUP_BYTES`].
+pub fn dropped_code(at: usize, rip: u64, bits: u32, stubs: &Stubs) -> Vec<u8> {
     let mut e = Emitter::new(at);
     e.mov_imm64(A, rip);
-    e.call(stubs.elsewhere);
+    e.call(if bits == 64 { stubs.elsewhere } else { stubs.elsewhere_legacy });
     e.bytes
 }
 
