@@ -214,14 +214,14 @@ impl Core {
             self.mem.load_bytes(off, out);
             return Ok(());
         }
-        let place = self.place(op, lin, out.len() as u64, AccessKind::Read)?;
-        let (first, second, cut) = match place {
-            Place::One(t) => (t, t, out.len()),
-            Place::Split(a, b, cut) => (a, b, cut as usize),
-        };
-        let (low, high) = out.split_at_mut(cut);
-        self.load_part(bus, op, first, low);
-        self.load_part(bus, op, second, high);
+        match self.place(op, lin, out.len() as u64, AccessKind::Read)? {
+            Place::One(t) => self.load_part(bus, op, t, out),
+            Place::Split(a, b, cut) => {
+                let (low, high) = out.split_at_mut(cut as usize);
+                self.load_part(bus, op, a, low);
+                self.load_part(bus, op, b, high);
+            }
+        }
         Ok(())
     }
 
@@ -231,14 +231,14 @@ impl Core {
             self.mem.store_bytes(off, data);
             return Ok(());
         }
-        let place = self.place(op, lin, data.len() as u64, AccessKind::Write)?;
-        let (first, second, cut) = match place {
-            Place::One(t) => (t, t, data.len()),
-            Place::Split(a, b, cut) => (a, b, cut as usize),
-        };
-        let (low, high) = data.split_at(cut);
-        self.store_part(bus, op, first, low);
-        self.store_part(bus, op, second, high);
+        match self.place(op, lin, data.len() as u64, AccessKind::Write)? {
+            Place::One(t) => self.store_part(bus, op, t, data),
+            Place::Split(a, b, cut) => {
+                let (low, high) = data.split_at(cut as usize);
+                self.store_part(bus, op, a, low);
+                self.store_part(bus, op, b, high);
+            }
+        }
         Ok(())
     }
 
