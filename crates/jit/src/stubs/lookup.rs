@@ -7,7 +7,6 @@ use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::{code_base, code_mode, context, frame_field, jumps, next_rip, selected};
 use crate::jumps::{FETCHES, FOLD, Fetch, OTHER, PAIR_SHIFT, PLACES, Place, SLOT_MASK, SPREAD, Slot};
 use crate::registers::{A, B};
-use crate::translate::LOOKUP_BYTES;
 use std::mem::offset_of;
 use umbra_cpu::core::CODE_SIZE_AT;
 use umbra_mmu::Entry;
@@ -196,26 +195,17 @@ pub(super) fn other(e: &mut Emitter, lookup: usize, link: usize) -> usize {
     here
 }
 
-/// Both slots may still lead to the dropped translation, and those of other contexts.
-/// The second place is for RIPs that don't count from a page.
+/// Slots may still lead to the dropped translation, and to what has become a jump to it: its place alone says what there is
+/// now. The second place is for RIPs that don't count from a page.
 pub(super) fn elsewhere(e: &mut Emitter, by_place: usize, miss: usize) -> (usize, usize) {
     let legacy = e.here();
     e.store_imm(code_base(), 0);
     let here = e.here();
     pop(e, B);
-    e.store(frame_field!(scratch), B);
     e.alu_mem(Alu::Add, true, A, code_base());
-    by_half(e, |e, half| {
-        let unknown = compare_slot(e, half);
-        e.load(A, frame_field!(scratch));
-        e.alu_imm(Alu::Sub, true, A, LOOKUP_BYTES as i32);
-        e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Slot, code)));
-        e.load(A, Mem::at(B, offset_of!(Slot, rip)));
-        let same = e.jcc(cc::EQUAL);
-        go(e);
-        e.bind(same);
-        search(e, unknown, by_place, miss);
-        go(e);
-    });
+    e.call(by_place);
+    let nothing = e.jcc(cc::NOT_EQUAL);
+    e.point(nothing, miss);
+    go(e);
     (here, legacy)
 }
