@@ -129,17 +129,11 @@ impl Core {
             let place = self.place(op, lin, W::BYTES, AccessKind::Read)?;
             return Ok(self.load_place(bus, op, place, W::BYTES));
         }
-        self.may_access(op, lin, W::BYTES, AccessKind::Read)?;
-        let found = self.mmu.translate(Gva::new(lin), Access::explicit(AccessKind::Read, self.s.cpl));
-        let found = match &found {
-            Ok(found) => found,
-            Err(fault) => return self.raise_page_fault(fault),
-        };
-        self.after_translation();
+        let found = self.in_page(op, lin, W::BYTES, AccessKind::Read)?;
         match found.backing {
-            _ if found.absent => Err(self.is_absent(found)),
+            _ if found.absent => Err(self.is_absent(&found)),
             Backing::Ram(off) | Backing::Rom(off) => Ok(self.mem.load::<W>(off).zext()),
-            Backing::Mmio => Ok(self.load_place(bus, op, Place::One(*found), W::BYTES)),
+            Backing::Mmio => Ok(self.load_place(bus, op, Place::One(found), W::BYTES)),
         }
     }
 
@@ -214,14 +208,8 @@ impl Core {
             self.mem.load_bytes(off, out);
             return Ok(());
         }
-        match self.place(op, lin, out.len() as u64, AccessKind::Read)? {
-            Place::One(t) => self.load_part(bus, op, t, out),
-            Place::Split(a, b, cut) => {
-                let (low, high) = out.split_at_mut(cut as usize);
-                self.load_part(bus, op, a, low);
-                self.load_part(bus, op, b, high);
-            }
-        }
+        let place = self.place(op, lin, out.len() as u64, AccessKind::Read)?;
+        self.load_parts(bus, op, place, out);
         Ok(())
     }
 
@@ -231,14 +219,8 @@ impl Core {
             self.mem.store_bytes(off, data);
             return Ok(());
         }
-        match self.place(op, lin, data.len() as u64, AccessKind::Write)? {
-            Place::One(t) => self.store_part(bus, op, t, data),
-            Place::Split(a, b, cut) => {
-                let (low, high) = data.split_at(cut as usize);
-                self.store_part(bus, op, a, low);
-                self.store_part(bus, op, b, high);
-            }
-        }
+        let place = self.place(op, lin, data.len() as u64, AccessKind::Write)?;
+        self.store_parts(bus, op, place, data);
         Ok(())
     }
 
@@ -373,23 +355,30 @@ impl Core {
 
     fn load_place(&mut self, bus: &mut dyn Bus, op: &Op, place: Place, bytes: u64) -> u64 {
         let mut raw = [0u8; 8];
-        match place {
-            Place::One(t) => self.load_part(bus, op, t, &mut raw[..bytes as usize]),
-            Place::Split(a, b, cut) => {
-                let (low, high) = raw[..bytes as usize].split_at_mut(cut as usize);
-                self.load_part(bus, op, a, low);
-                self.load_part(bus, op, b, high);
-            }
-        }
+        self.load_parts(bus, op, place, &mut raw[..bytes as usize]);
         u64::from_le_bytes(raw)
     }
 
     fn store_place(&mut self, bus: &mut dyn Bus, op: &Op, place: Place, bytes: u64, value: u64) {
-        let raw = value.to_le_bytes();
+        self.store_parts(bus, op, place, &value.to_le_bytes()[..bytes as usize]);
+    }
+
+    fn load_parts(&mut self, bus: &mut dyn Bus, op: &Op, place: Place, out: &mut [u8]) {
         match place {
-            Place::One(t) => self.store_part(bus, op, t, &raw[..bytes as usize]),
+            Place::One(t) => self.load_part(bus, op, t, out),
             Place::Split(a, b, cut) => {
-                let (low, high) = raw[..bytes as usize].split_at(cut as usize);
+                let (low, high) = out.split_at_mut(cut as usize);
+                self.load_part(bus, op, a, low);
+                self.load_part(bus, op, b, high);
+            }
+        }
+    }
+
+    fn store_parts(&mut self, bus: &mut dyn Bus, op: &Op, place: Place, data: &[u8]) {
+        match place {
+            Place::One(t) => self.store_part(bus, op, t, data),
+            Place::Split(a, b, cut) => {
+                let (low, high) = data.split_at(cut as usize);
                 self.store_part(bus, op, a, low);
                 self.store_part(bus, op, b, high);
             }

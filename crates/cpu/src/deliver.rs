@@ -188,7 +188,9 @@ impl Core {
         } else {
             self.deliver_legacy(bus, event, rip)?;
         }
-        if let Event::Fault(Fault { vector: vector::DB, .. }) | Event::Trap(_) | Event::Icebp = event {
+        let debug =
+            Event::Icebp == event || matches!(event, Event::Fault(f) | Event::Trap(f) if f.vector == vector::DB);
+        if debug {
             self.s.dr7 &= !DR7_GD;
         }
         Ok(())

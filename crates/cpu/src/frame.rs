@@ -107,8 +107,8 @@ impl Frame {
         values: &[u64],
         code: Option<u32>,
     ) -> Result<u64, Stop> {
-        let all = values.iter().copied().chain(code.map(u64::from));
-        all.into_iter().try_for_each(|value| self.push(c, bus, bytes, value))?;
+        let mut all = values.iter().copied().chain(code.map(u64::from));
+        all.try_for_each(|value| self.push(c, bus, bytes, value))?;
         Ok(self.pointer & self.mask)
     }
 

@@ -240,8 +240,8 @@ impl Interpreter {
         self.stopped(bus, stop, rip)
     }
 
-    /// Runs one block, or as much of it as `until` allows. What the slice ends with, if it ends.
-    pub(crate) fn one_whole_block(&mut self, bus: &mut dyn Bus, number: u32, until: VirtualTime) -> Option<Exit> {
+    /// Interprets one block, or as much of it as `until` allows. What the slice ends with, if it ends.
+    pub fn run_block(&mut self, bus: &mut dyn Bus, number: u32, until: VirtualTime) -> Option<Exit> {
         let block = self.cache.block(number);
         let ran = whole_block(&mut self.core, bus, block, (self.single, until), &mut self.retired);
         ran.err().and_then(|left| self.left(bus, number, left, until))

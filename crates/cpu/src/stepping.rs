@@ -68,11 +68,6 @@ impl Interpreter {
         self.single || self.core.check_events || self.core.trace.is_some()
     }
 
-    /// Interprets one block, or as much of it as `until` allows.
-    pub fn run_block(&mut self, bus: &mut dyn Bus, number: u32, until: VirtualTime) -> Option<Exit> {
-        self.one_whole_block(bus, number, until)
-    }
-
     /// Interprets blocks one after the other until something has to be looked at. They are all of one code size.
     pub fn run_chain(&mut self, bus: &mut dyn Bus, until: VirtualTime) -> Option<Exit> {
         let found = self.cache.find(&mut self.core);

@@ -48,7 +48,7 @@ pub enum JitError {
 pub struct JitOptions {
     /// Times a block is interpreted before it is translated.
     pub threshold: u8,
-    /// Slices, or parts of slices, that end at a block until range registers are looked for in it.
+    /// Times that the budget ends at a block's head until range registers are looked for in it; 0: from the start.
     pub hot_after: u8,
     /// Bytes of host code kept.
     pub code_bytes: usize,
@@ -362,19 +362,20 @@ impl Engine {
         if self.contexts.is_exhausted() {
             self.forget_everything();
             self.contexts = Contexts::new();
+            self.frame.forget_all_views();
             return self.interp.run_block(bus, number, until);
         }
         let rip = self.interp.core().next_rip;
         let base = rip.wrapping_sub(translation.rip);
         let code = self.code.address() + translation.entry as u64;
         let jumps = !self.options.off.has(Mechanism::Jumps);
-        let context = self.context_of(rip);
+        let known = self.context_of(rip);
+        let context = known.number;
         if jumps {
-            context.jumps.enter(rip, code);
-        }
-        let context = context.number;
-        if jumps && translation.is_placed() && Half::of(rip) == Half::Upper {
-            self.fetches.enter(rip, context, translation.offset);
+            known.jumps.enter(rip, code);
+            if translation.is_placed() && Half::of(rip) == Half::Upper {
+                self.fetches.enter(rip, context, translation.offset);
+            }
         }
         if let Some((pending, from)) = self.pending.take().filter(|_| !self.options.off.has(Mechanism::Links)) {
             self.link(pending, from, &translation, rip, context);

@@ -4,12 +4,11 @@
 
 use crate::memory_path::Access;
 use crate::native::writes_first;
-use crate::plan::{Kind, Step, has_memory, width};
+use crate::plan::{Kind, Step, has_memory, width, written_registers};
 use crate::ranges::MARGIN;
 use crate::registers::guest;
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, OpKind, Register};
 use umbra_arch::segment::Seg;
-use umbra_cpu::decode::register_index;
 use umbra_cpu::op::{CODE_BASE, NO_REG, Op};
 
 /// Registers that addresses are made with: the general ones and [`CODE_BASE`].
@@ -234,13 +233,7 @@ impl Planner {
     }
 
     fn close_written(&mut self, i: &Instruction, info: &mut InstructionInfoFactory) {
-        for used in info.info(i).used_registers() {
-            let written = !matches!(used.access(), OpAccess::None | OpAccess::Read | OpAccess::CondRead);
-            let register = used.register().full_register();
-            if written && register.is_gpr() {
-                self.close(register_index(register) as usize);
-            }
-        }
+        written_registers(i, info).for_each(|register| self.close(usize::from(register)));
     }
 }
 

@@ -15,7 +15,7 @@ use std::ops::Range;
 use umbra_arch::CpuState;
 use umbra_arch::fpu::FpState;
 use umbra_cpu::block::Block;
-use umbra_cpu::op::{CODE_BASE, Op};
+use umbra_cpu::op::CODE_BASE;
 use umbra_cpu::{Core, Interpreter};
 
 /// A translation as it was made.
@@ -25,7 +25,7 @@ pub struct Translated {
     pub rip: u64,
     /// Code size: 16, 32 or 64.
     pub bits: u32,
-    /// The blocks' bytes, one behind the other, each block's once.
+    /// The blocks' bytes, one behind the other.
     pub guest: Vec<u8>,
     /// Its host code; exits aren't linked yet.
     pub host: Vec<u8>,
@@ -94,21 +94,14 @@ impl Translated {
         let ends = code.starts.iter().skip(1).map(|(end, _)| *end);
         let first = blocks[0];
         let mut bytes = 0;
-        let mut known: Vec<(u64, usize)> = Vec::new();
         let ops = blocks.iter().flat_map(|block| {
-            let seen = known.iter().find(|(known, _)| *known == block.rip).map(|&(_, start)| start);
-            let start = seen.unwrap_or_else(|| {
-                known.push((block.rip, bytes));
-                let start = bytes;
-                bytes += block.pieces().map(|(_, len)| len as usize).sum::<usize>();
-                start
-            });
+            let start = bytes;
+            bytes += block.pieces().map(|(_, len)| len as usize).sum::<usize>();
             let block_rip = rip.wrapping_add(block.rip.wrapping_sub(first.rip));
-            let op = move |op: &Op| {
+            block.ops.iter().map(move |op| {
                 let at = start + usize::from(op.start);
                 (block_rip.wrapping_add(op.start.into()), at..at + usize::from(op.len))
-            };
-            block.ops.iter().map(op).collect::<Vec<_>>()
+            })
         });
         let parts = ops.zip(&code.starts).zip(ends).map(|(((rip, guest), (start, kind)), end)| Part {
             rip,

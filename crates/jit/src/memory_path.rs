@@ -187,7 +187,8 @@ impl Translator<'_> {
         place
     }
 
-    /// Whether a range register is worth a try: for the stack, arrays, and in loops, unless the operation has missed too
+    /// Whether a range register is worth a try: for the stack, and for arrays and loops where much time is spent, unless the
+    /// operation has missed too
     /// often. Pointers to structures lead anywhere.
     fn is_ranged(&self, address: &Address, slow: usize) -> bool {
         let misses = self.missing >> self.op_of(slow) & 1 != 0;

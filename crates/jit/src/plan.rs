@@ -8,7 +8,10 @@ use crate::strings::Repeated;
 use crate::system::System;
 use crate::turns::Turn;
 use crate::{vector, x87};
-use iced_x86::{ConditionCode, Instruction, Mnemonic as M, OpKind, Register};
+use iced_x86::{
+    ConditionCode, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register, UsedRegister,
+};
+use umbra_cpu::decode::register_index;
 use umbra_cpu::op::Op;
 
 /// How an operation is done.
@@ -172,6 +175,13 @@ fn live_before(i: &Instruction, kind: Kind, can_miss: bool, live: bool) -> bool 
 pub fn writes_all_flags(kind: Kind) -> bool {
     let bits = if let Kind::Bits(bits) = kind { bits.writes_all() } else { false };
     bits || matches!(kind, Kind::Arithmetic | Kind::Shift(_) | Kind::Imul | Kind::Multiply | Kind::CompareExchange)
+}
+
+/// The general registers that an instruction may write, some perhaps more than once.
+pub fn written_registers(i: &Instruction, info: &mut InstructionInfoFactory) -> impl Iterator<Item = u8> {
+    let written = |used: &&UsedRegister| !matches!(used.access(), OpAccess::None | OpAccess::Read | OpAccess::CondRead);
+    let registers = info.info(i).used_registers().iter().filter(written).map(|used| used.register().full_register());
+    registers.filter(|register| register.is_gpr()).map(register_index)
 }
 
 /// Whether it reads flags; INC and DEC keep CF.

@@ -4,11 +4,11 @@
 use crate::bits::Bits;
 use crate::emitter::Alu;
 use crate::frame::{frame_field, gpr};
-use crate::plan::{Kind, ShiftKind, has_memory, reads_flags, width, writes_all_flags};
+use crate::plan::{Kind, ShiftKind, has_memory, reads_flags, width, writes_all_flags, written_registers};
 use crate::registers::{A, B, FLAGS, Reg, home};
 use crate::shifts::shift_count;
 use crate::translate::{Part, Translator};
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, OpKind, Register};
 use umbra_arch::rflags;
 use umbra_cpu::decode::register_index;
 
@@ -164,11 +164,7 @@ fn replaced(
         if writes_all_flags(kind) {
             return Some(Replaced { after, over_branch });
         }
-        spoilt |= info.info(i).used_registers().iter().any(|used| {
-            let written = !matches!(used.access(), OpAccess::None | OpAccess::Read | OpAccess::CondRead);
-            let register = used.register().full_register();
-            written && register.is_gpr() && recipe.needs(register_index(register))
-        });
+        spoilt |= written_registers(i, info).any(|register| recipe.needs(register));
     }
     None
 }

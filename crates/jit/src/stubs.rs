@@ -34,10 +34,11 @@ pub struct Stubs {
     pub lookup: usize,
     /// As `lookup` for an exit, its number in [`B`], whose guard fails: now and then leaves so that it is linked anew.
     pub other: usize,
-    /// Called with a RIP in [`A`], which stays there, that isn't in the jump table's slot at [`B`]: if its translation is found by where its
-    /// code is, ZF set and the jump table's slot at [`B`].
+    /// Called with a RIP in [`A`], which stays there, that isn't in the jump table's slot at [`B`]: if its translation is
+    /// found, in the pair's other slot or by where its code is, ZF set and its slot at [`B`].
     pub find: usize,
-    /// Called by what remains of a dropped translation, [`LOOKUP_BYTES`] of it: as `lookup`, but never goes there.
+    /// Called by what remains of a dropped translation, `LOOKUP_BYTES` of it: as `lookup`, but by where the
+    /// code is alone.
     pub elsewhere: usize,
     /// As `elsewhere` for code that isn't 64-bit.
     pub elsewhere_legacy: usize,

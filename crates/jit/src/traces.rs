@@ -102,7 +102,8 @@ fn plan_groups(parts: &mut [Part<'_>], loops: bool, off: Mechanisms, info: &mut 
     }
     let mut next = 0;
     let apart = loops || parts.iter().any(Part::is_alone);
-    for parts in parts.chunks_mut(if apart { 1 } else { LONGEST }) {
+    let together = if apart { 1 } else { parts.len() };
+    for parts in parts.chunks_mut(together) {
         if !parts[0].is_alone() {
             let members: Vec<_> = parts.iter().map(Part::member).collect();
             let groups = groups(&members, &mut next, info);

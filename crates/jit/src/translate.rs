@@ -210,6 +210,7 @@ fn emit(parts: &[Part<'_>], at: Offsets, first_exit: usize, settings: Settings<'
     let mut checked = [None; BASES];
     for part in parts {
         let mut translator = Translator::new(part, settings, e);
+        // Numbers of groups are unique in a trace.
         translator.checked = checked;
         translator.run(part, &mut code.starts)?;
         code.helpers += part.steps.iter().filter(|step| step.kind == Kind::Helper).count();

@@ -158,7 +158,8 @@ impl Engine {
     pub(super) fn listed(&self, trace: &[u32], rip: u64, code: &Code, at: Offsets) -> Translated {
         let base = self.code.address();
         let blocks: Vec<_> = trace.iter().map(|&number| self.interp.blocks().block(number)).collect();
-        let guest = self.bytes_of(trace);
+        debug_assert!(blocks[1..].iter().all(|block| !block.crosses()), "traces lie in a page");
+        let guest = trace.iter().flat_map(|&number| self.bytes_of(number)).collect();
         Translated::of(&blocks, rip, guest, code, (base, at), listing::names(&self.stubs, base))
     }
 
@@ -176,7 +177,7 @@ impl Engine {
         } else {
             trace(number, blocks, &self.interp.core().mem, |number| self.goes(number))
         };
-        let bytes: Vec<_> = trace.iter().map(|&number| self.bytes_of(&[number])).collect();
+        let bytes: Vec<_> = trace.iter().map(|&number| self.bytes_of(number)).collect();
         let sources = trace.iter().zip(&bytes).map(|(&number, bytes)| Source {
             block: blocks.block(number),
             number,
@@ -211,7 +212,7 @@ impl Engine {
         (runs > 0).then_some(2 * u32::from(went) > runs.into())
     }
 
-    /// An interpreted block has been left for RIP `to`.
+    /// Interpreted block `number`, which began at RIP `from`, has been left.
     pub(super) fn note_way(&mut self, number: u32, from: u64) {
         let block = self.interp.blocks().block(number);
         let behind = from.wrapping_sub(block.rip).wrapping_add(block.end_rip);
@@ -221,16 +222,13 @@ impl Engine {
         }
     }
 
-    /// The bytes of blocks, each one's once.
-    pub(super) fn bytes_of(&self, trace: &[u32]) -> Vec<u8> {
+    /// The bytes of a block.
+    pub(super) fn bytes_of(&self, number: u32) -> Vec<u8> {
         let mut bytes = Vec::new();
-        for (at, &number) in trace.iter().enumerate().filter(|(at, number)| !trace[..*at].contains(number)) {
-            debug_assert!(at == 0 || !self.interp.blocks().block(number).crosses());
-            for (offset, len) in self.interp.blocks().block(number).pieces() {
-                let at = bytes.len();
-                bytes.resize(at + len as usize, 0);
-                self.interp.core().mem.load_bytes(RamOffset::new(offset), &mut bytes[at..]);
-            }
+        for (offset, len) in self.interp.blocks().block(number).pieces() {
+            let at = bytes.len();
+            bytes.resize(at + len as usize, 0);
+            self.interp.core().mem.load_bytes(RamOffset::new(offset), &mut bytes[at..]);
         }
         bytes
     }
