@@ -100,7 +100,8 @@ pub trait Bus {
     fn read_cr8(&mut self) -> u8;
     /// MOV to CR8.
     fn write_cr8(&mut self, now: VirtualTime, value: u8) -> Reply<()>;
-    /// Whether an external interrupt (LAPIC or 8259 by ExtINT) is waiting, whatever RFLAGS.IF says.
+    /// Whether an external interrupt (LAPIC or 8259 by ExtINT) is waiting, whatever RFLAGS.IF says. During a slice one
+    /// begins to wait only with a reply that asks for attention.
     fn interrupt_pending(&mut self) -> bool;
     /// Interrupt acknowledge: takes the waiting interrupt's vector. `None` if it went away.
     fn interrupt_acknowledge(&mut self, now: VirtualTime) -> Option<u8>;

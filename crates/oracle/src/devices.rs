@@ -25,10 +25,11 @@ impl<'a> InputBus<'a> {
 
     fn reply<T>(&mut self, value: T) -> Reply<T> {
         let byte = self.byte();
-        if byte & 7 == 7 {
+        let interrupts = byte & 7 == 7;
+        if interrupts {
             self.waiting = Some(byte | 0x20);
         }
-        Reply { value, cost: u32::from(byte >> 4) * 100, attention: byte & 8 != 0 }
+        Reply { value, cost: u32::from(byte >> 4) * 100, attention: interrupts || byte & 8 != 0 }
     }
 
     fn value(&mut self) -> u64 {
