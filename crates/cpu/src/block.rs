@@ -146,7 +146,7 @@ pub struct BlockCache {
     /// Numbers by [`Key`], which is in the block.
     map: HashTable<u32>,
     hasher: DefaultHashBuilder,
-    jumps: Box<[Jump]>,
+    jumps: Box<[Jump; JUMP_SLOTS]>,
     pages: HashMap<u64, Vec<u32>>,
     /// Blocks built since the last look at what is in use.
     built: usize,
@@ -161,11 +161,19 @@ impl Default for BlockCache {
             free: Vec::new(),
             map: HashTable::new(),
             hasher: DefaultHashBuilder::default(),
-            jumps: vec![NO_JUMP; JUMP_SLOTS].into_boxed_slice(),
+            jumps: no_jumps(),
             pages: HashMap::new(),
             built: 0,
             dropped: None,
         }
+    }
+}
+
+/// Made on the heap: half a megabyte.
+fn no_jumps() -> Box<[Jump; JUMP_SLOTS]> {
+    match vec![NO_JUMP; JUMP_SLOTS].into_boxed_slice().try_into() {
+        Ok(jumps) => jumps,
+        Err(_) => unreachable!("it has that length"),
     }
 }
 

@@ -279,6 +279,12 @@ impl Core {
         self.clock.plus(u64::from(prefix) + self.extra_cost)
     }
 
+    /// Charges instructions that cost so much, and what the bus took.
+    #[inline(always)]
+    pub(crate) fn charge(&mut self, cost: u32) {
+        self.clock = self.clock.plus(u64::from(cost) + std::mem::take(&mut self.extra_cost));
+    }
+
     /// The TSC at `now`.
     pub fn tsc(&self, now: VirtualTime) -> u64 {
         now.0.wrapping_add(self.s.msr.tsc_offset)

@@ -178,6 +178,29 @@ impl Core {
         std::mem::take(&mut self.s.pending_debug) | if step { DR6_BS } else { 0 }
     }
 
+    /// As [`after_instruction`](Self::after_instruction), behind one that asked for the block's end. False, and nothing
+    /// is done yet, if something has to be looked at before the next block: events, shadows, traps, stale code.
+    #[inline(always)]
+    pub(crate) fn ends_quietly(&mut self) -> bool {
+        let due = self.check_events
+            || self.attention
+            || self.trap_pending
+            || self.shadow_next != Shadow::None
+            || self.watch.hits | self.s.pending_debug != 0
+            || self.trace.is_some()
+            || self.mmu.watcher().is_pending()
+            || !self.code_writes.is_empty();
+        if due {
+            return false;
+        }
+        self.s.shadow = Shadow::None;
+        if !std::mem::take(&mut self.watch.keep_rf) {
+            self.s.rflags &= !rflags::RF;
+        }
+        self.watch.no_step = false;
+        true
+    }
+
     /// Whether a #DB is due, or instructions have to be looked at for one.
     #[inline]
     pub fn must_look_for_debug(&self) -> bool {

@@ -6,7 +6,7 @@
 use crate::block::{Block, BlockCache};
 use crate::core::{Core, EngineError, EngineOptions};
 use crate::deliver::Event;
-use crate::op::Stop;
+use crate::op::{Op, Stop};
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::state::{Activity, Shadow};
@@ -33,6 +33,8 @@ enum Left {
     Due,
     /// It ran to its end, as did the slice.
     Spent,
+    /// It ran to its end, and code of another kind follows.
+    Elsewhere,
     /// It didn't run: only a part of it may.
     AtStart,
     /// Behind this operation, which asked for it.
@@ -57,20 +59,22 @@ fn whole_block(
     if single || end > until {
         return Err(Left::AtStart);
     }
-    let mut ops = block.ops.iter().enumerate();
+    let mut ops = block.ops.iter();
     if c.resumes()
-        && let Some((first, op)) = ops.next()
+        && let Some(op) = ops.next()
     {
-        (op.exec)(c, bus, op).map_err(|stop| Left::In(first, stop))?;
+        (op.exec)(c, bus, op).map_err(|stop| Left::In(0, stop))?;
         if c.break_block {
-            return Err(Left::Behind(first));
+            return Err(Left::Behind(0));
         }
         c.s.rflags &= !rflags::RF;
     }
-    for (at, op) in ops {
-        (op.exec)(c, bus, op).map_err(|stop| Left::In(at, stop))?;
+    while let Some(op) = ops.next() {
+        // Not counted on the way: the index is only wanted where the block is left.
+        let at = |rest: &[Op]| block.ops.len() - 1 - rest.len();
+        (op.exec)(c, bus, op).map_err(|stop| Left::In(at(ops.as_slice()), stop))?;
         if c.break_block {
-            return Err(Left::Behind(at));
+            return Err(Left::Behind(at(ops.as_slice())));
         }
     }
     *retired += block.ops.len() as u64;
@@ -212,8 +216,19 @@ impl Interpreter {
     fn linked_blocks(&mut self, bus: &mut dyn Bus, number: &mut u32, until: VirtualTime) -> Left {
         let mut block = self.cache.block(*number);
         loop {
-            if let Err(left) = whole_block(&mut self.core, bus, block, (self.single, until), &mut self.retired) {
-                return left;
+            match whole_block(&mut self.core, bus, block, (self.single, until), &mut self.retired) {
+                Ok(()) => {}
+                Err(Left::Behind(last)) if last + 1 == block.ops.len() && self.core.ends_quietly() => {
+                    self.retired += block.ops.len() as u64;
+                    self.core.charge(block.cost);
+                    if self.core.clock >= until {
+                        return Left::Spent;
+                    }
+                    if block.mode() != self.core.code_mode {
+                        return Left::Elsewhere;
+                    }
+                }
+                Err(left) => return left,
             }
             match self.cache.linked(block, &self.core) {
                 Some((next, target)) => (*number, block) = (next, target),
@@ -226,7 +241,7 @@ impl Interpreter {
     #[inline(always)]
     fn left(&mut self, bus: &mut dyn Bus, number: u32, left: Left, until: VirtualTime) -> Option<Exit> {
         match left {
-            Left::AtEnd | Left::Spent => None,
+            Left::AtEnd | Left::Spent | Left::Elsewhere => None,
             Left::Due => self.after(bus),
             Left::AtStart => self.part(bus, number, until),
             Left::Behind(last) => self.ended(bus, number, last),
@@ -281,12 +296,13 @@ impl Interpreter {
     /// A block ended in its operation `last`, which has stopped.
     #[inline(never)]
     pub(crate) fn ended_by(&mut self, bus: &mut dyn Bus, number: u32, last: usize, stop: Stop) -> Option<Exit> {
-        let retired = last + usize::from(stop == Stop::Again);
-        self.retired += retired as u64;
-        let rip = self.stop_in_block(number, retired, last);
         if stop == Stop::Again {
+            self.retired += last as u64 + 1;
+            self.stop_in_block(number, last + 1, last);
             return self.after_block(bus);
         }
+        self.retired += last as u64;
+        let rip = self.stop_in(number, last);
         self.core.shadow_next = Shadow::None;
         if stop == Stop::Absent {
             // It starts again under the shadow that it started under.
@@ -296,6 +312,16 @@ impl Interpreter {
         self.failed(bus, stop, rip)
     }
 
+    /// Charges the operations of a block before operation `last`, which comes next: its address.
+    #[inline(always)]
+    fn stop_in(&mut self, number: u32, last: usize) -> u64 {
+        let c = &mut self.core;
+        let Some(op) = self.cache.block(number).ops.get(last) else { return c.next_rip };
+        c.charge(op.prefix);
+        c.next_rip = c.block_rip.wrapping_add(u64::from(op.start));
+        c.next_rip
+    }
+
     /// Charges the first `retired` operations of a block, and the next one's address is that of operation `next`, if
     /// there is such.
     #[inline(always)]
@@ -303,7 +329,7 @@ impl Interpreter {
         let c = &mut self.core;
         let block = self.cache.block(number);
         let cost = block.ops.get(retired).map_or(block.cost, |op| op.prefix);
-        c.clock = c.clock.plus(u64::from(cost) + std::mem::take(&mut c.extra_cost));
+        c.charge(cost);
         let rip = block.ops.get(next).map_or(c.next_rip, |op| c.block_rip.wrapping_add(u64::from(op.start)));
         c.next_rip = rip;
         rip
