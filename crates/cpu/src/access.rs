@@ -7,6 +7,7 @@ use crate::segments::SegmentUse;
 use crate::word::Word;
 use umbra_arch::paging::{Access, AccessKind};
 use umbra_arch::segment::Seg;
+use umbra_arch::state::reg;
 use umbra_arch::{AccessWidth, Bus, Fault, Gpa, Gva, PAGE_SIZE};
 use umbra_memory::{Backing, PageFlags, RamOffset};
 use umbra_mmu::Translation;
@@ -36,6 +37,48 @@ impl Core {
             return self.segmented(op.seg, offset, bytes, SegmentUse::of(kind));
         }
         Ok(self.seg_base[op.seg as usize & 7].wrapping_add(offset))
+    }
+
+    /// Linear address of `op`'s memory operand if its segment asks for no check. What comes to that by this and the table
+    /// and otherwise by tail calls alone saves no registers.
+    #[inline(always)]
+    pub fn unchecked(&self, op: &Op) -> Option<Gva> {
+        self.unchecked_at(op, op.seg, self.effective(op))
+    }
+
+    #[inline(always)]
+    fn unchecked_at(&self, op: &Op, seg: u8, offset: u64) -> Option<Gva> {
+        let lin = self.seg_base[seg as usize & 7].wrapping_add(offset);
+        if !op.legacy {
+            return Some(Gva::new(lin));
+        }
+        let is_checked = self.seg_checked >> (seg & 7) & 1 != 0;
+        (!is_checked).then_some(Gva::new(lin & 0xffff_ffff))
+    }
+
+    /// Where `op`'s memory operand is in RAM, if that is known at once.
+    #[inline(always)]
+    pub fn read_at_once<W: Word>(&self, op: &Op) -> Option<RamOffset> {
+        self.mmu.lookup_read(self.unchecked(op)?, W::BYTES)
+    }
+
+    /// As [`read_at_once`](Self::read_at_once) for a write.
+    #[inline(always)]
+    pub fn write_at_once<W: Word>(&self, op: &Op) -> Option<RamOffset> {
+        self.mmu.lookup_write(self.unchecked(op)?, W::BYTES)
+    }
+
+    /// As [`write_at_once`](Self::write_at_once) for what is pushed to stack pointer `top`.
+    #[inline(always)]
+    pub fn push_at_once<W: Word>(&self, op: &Op, top: u64) -> Option<RamOffset> {
+        self.mmu.lookup_write(self.unchecked_at(op, Seg::Ss as u8, top)?, W::BYTES)
+    }
+
+    /// As [`read_at_once`](Self::read_at_once) for the top of the stack.
+    #[inline(always)]
+    pub fn top_at_once<W: Word>(&self, op: &Op) -> Option<RamOffset> {
+        let top = self.gpr[reg::RSP] & self.stack_mask;
+        self.mmu.lookup_read(self.unchecked_at(op, Seg::Ss as u8, top)?, W::BYTES)
     }
 
     /// Linear address of `offset` in segment `seg`, for stack and string operands.
@@ -113,7 +156,7 @@ impl Core {
     #[inline(always)]
     fn in_page(&mut self, op: &Op, lin: u64, bytes: u64, kind: AccessKind) -> Result<Translation, Stop> {
         self.may_access(op, lin, bytes, kind)?;
-        match self.mmu.translate(Gva::new(lin), Access::explicit(kind, self.s.cpl)) {
+        match self.mmu.translate_here(Gva::new(lin), Access::explicit(kind, self.s.cpl)) {
             Ok(found) => {
                 self.after_translation();
                 Ok(found)
@@ -125,6 +168,12 @@ impl Core {
     #[cold]
     #[inline(never)]
     fn read_slow<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64) -> Result<u64, Stop> {
+        self.read_missed::<W>(bus, op, lin)
+    }
+
+    /// As [`read`](Self::read) where the table is known to lack the page.
+    #[inline(always)]
+    pub fn read_missed<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64) -> Result<u64, Stop> {
         if crosses(lin, W::BYTES) {
             let place = self.place(op, lin, W::BYTES, AccessKind::Read)?;
             return Ok(self.load_place(bus, op, place, W::BYTES));

@@ -57,6 +57,15 @@ impl Core {
     pub fn push<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, value: u64) -> Flow {
         let rsp = self.gpr[reg::RSP];
         let new = rsp.wrapping_sub(W::BYTES) & self.stack_mask;
+        let Some(off) = self.push_at_once::<W>(op, new) else { return self.push_slow::<W>(bus, op, value, new) };
+        self.mem.store::<W>(off, W::of(value));
+        self.set_stack_pointer(new);
+        Ok(())
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn push_slow<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, value: u64, new: u64) -> Flow {
         let lin = self.linear_at(op, Seg::Ss, new, W::BYTES, AccessKind::Write)?;
         self.write::<W>(bus, op, lin, value)?;
         self.set_stack_pointer(new);
@@ -129,7 +138,20 @@ fn reg_imm<O: Binary, W: Word>(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
 }
 
 fn reg_mem<O: Binary, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
+    let Some(off) = c.read_at_once::<W>(op) else { return reg_mem_slow::<O, W>(c, bus, op) };
+    let b = c.mem.load::<W>(off).zext();
+    reg_value::<O, W>(c, op, b)
+}
+
+#[cold]
+#[inline(never)]
+fn reg_mem_slow<O: Binary, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     let b = c.load_operand::<W>(bus, op)?;
+    reg_value::<O, W>(c, op, b)
+}
+
+#[inline(always)]
+fn reg_value<O: Binary, W: Word>(c: &mut Core, op: &Op, b: u64) -> Flow {
     let r = O::apply::<W>(c.reg::<W>(op.dst), b, &mut c.flags);
     if O::WRITES {
         c.set_reg::<W>(op.dst, r);
@@ -137,8 +159,24 @@ fn reg_mem<O: Binary, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow
     Ok(())
 }
 
+/// The memory operand with `b`, if it is found at once.
 #[inline(always)]
-fn mem_any<O: Binary, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op, b: u64) -> Flow {
+fn mem_at_once<O: Binary, W: Word>(c: &mut Core, op: &Op, b: u64) -> Option<()> {
+    if !O::WRITES {
+        let a = c.mem.load::<W>(c.read_at_once::<W>(op)?).zext();
+        O::apply::<W>(a, b, &mut c.flags);
+        return Some(());
+    }
+    let off = c.write_at_once::<W>(op)?;
+    let a = c.mem.load::<W>(off).zext();
+    let r = O::apply::<W>(a, b, &mut c.flags);
+    c.mem.store::<W>(off, W::of(r));
+    Some(())
+}
+
+#[cold]
+#[inline(never)]
+fn mem_slow<O: Binary, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op, b: u64) -> Flow {
     if !O::WRITES {
         let a = c.load_operand::<W>(bus, op)?;
         O::apply::<W>(a, b, &mut c.flags);
@@ -150,11 +188,12 @@ fn mem_any<O: Binary, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op, b: u64)
 
 fn mem_reg<O: Binary, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     let b = c.reg::<W>(op.src);
-    mem_any::<O, W>(c, bus, op, b)
+    if mem_at_once::<O, W>(c, op, b).is_some() { Ok(()) } else { mem_slow::<O, W>(c, bus, op, b) }
 }
 
 fn mem_imm<O: Binary, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
-    mem_any::<O, W>(c, bus, op, op.imm & W::MASK)
+    let b = op.imm & W::MASK;
+    if mem_at_once::<O, W>(c, op, b).is_some() { Ok(()) } else { mem_slow::<O, W>(c, bus, op, b) }
 }
 
 /// Selects the function of a [`Unary`] row.
@@ -173,6 +212,16 @@ fn unary_reg<O: Unary, W: Word>(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow 
 }
 
 fn unary_mem<O: Unary, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
+    let Some(off) = c.write_at_once::<W>(op) else { return unary_mem_slow::<O, W>(c, bus, op) };
+    let a = c.mem.load::<W>(off).zext();
+    let r = O::apply::<W>(a, &mut c.flags);
+    c.mem.store::<W>(off, W::of(r));
+    Ok(())
+}
+
+#[cold]
+#[inline(never)]
+fn unary_mem_slow<O: Unary, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     let lin = c.linear(op, W::BYTES, AccessKind::Write)?;
     c.modify::<W, ()>(bus, op, lin, |c, a| (O::apply::<W>(a, &mut c.flags), ()))
 }
@@ -216,6 +265,14 @@ fn convert_reg<O: Convert, D: Word, S: Word>(c: &mut Core, _: &mut dyn Bus, op: 
 }
 
 fn convert_mem<O: Convert, D: Word, S: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
+    let Some(off) = c.read_at_once::<S>(op) else { return convert_mem_slow::<O, D, S>(c, bus, op) };
+    let src = c.mem.load::<S>(off).zext();
+    converted::<O, D, S>(c, op, src)
+}
+
+#[cold]
+#[inline(never)]
+fn convert_mem_slow<O: Convert, D: Word, S: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     let src = c.load_operand::<S>(bus, op)?;
     converted::<O, D, S>(c, op, src)
 }

@@ -54,34 +54,56 @@ impl Mmu {
     ///
     /// # Errors
     /// #PF with its error code and the address for CR2.
+    #[inline(never)]
     pub fn translate(&mut self, gva: Gva, access: Access) -> Result<Translation, Fault> {
+        self.translate_here(gva, access)
+    }
+
+    /// As [`translate`](Self::translate), with what a fault at an entry without P takes in line.
+    ///
+    /// # Errors
+    /// As [`translate`](Self::translate).
+    #[inline(always)]
+    pub fn translate_here(&mut self, gva: Gva, access: Access) -> Result<Translation, Fault> {
         self.check_memory_map();
         self.maybe_drop();
         let Some(last) = self.last_page(gva.raw()) else { return self.translate_from_top(gva, access) };
-        let mut known = None;
         if last.entry.is_leaf() {
-            let found = self.leaf_of(gva.raw(), &last);
-            self.check(gva, access, &found)?;
-            known = (access.kind != AccessKind::Write || is_written(&found)).then_some(found);
+            return self.translate_leaf(gva, access, &last);
         }
-        let found = match known {
-            Some(found) => found,
-            None => {
-                let raw = self.guest_entry(&last);
-                if raw & entry::P == 0 {
-                    return Err(self.not_present(gva, access));
-                }
-                if !is_leaf(raw, self.shadow.page(last.index).role) {
-                    return self.translate_by_walk(gva, access, Some(last));
-                }
-                match self.walk_leaf(gva, access, &last, raw)? {
-                    Walked::Kept(found) => found,
-                    Walked::Passing(gpa) => return Ok(self.reach(gpa, access).0),
-                    Walked::Changed => return self.translate_by_walk(gva, access, Some(last)),
-                }
-            }
-        };
-        Ok(self.finish(gva, access, found))
+        let raw = self.guest_entry(&last);
+        if raw & entry::P == 0 {
+            return Err(self.not_present(gva, access));
+        }
+        self.translate_entry(gva, access, &last, raw)
+    }
+
+    /// The shadow tree has a leaf for `gva`.
+    #[inline(never)]
+    fn translate_leaf(&mut self, gva: Gva, access: Access, last: &Last) -> Result<Translation, Fault> {
+        let found = self.leaf_of(gva.raw(), last);
+        self.check(gva, access, &found)?;
+        if access.kind != AccessKind::Write || is_written(&found) {
+            return Ok(self.finish(gva, access, found));
+        }
+        let raw = self.guest_entry(last);
+        if raw & entry::P == 0 {
+            return Err(self.not_present(gva, access));
+        }
+        self.translate_entry(gva, access, last, raw)
+    }
+
+    /// The guest has the present entry `raw` for `gva`, which the shadow tree lacks, or has as a leaf without D.
+    #[inline(never)]
+    fn translate_entry(&mut self, gva: Gva, access: Access, last: &Last, raw: u64) -> Result<Translation, Fault> {
+        if !is_leaf(raw, self.shadow.page(last.index).role) {
+            return self.translate_by_walk(gva, access, Some(*last));
+        }
+        match self.walk_leaf(gva, access, last, raw)? {
+            Walked::Kept(found) => Ok(self.finish(gva, access, found)),
+            Walked::Passing(gpa) => Ok(self.reach(gpa, access).0),
+            Walked::Changed => self.translate_by_walk(gva, access, Some(*last)),
+        }
     }
 
     #[inline(always)]

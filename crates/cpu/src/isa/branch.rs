@@ -148,7 +148,20 @@ fn return_bytes(form: &Form) -> u64 {
 }
 
 fn ret<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
+    let Some(off) = c.top_at_once::<W>(op) else { return ret_slow::<W>(c, bus, op) };
+    let target = c.mem.load::<W>(off).zext();
+    return_to::<W>(c, op, target)
+}
+
+#[cold]
+#[inline(never)]
+fn ret_slow<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     let target = c.peek_stack::<W>(bus, op, 0)?;
+    return_to::<W>(c, op, target)
+}
+
+#[inline(always)]
+fn return_to<W: Word>(c: &mut Core, op: &Op, target: u64) -> Flow {
     c.jump(op, target)?;
     c.drop_stack(W::BYTES.wrapping_add(op.imm & 0xffff));
     Ok(())

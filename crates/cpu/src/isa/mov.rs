@@ -87,18 +87,47 @@ fn mov_imm<W: Word>(c: &mut Core, _: &mut dyn Bus, op: &Op) -> Flow {
 }
 
 fn load<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
+    let Some(lin) = c.unchecked(op) else { return load_checked::<W>(c, bus, op) };
+    let Some(off) = c.mmu.lookup_read(lin, W::BYTES) else { return load_missed::<W>(c, bus, op, lin.raw()) };
+    let value = c.mem.load::<W>(off).zext();
+    c.set_reg::<W>(op.dst, value);
+    Ok(())
+}
+
+#[inline(never)]
+fn load_checked<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     let value = c.load_operand::<W>(bus, op)?;
+    c.set_reg::<W>(op.dst, value);
+    Ok(())
+}
+
+/// The table lacks the operand's page.
+#[cold]
+#[inline(never)]
+fn load_missed<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op, lin: u64) -> Flow {
+    let value = c.read_missed::<W>(bus, op, lin)?;
     c.set_reg::<W>(op.dst, value);
     Ok(())
 }
 
 fn store<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     let value = c.reg::<W>(op.src);
-    c.store_operand::<W>(bus, op, value)
+    store_value::<W>(c, bus, op, value)
 }
 
 fn store_imm<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
-    c.store_operand::<W>(bus, op, op.imm)
+    store_value::<W>(c, bus, op, op.imm)
+}
+
+#[inline(always)]
+fn store_value<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op, value: u64) -> Flow {
+    let Some(lin) = c.unchecked(op) else { return store_checked::<W>(c, bus, op, value) };
+    c.write::<W>(bus, op, lin.raw(), value)
+}
+
+#[inline(never)]
+fn store_checked<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op, value: u64) -> Flow {
+    c.store_operand::<W>(bus, op, value)
 }
 
 fn movbe(form: &mut Form) -> Option<ExecFn> {

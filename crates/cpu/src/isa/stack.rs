@@ -103,6 +103,16 @@ fn pop(form: &mut Form) -> Option<ExecFn> {
 }
 
 fn pop_reg<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
+    let Some(off) = c.top_at_once::<W>(op) else { return pop_reg_slow::<W>(c, bus, op) };
+    let value = c.mem.load::<W>(off).zext();
+    c.drop_stack(W::BYTES);
+    c.set_reg::<W>(op.dst, value);
+    Ok(())
+}
+
+#[cold]
+#[inline(never)]
+fn pop_reg_slow<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
     let value = c.peek_stack::<W>(bus, op, 0)?;
     c.drop_stack(W::BYTES);
     c.set_reg::<W>(op.dst, value);
