@@ -229,7 +229,7 @@ impl Core {
     }
 
     /// RFLAGS with materialised status flags.
-    #[inline]
+    #[inline(always)]
     pub fn rflags(&self) -> u64 {
         self.s.rflags & !rflags::STATUS | self.flags.to_rflags() | rflags::FIXED
     }
@@ -244,12 +244,18 @@ impl Core {
     /// Replaces RFLAGS but for the status flags.
     #[inline]
     pub fn set_system_flags(&mut self, value: u64) {
-        let old = self.s.rflags;
-        self.s.rflags = value & rflags::WRITABLE | rflags::FIXED;
-        let changed = old ^ value;
+        let changed = self.s.rflags ^ value;
+        self.set_flags_in_view(value);
         if changed & rflags::AC != 0 {
             self.view_changed();
         }
+    }
+
+    /// As [`set_system_flags`](Self::set_system_flags) where RFLAGS.AC stays.
+    #[inline(always)]
+    pub(crate) fn set_flags_in_view(&mut self, value: u64) {
+        let changed = self.s.rflags ^ value;
+        self.s.rflags = value & rflags::WRITABLE | rflags::FIXED;
         // RF is looked at with each block.
         if changed & (rflags::IF | rflags::TF | rflags::VM) != 0 || value & rflags::TF != 0 {
             self.check_events = true;

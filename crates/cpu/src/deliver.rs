@@ -35,14 +35,16 @@ pub enum Event {
 }
 
 impl Event {
-    fn vector(self) -> u8 {
+    #[inline(always)]
+    pub(crate) fn vector(self) -> u8 {
         match self {
             Self::Fault(f) | Self::Trap(f) => f.vector,
             Self::External(v) | Self::Software(v) | Self::Short(v) => v,
             Self::Icebp => vector::DB,
         }
     }
-    fn code(self) -> Option<u32> {
+    #[inline(always)]
+    pub(crate) fn code(self) -> Option<u32> {
         match self {
             Self::Fault(f) | Self::Trap(f) => f.code,
             _ => None,
@@ -50,7 +52,17 @@ impl Event {
     }
     /// The EXT bit of error codes raised by this delivery.
     fn ext(self) -> u32 {
-        u32::from(!matches!(self, Self::Software(_) | Self::Short(_)))
+        u32::from(!self.asks_for_privilege())
+    }
+    /// The gate's DPL is checked.
+    #[inline(always)]
+    pub(crate) fn asks_for_privilege(self) -> bool {
+        matches!(self, Self::Software(_) | Self::Short(_))
+    }
+    /// RFLAGS.RF is set in the frame.
+    #[inline(always)]
+    pub(crate) fn resumes(self) -> bool {
+        matches!(self, Self::Fault(_))
     }
 }
 
@@ -65,20 +77,51 @@ impl Core {
     /// handler's address.
     #[inline(never)]
     pub fn deliver(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
-        self.deliver_event(bus, event, rip)
+        if self.is_delivered_at_once(event, rip) {
+            return Ok(());
+        }
+        self.deliver_in_steps(bus, event, rip)
     }
 
     /// As [`deliver`](Self::deliver) for the fault that the instruction at `rip` has raised.
-    #[inline(never)]
+    #[inline(always)]
     pub fn deliver_raised(&mut self, bus: &mut dyn Bus, rip: u64) -> Flow {
-        // Field by field, as they were stored a moment ago.
+        if !self.s.efer.lma() && self.is_raised_delivered_at_once(rip) {
+            return Ok(());
+        }
+        self.deliver_raised_in_steps(bus, rip)
+    }
+
+    #[inline(never)]
+    fn is_raised_delivered_at_once(&mut self, rip: u64) -> bool {
+        self.is_delivered_at_once(self.raised(), rip)
+    }
+
+    /// The fault raised, field by field, as they were stored a moment ago.
+    #[inline(always)]
+    fn raised(&self) -> Event {
         let Fault { vector, ref code, address } = self.fault;
-        let code = code.as_ref().copied();
-        self.deliver_event(bus, Event::Fault(Fault { vector, code, address }), rip)
+        Event::Fault(Fault { vector, code: code.as_ref().copied(), address })
+    }
+
+    #[inline(never)]
+    fn deliver_raised_in_steps(&mut self, bus: &mut dyn Bus, rip: u64) -> Flow {
+        let event = self.raised();
+        self.deliver_in_steps(bus, event, rip)
     }
 
     #[inline(always)]
-    fn deliver_event(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
+    fn is_delivered_at_once(&mut self, event: Event, rip: u64) -> bool {
+        if self.resume_at.is_some() || self.enter_at_once(event, rip).is_none() {
+            return false;
+        }
+        self.note_address(event);
+        self.clock = self.clock.plus(DELIVERY_COST);
+        true
+    }
+
+    #[inline(always)]
+    fn deliver_in_steps(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
         let rip = self.resume_at.take().unwrap_or(rip);
         let start = (self.s.segment(Seg::Cs).base, rip);
         match self.attempt(bus, event, rip) {
@@ -87,11 +130,17 @@ impl Core {
         }
     }
 
+    /// The address of a page fault goes to CR2.
     #[inline(always)]
-    fn attempt(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
+    fn note_address(&mut self, event: Event) {
         if let Event::Fault(Fault { vector: vector::PF, address, .. }) = event {
             self.s.cr2 = address;
         }
+    }
+
+    #[inline(always)]
+    fn attempt(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
+        self.note_address(event);
         if self.trace.is_some() {
             self.trace_event(event, rip);
         }
@@ -141,10 +190,12 @@ impl Core {
     /// INT n and its kin: the gate is entered with return address `back`. A fault on the way is the
     /// instruction's own and is raised like any other.
     pub fn software_interrupt(&mut self, bus: &mut dyn Bus, event: Event, back: u64) -> Flow {
-        if self.trace.is_some() {
-            self.trace_event(event, back);
+        if self.enter_at_once(event, back).is_none() {
+            if self.trace.is_some() {
+                self.trace_event(event, back);
+            }
+            self.deliver_once(bus, event, back)?;
         }
-        self.deliver_once(bus, event, back)?;
         // TF was cleared on the way; no trap before the handler's first instruction.
         self.watch.no_step = true;
         if event == Event::Icebp {
@@ -253,7 +304,7 @@ impl Core {
             let low = self.read_system::<u64>(bus, base)?;
             Gate::long(low, self.read_system::<u64>(bus, base.wrapping_add(8))?)
         };
-        let refused = matches!(event, Event::Software(_) | Event::Short(_)) && gate.attr.dpl() < self.s.cpl;
+        let refused = event.asks_for_privilege() && gate.attr.dpl() < self.s.cpl;
         // Nearly always: present, an interrupt or trap gate of 32 or 64 bits.
         if gate.attr.0 & 0x9e == 0x8e && !refused {
             return Ok(gate);
@@ -282,7 +333,7 @@ impl Core {
         if v86 && new_cpl != 0 {
             return self.raise(Fault::gp(selector_code(gate.selector) | ext));
         }
-        let resume = if matches!(event, Event::Fault(_)) { rflags::RF } else { 0 };
+        let resume = if event.resumes() { rflags::RF } else { 0 };
         let values = [
             u64::from(self.s.segment(Seg::Ss).selector),
             self.gpr[reg::RSP],
@@ -303,13 +354,8 @@ impl Core {
                 let (esp, ss) = self.push_inner_frame(bus, new_cpl, wide, values, (code, ext))?;
                 (esp, Some(ss))
             } else {
-                let [_, _, flags, cs, eip] = values;
                 let frame = Frame::on_checked_stack(self);
-                let pushed = if wide { frame.push_at_once::<u32, 3>(self, [flags, cs, eip], code) } else { None };
-                match pushed {
-                    Some(esp) => (esp, None),
-                    None => (self.push_on_this_stack(bus, wide, values, code)?, None),
-                }
+                (frame.push_each(self, bus, if wide { 4 } else { 2 }, &values[2..], code)?, None)
             }
         };
         let reachable = if LONG {
@@ -338,20 +384,6 @@ impl Core {
         }
         self.next_rip = gate.offset;
         Ok(())
-    }
-
-    /// The frame of a handler on the present stack outside IA-32e mode: the new ESP.
-    #[cold]
-    #[inline(never)]
-    fn push_on_this_stack(
-        &mut self,
-        bus: &mut dyn Bus,
-        wide: bool,
-        values: [u64; 5],
-        code: Option<u32>,
-    ) -> Result<u64, Stop> {
-        let frame = Frame::on_checked_stack(self);
-        frame.push_each(self, bus, if wide { 4 } else { 2 }, &values[2..], code)
     }
 
     /// The frame of an inner level's handler outside IA-32e mode: the new ESP and SS.

@@ -20,7 +20,7 @@ pub struct Flags {
 
 impl Flags {
     /// From RFLAGS' status bits.
-    #[inline]
+    #[inline(always)]
     pub fn from_rflags(value: u64) -> Self {
         let cf = value & rflags::CF;
         let of = value >> 11 & 1;
@@ -34,7 +34,7 @@ impl Flags {
     }
 
     /// RFLAGS' status bits, others 0.
-    #[inline]
+    #[inline(always)]
     pub fn to_rflags(self) -> u64 {
         u64::from(self.cf())
             | u64::from(self.pf()) << 2

@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod access;
+mod at_once;
 pub mod block;
 pub mod core;
 pub mod coverage;

@@ -67,13 +67,20 @@ impl Core {
     /// What loading `selector` by `rules` comes to, if it came to that before and the descriptor hasn't changed since.
     #[inline(always)]
     pub fn loaded_before(&self, selector: u16, rules: Rules) -> Option<Place> {
-        let key = rules.key(selector, self.s.efer.lma());
+        self.loaded_before_in(selector, rules, self.s.efer.lma())
+    }
+
+    /// As [`loaded_before`](Self::loaded_before) where EFER.LMA is known.
+    #[inline(always)]
+    pub(crate) fn loaded_before_in(&self, selector: u16, rules: Rules, long: bool) -> Option<Place> {
+        let key = rules.key(selector, long);
         let known = &self.loaded.0[place(key)];
         let index = u64::from(selector & 0xfff8);
         if known.key != key || index + 7 > u64::from(self.s.gdtr.limit) {
             return None;
         }
-        let at = self.system_address(self.s.gdtr.base.wrapping_add(index));
+        let at = self.s.gdtr.base.wrapping_add(index);
+        let at = if long { at } else { at & 0xffff_ffff };
         let off = self.mmu.lookup_system_read(Gva::new(at), 8)?;
         (self.mem.load::<u64>(off) == known.raw).then_some(Place(place(key)))
     }

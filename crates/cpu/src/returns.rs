@@ -122,6 +122,20 @@ impl Core {
     /// IRET, IRETD, IRETQ.
     #[inline(always)]
     pub fn interrupt_return(&mut self, bus: &mut dyn Bus, op: &Op, bytes: u64) -> Flow {
+        match bytes {
+            4 if self.return_at_once().is_some() => Ok(()),
+            4 => self.short_interrupt_return(bus, op),
+            _ => self.interrupt_return_in_steps(bus, op, bytes),
+        }
+    }
+
+    #[inline(never)]
+    fn short_interrupt_return(&mut self, bus: &mut dyn Bus, op: &Op) -> Flow {
+        self.interrupt_return_in_steps(bus, op, 4)
+    }
+
+    #[inline(always)]
+    fn interrupt_return_in_steps(&mut self, bus: &mut dyn Bus, op: &Op, bytes: u64) -> Flow {
         if !self.s.cr0.pe() {
             return self.return_real(bus, op, bytes);
         }
@@ -137,21 +151,16 @@ impl Core {
             }
             return self.task_return(bus, op.next_rip(self.block_rip));
         }
-        if bytes == 8 && self.s.is_64bit_code() {
-            if let Some([rip, selector, flags, rsp, ss]) = self.interrupt_frame() {
-                let cs = self.return_segment(bus, selector as u16)?;
-                let mask = self.return_flags_mask(bytes);
-                self.check_entry(&cs, rip)?;
-                self.return_outer(bus, cs, rip, ss as u16, rsp, bytes)?;
-                self.after_return(flags, mask);
-                return Ok(());
-            }
-        } else if let Some([rip, selector, flags]) = self.short_frame(op, bytes)
-            && (selector & 3) as u8 == self.s.cpl
-            && u64::from(flags) & rflags::VM == 0
+        if bytes == 8
+            && self.s.is_64bit_code()
+            && let Some([rip, selector, flags, rsp, ss]) = self.interrupt_frame()
         {
             let cs = self.return_segment(bus, selector as u16)?;
-            return self.return_inside(cs, rip.into(), flags.into(), bytes);
+            let mask = self.return_flags_mask(bytes);
+            self.check_entry(&cs, rip)?;
+            self.return_outer(bus, cs, rip, ss as u16, rsp, bytes)?;
+            self.after_return(flags, mask);
+            return Ok(());
         }
         self.return_by_parts(bus, op, bytes)
     }
@@ -190,27 +199,16 @@ impl Core {
         Ok(())
     }
 
-    /// What IRETD takes off a flat stack of 32 bits at least, if one lookup finds all of it.
-    #[inline(always)]
-    fn short_frame(&self, op: &Op, bytes: u64) -> Option<[u32; 3]> {
-        let at = self.gpr[reg::RSP] & self.stack_mask;
-        let is_flat = op.legacy && self.stack_mask == 0xffff_ffff && self.seg_checked >> Seg::Ss as u8 & 1 == 0;
-        if bytes != 4 || !is_flat || at > 0xffff_ffff - 12 {
-            return None;
-        }
-        let lin = self.seg_base[Seg::Ss as usize].wrapping_add(at) & 0xffff_ffff;
-        let off = self.mmu.lookup_read(Gva::new(lin), 12)?;
-        Some(self.mem.load_words(off))
-    }
-
     /// What IRETQ takes off the stack in 64-bit mode, if one lookup finds all of it.
+    #[inline(always)]
     fn interrupt_frame(&self) -> Option<[u64; 5]> {
         let off = self.mmu.lookup_read(Gva::new(self.gpr[reg::RSP]), 40)?;
         Some(self.mem.load_words(off))
     }
 
     /// RFLAGS bits that IRET changes at the present CPL: all status flags and some others.
-    fn return_flags_mask(&self, bytes: u64) -> u64 {
+    #[inline]
+    pub(crate) fn return_flags_mask(&self, bytes: u64) -> u64 {
         let mut mask = rflags::STATUS | rflags::TF | rflags::DF | rflags::NT;
         if bytes > 2 {
             mask |= rflags::RF | rflags::AC | rflags::ID;
@@ -230,6 +228,12 @@ impl Core {
     #[inline(always)]
     fn after_return(&mut self, flags: u64, mask: u64) {
         self.set_rflags(self.s.rflags & !mask | flags & mask);
+        self.returned();
+    }
+
+    /// What follows from IRET once RFLAGS is loaded.
+    #[inline(always)]
+    pub(crate) fn returned(&mut self) {
         self.watch.keep_rf = true;
         self.check_events |= self.s.nmi_blocked;
         self.s.nmi_blocked = false;
