@@ -1,6 +1,7 @@
 //! Executable memory: one memfd mapped twice, writable here and executable there, never both.
 
 use crate::HostExecError;
+use crate::executable::{Executable, LARGE_PAGE};
 use memmap2::{Mmap, MmapOptions, MmapRaw};
 use std::fs::File;
 use std::ops::Range;
@@ -19,12 +20,17 @@ impl ProfilerMark {
     }
 }
 
+/// Bytes of code in a large page from which on it is worth one of the host's.
+const ENLARGED_FROM: usize = LARGE_PAGE / 8;
+
 /// Code memory: appended to, patched, and cut back when what it holds is no longer used. It can have a second part for
 /// rarely executed code, so that what is executed often lies close together.
 pub struct CodeMemory {
     writable: MmapRaw,
-    executable: Mmap,
+    executable: Executable,
     used: usize,
+    /// By number: the large pages that have so much code that they are to be one of the host's.
+    enlarged: Vec<bool>,
     /// Where the second part begins and what is in use of it ends.
     rare: Range<usize>,
 }
@@ -50,9 +56,8 @@ impl CodeMemory {
         let file = File::from(fd);
         file.set_len(size as u64)?;
         let writable = MmapOptions::new().len(size).map_raw(&file)?;
-        // SAFETY: the file is anonymous, and only this object, through `writable`, changes it.
-        let executable = unsafe { MmapOptions::new().len(size).map_exec(&file)? };
-        Ok(Self { writable, executable, used: 0, rare: begin..begin })
+        let executable = Executable::of(&file, size)?;
+        Ok(Self { writable, executable, used: 0, enlarged: vec![false; size.div_ceil(LARGE_PAGE)], rare: begin..begin })
     }
 
     /// Appends `code`; returns its address in the executable view. It isn't aligned: processors tell the ways to an indirect
@@ -91,6 +96,10 @@ impl CodeMemory {
         // pointer and for calls. x86 keeps instruction fetch coherent with these stores.
         unsafe {
             std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_mut_ptr().add(at), code.len());
+        }
+        let page = at / LARGE_PAGE;
+        if at % LARGE_PAGE > ENLARGED_FROM && !std::mem::replace(&mut self.enlarged[page], true) {
+            self.executable.enlarge(page * LARGE_PAGE);
         }
     }
 

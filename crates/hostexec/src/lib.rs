@@ -21,6 +21,7 @@
 
 mod code_memory;
 mod exec;
+mod executable;
 mod features;
 mod form;
 mod host_op;
