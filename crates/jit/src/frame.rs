@@ -179,9 +179,16 @@ pub const BANK: i64 = 1 << 61;
 
 const AVX_STATE: u64 = xcr0::SSE | xcr0::AVX;
 
-/// A slot that holds nothing.
-static NOTHING: Entry =
-    Entry { tag_read: Entry::INVALID, tag_write: Entry::INVALID, tag_fetch: Entry::INVALID, addend: 0 };
+/// A table that holds nothing.
+static NOTHING: [Entry; Entry::FEW] = {
+    let mut table = [Entry::empty(0); Entry::FEW];
+    let mut slot = 0;
+    while slot < table.len() {
+        table[slot] = Entry::empty(slot as u64);
+        slot += 1;
+    }
+    table
+};
 
 impl Frame {
     pub fn new(ram: u64, [fetches, places]: [u64; 2]) -> Self {
@@ -251,13 +258,13 @@ impl Frame {
     #[inline]
     pub fn take_table(&mut self, table: Table) {
         let selected = &mut self.selected;
-        (selected.slots, selected.mask, selected.generation) = table;
+        (selected.slots, selected.mask) = table;
     }
 
     /// The table in force.
     #[inline]
     pub fn table(&self) -> Table {
-        (self.selected.slots, self.selected.mask, self.selected.generation)
+        (self.selected.slots, self.selected.mask)
     }
 
     /// Before generated code goes on: MXCSR, and which vector units it may use.
@@ -371,14 +378,14 @@ pub fn edges(linear_bits: u32) -> [u32; 2] {
     [half - 1, 0u32.wrapping_sub(half)]
 }
 
-/// A slot's table, the mask of a slot's offset in bytes, the generation in force.
-pub type Table = (u64, u64, u64);
+/// A slot's table, the mask of a slot's offset in bytes.
+pub type Table = (u64, u64);
 
 /// The table that the MMU reads at present.
 #[inline]
 pub fn table_of(mmu: &Mmu) -> Table {
-    let table = mmu.fast_table().unwrap_or(FastTable { slots: &NOTHING, mask: 0, generation: 0 });
-    (table.slots as u64, table.mask * size_of::<Entry>() as u64, table.generation)
+    let table = mmu.fast_table().unwrap_or(FastTable { slots: NOTHING.as_ptr(), mask: NOTHING.len() as u64 - 1 });
+    (table.slots as u64, table.mask * size_of::<Entry>() as u64)
 }
 
 /// What a view selects, as generated code addresses it.

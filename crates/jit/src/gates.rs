@@ -171,7 +171,6 @@ impl Table {
         };
         e.lea(B, to_last);
         e.alu_imm(Alu::And, true, B, -4096);
-        e.alu_mem(Alu::Or, true, B, self.field(offset_of!(Selected, generation)));
         e.mov(RDX, A);
         e.shr(true, RDX, 12 - size_of::<Entry>().trailing_zeros() as u8);
         e.alu_mem(Alu::And, true, RDX, self.field(offset_of!(Selected, mask)));

@@ -256,13 +256,9 @@ impl Translator<'_> {
         e.shifted(B, A, 12 - size_of::<Entry>().trailing_zeros() as u8);
         e.alu_mem(Alu::And, true, B, selected!(mask));
         e.alu_mem(Alu::Add, true, B, selected!(slots));
-        if bytes > 1 {
-            e.lea(A, Mem::at(A, bytes as usize - 1));
-        }
-        e.alu_imm(Alu::And, true, A, -4096);
-        e.alu_mem(Alu::Or, true, A, selected!(generation));
-        e.alu_mem(Alu::Cmp, true, A, Mem::at(B, access.tag()));
-        let miss = e.jcc(cc::NOT_EQUAL);
+        e.alu_mem(Alu::Sub, true, A, Mem::at(B, access.tag()));
+        e.alu_imm(Alu::Cmp, true, A, 4097 - bytes as i32);
+        let miss = e.jcc(cc::NOT_BELOW);
         e.load(B, Mem::at(B, offset_of!(Entry, addend)));
         self.slow(miss);
     }

@@ -186,7 +186,6 @@ fn find(e: &mut Emitter, address: Reg, access: Access, to: Reg) -> Jump {
     e.alu_mem(Alu::Add, true, FLAGS, selected!(slots));
     e.mov(to, address);
     e.alu_imm(Alu::And, true, to, -(PAGE_SIZE as i32));
-    e.alu_mem(Alu::Or, true, to, selected!(generation));
     e.alu_mem(Alu::Cmp, true, to, Mem::at(FLAGS, access.tag()));
     let missed = e.jcc(cc::NOT_EQUAL);
     e.load(to, Mem::at(FLAGS, offset_of!(Entry, addend)));

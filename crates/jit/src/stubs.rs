@@ -213,7 +213,6 @@ fn range(e: &mut Emitter, n: usize) -> usize {
     e.store(frame_field!(linear), A);
     e.alu(Alu::Add, true, B, A);
     e.alu_imm(Alu::And, true, B, -4096);
-    e.alu_mem(Alu::Or, true, B, selected!(generation));
     e.shr(true, A, 12 - size_of::<Entry>().trailing_zeros() as u8);
     e.alu_mem(Alu::And, true, A, selected!(mask));
     e.alu_mem(Alu::Add, true, A, selected!(slots));

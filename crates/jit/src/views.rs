@@ -42,7 +42,6 @@ pub struct Selected {
     pub slots: u64,
     /// Mask of a slot's offset in bytes.
     pub mask: u64,
-    pub generation: u64,
     /// Numbers of the fetch stamps and code mode in force, by [`Half`](crate::contexts::Half).
     pub context: [u32; 2],
     /// Their jump tables.
@@ -56,16 +55,8 @@ pub struct Selected {
 }
 
 impl Selected {
-    pub const NONE: Self = Self {
-        slots: 0,
-        mask: 0,
-        generation: 0,
-        context: [0; 2],
-        jumps: [0; 2],
-        upper_salt: 0,
-        stamps: [0; 2],
-        tsc_usable: 0,
-    };
+    pub const NONE: Self =
+        Self { slots: 0, mask: 0, context: [0; 2], jumps: [0; 2], upper_salt: 0, stamps: [0; 2], tsc_usable: 0 };
 }
 
 /// No epoch: that of no view.

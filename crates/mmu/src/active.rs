@@ -15,8 +15,6 @@ pub struct FastTable {
     pub slots: *const Entry,
     /// Number of slots minus one.
     pub mask: u64,
-    /// Low 12 bits of the tags in force.
-    pub generation: u64,
 }
 
 /// The column that the fast paths read.
@@ -24,15 +22,14 @@ pub struct FastTable {
 pub(crate) struct Active {
     base: usize,
     mask: u64,
-    generation: u64,
 }
 
 impl Active {
     /// No slot is found.
-    pub(crate) const NONE: Active = Active { base: NOWHERE, mask: 0, generation: 0 };
+    pub(crate) const NONE: Active = Active { base: NOWHERE, mask: 0 };
 
     fn of(column: &Column) -> Active {
-        Active { base: column.base as usize, mask: column.mask(), generation: column.generation }
+        Active { base: column.base as usize, mask: column.mask() }
     }
 
     #[inline(always)]
@@ -44,7 +41,7 @@ impl Active {
     /// starts in, since the next page has another slot.
     #[inline(always)]
     fn tag(&self, gva: Gva, bytes: u64) -> u64 {
-        gva.raw().wrapping_add(bytes.wrapping_sub(1)) & !0xfff | self.generation
+        gva.raw().wrapping_add(bytes.wrapping_sub(1)) & !0xfff
     }
 
     #[inline(always)]
@@ -54,7 +51,7 @@ impl Active {
 
     #[inline(always)]
     fn reported_write<'a>(&self, pool: &'a Pool, gva: Gva, bytes: u64) -> Option<&'a Entry> {
-        self.slot(pool, gva).filter(|slot| slot.tag_write == self.tag(gva, bytes) | Entry::REPORTED)
+        self.slot(pool, gva).filter(|slot| slot.tag_write == self.tag(gva, bytes) ^ Entry::REPORTED)
     }
 
     #[inline(always)]
@@ -139,9 +136,9 @@ impl Mmu {
     /// if they always miss.
     #[inline]
     pub fn fast_table(&self) -> Option<FastTable> {
-        let Active { base, mask, generation } = self.active;
+        let Active { base, mask } = self.active;
         let first = self.pool.entries.get(base)?;
-        Some(FastTable { slots: first, mask, generation })
+        Some(FastTable { slots: first, mask })
     }
 
     /// As long as this is the same, what was found in a [`FastTable`] holds for that table, even if its slot

@@ -96,15 +96,15 @@ impl Mmu {
                 (entry.tag_write ^ Entry::REPORTED, AccessKind::Write, true),
                 (entry.tag_fetch, AccessKind::Fetch, false),
             ];
-            for (tag, kind, reported) in tags.into_iter().filter(|(tag, ..)| tag & 0xfff == block.generation) {
-                let page = tag & !0xfff;
-                if kind == AccessKind::Write && entry.tag_read != tag {
+            let here = |page: u64| page >> 12 & block.mask() == at as u64;
+            for (page, kind, reported) in tags.into_iter().filter(|(tag, ..)| here(*tag)) {
+                if kind == AccessKind::Write && entry.tag_read != page {
                     return Err(format!("page {page:#x} may be written and not read"));
                 }
                 self.audit_tag(slot, root, column, page, (kind, reported), entry)
                     .map_err(|what| format!("root {:x?} column {column} {kind:?} of {page:#x}: {what}", root.regime))?;
-                if page >> 12 & block.mask() != at as u64 || block.held == 0 {
-                    return Err(format!("page {page:#x} lies in slot {at} of a column that holds {}", block.held));
+                if block.held == 0 {
+                    return Err(format!("page {page:#x} lies in slot {at} of a column that holds nothing"));
                 }
             }
         }

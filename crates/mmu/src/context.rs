@@ -1,8 +1,9 @@
 //! Translation contexts: direct-mapped tables of translations that the fast paths read.
 //!
 //! A root owns up to [`COLUMNS`] *columns*, one for each way of judging raw rights. All columns are
-//! blocks of one pool, so that selecting one is choosing an offset and a mask. A tag is the page's
-//! linear address with the column's generation in its low 12 bits: clearing a column is counting on.
+//! blocks of one pool, so that selecting one is choosing an offset and a mask. A tag is the address of the page that
+//! may be accessed, or that of a page which belongs to another slot: whatever address is looked for in a slot, a check
+//! is that it lies less than a page above the tag.
 
 use crate::rights::{self, Rights};
 use crate::role::View;
@@ -12,10 +13,10 @@ use umbra_arch::paging::{Access, AccessKind};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Entry {
-    /// Page address and generation if reads are allowed, else [`Entry::INVALID`].
+    /// The page's address if reads are allowed, else that of another slot's page.
     pub tag_read: u64,
-    /// Likewise for writes that nobody has to be told of. With [`Entry::REPORTED`], which no lookup for generated code
-    /// asks for: writes are allowed, if whoever has to be is told.
+    /// Likewise for writes that nobody has to be told of. If it differs from the page's by [`Entry::REPORTED`]: writes are
+    /// allowed, if whoever has to be is told.
     pub tag_write: u64,
     /// Likewise for instruction fetches.
     pub tag_fetch: u64,
@@ -23,37 +24,46 @@ pub struct Entry {
     pub addend: u64,
 }
 
+/// What makes a page's address that of one which has another slot: nothing is allowed. No access is so long that it ends
+/// there.
+const ELSEWHERE: u64 = 0x8000;
+
 impl Entry {
-    /// A tag that no address has: its generation is never used.
-    pub const INVALID: u64 = !0;
-    /// Above all generations.
-    pub(crate) const REPORTED: u64 = 0x800;
-    const EMPTY: Entry =
-        Entry { tag_read: Self::INVALID, tag_write: Self::INVALID, tag_fetch: Self::INVALID, addend: 0 };
+    /// Likewise, and it says something.
+    pub(crate) const REPORTED: u64 = 0x1_0000;
+
+    /// Slots of a table that is empty for ever, which has as many as tell a page from that in its tag.
+    pub const FEW: usize = 2 * (ELSEWHERE >> 12) as usize;
+
+    /// What slot number `slot` holds if it holds nothing.
+    pub const fn empty(slot: u64) -> Self {
+        let tag = slot << 12 ^ ELSEWHERE;
+        Self { tag_read: tag, tag_write: tag, tag_fetch: tag, addend: 0 }
+    }
 
     /// What may be written may be read.
     fn holds(&self, tag: u64) -> bool {
         self.tag_read == tag || self.tag_fetch == tag
     }
-    /// Whether what `old` says of the same page is still so.
-    fn allows_all_of(&self, old: &Entry) -> bool {
-        let keeps = |new: u64, old: u64| old & Self::REPORTED != 0 || new == old;
+    /// Whether what `old` says of the same `page` is still so.
+    fn allows_all_of(&self, old: &Entry, page: u64) -> bool {
+        let keeps = |new: u64, old: u64| old != page || new == old;
         self.addend == old.addend
             && keeps(self.tag_read, old.tag_read)
             && keeps(self.tag_write, old.tag_write)
             && keeps(self.tag_fetch, old.tag_fetch)
     }
-    fn in_use(&self, generation: u64) -> bool {
-        self.tag_read & 0xfff == generation || self.tag_fetch & 0xfff == generation
+    /// The page that slot number `slot` of a column with this mask holds.
+    fn page(&self, slot: u64, mask: u64) -> Option<u64> {
+        [self.tag_read, self.tag_fetch].into_iter().find(|tag| tag >> 12 & mask == slot)
     }
 }
 
 /// Columns of a root: one for CPL 3, eight for the supervisor's (WP, SMAP enforced, SMEP).
 pub(crate) const COLUMNS: usize = 9;
-/// Generations 0..=LAST; 0x7ff belongs to [`Entry::INVALID`].
-const LAST_GENERATION: u64 = 0x7fe;
 /// Column sizes in entries.
 const SIZES: [u32; 3] = [512, 4096, 16384];
+const _: () = assert!((ELSEWHERE | Entry::REPORTED) >> 12 < SIZES[0] as u64, "they choose other slots");
 /// Bound on the pool's entries (64 MiB).
 const POOL_ENTRIES: u32 = 2 << 20;
 /// Of these so many are kept for columns of the smallest size.
@@ -126,11 +136,11 @@ const fn allowed(raw: Rights, view: &View) -> u8 {
     allowed
 }
 
-/// What to set in a page's tag to get those for reads, writes and fetches, by the accesses that are allowed.
+/// How a page's address differs from the tags for reads, writes and fetches, by the accesses that are allowed.
 const TAGS: [[u64; 3]; 16] = tag_table();
 
 const fn tag_table() -> [[u64; 3]; 16] {
-    let mut table = [[Entry::INVALID; 3]; 16];
+    let mut table = [[ELSEWHERE; 3]; 16];
     let mut allowed = 0;
     while allowed < 16 {
         let [read, write, fetch] = &mut table[allowed as usize];
@@ -156,7 +166,6 @@ const fn tag_table() -> [[u64; 3]; 16] {
 pub(crate) struct Column {
     pub base: u32,
     pub entries: u32,
-    pub generation: u64,
     /// Protection keys of what was filled in since the last clear, as `View::restricted_keys`.
     pub keys: u32,
     /// Fills since the last clear: nothing is held when 0.
@@ -182,12 +191,6 @@ impl Column {
     }
 }
 
-#[derive(Clone, Copy)]
-struct FreeBlock {
-    base: u32,
-    generation: u64,
-}
-
 /// The memory of all columns.
 pub(crate) struct Pool {
     pub entries: Vec<Entry>,
@@ -195,7 +198,8 @@ pub(crate) struct Pool {
     pub withdrawals: u64,
     /// Of those, times that some column's place was, or all that it had.
     pub moves: u64,
-    free: [Vec<FreeBlock>; SIZES.len()],
+    /// First entries of unused blocks, by size.
+    free: [Vec<u32>; SIZES.len()],
 }
 
 impl Pool {
@@ -206,8 +210,8 @@ impl Pool {
     /// A block of size class `class`, empty; `None` when the pool's bound is reached.
     fn allocate(&mut self, class: usize) -> Option<Column> {
         let entries = SIZES[class];
-        if let Some(block) = self.free[class].pop() {
-            let mut column = Column { base: block.base, entries, generation: block.generation, ..Column::default() };
+        if let Some(base) = self.free[class].pop() {
+            let mut column = Column { base, entries, ..Column::default() };
             self.clear(&mut column);
             return Some(column);
         }
@@ -217,7 +221,7 @@ impl Pool {
             return None;
         }
         self.moved();
-        self.entries.resize((base + entries) as usize, Entry::EMPTY);
+        self.entries.extend((0..u64::from(entries)).map(Entry::empty));
         Some(Column { base, entries, ..Column::default() })
     }
 
@@ -231,7 +235,7 @@ impl Pool {
 
     pub(crate) fn release(&mut self, column: &mut Column) {
         if let Some(class) = SIZES.iter().position(|&s| s == column.entries) {
-            self.free[class].push(FreeBlock { base: column.base, generation: column.generation });
+            self.free[class].push(column.base);
         }
         self.moved();
         *column = Column::default();
@@ -245,10 +249,8 @@ impl Pool {
     /// Forgets everything in a column.
     pub(crate) fn clear(&mut self, column: &mut Column) {
         self.moved();
-        column.generation += 1;
-        if column.generation > LAST_GENERATION {
-            column.generation = 0;
-            self.block_mut(column).fill(Entry::EMPTY);
+        for (slot, entry) in (0..).zip(self.block_mut(column)) {
+            *entry = Entry::empty(slot);
         }
         column.keys = 0;
         column.held = 0;
@@ -265,14 +267,13 @@ impl Pool {
     /// Enters a translation with `allowed` accesses. True if the column has become too small.
     #[inline(always)]
     pub(crate) fn fill(&mut self, column: &mut Column, page: u64, allowed: u8, addend: u64) -> bool {
-        let tag = page | column.generation;
         let [read, write, fetch] = TAGS[allowed as usize % TAGS.len()];
-        let new = Entry { tag_read: tag | read, tag_write: tag | write, tag_fetch: tag | fetch, addend };
+        let new = Entry { tag_read: page ^ read, tag_write: page ^ write, tag_fetch: page ^ fetch, addend };
         let slot = &mut self.entries[column.slot(page)];
-        if slot.holds(tag) {
-            self.withdrawals += u64::from(!new.allows_all_of(slot));
+        if slot.holds(page) {
+            self.withdrawals += u64::from(!new.allows_all_of(slot, page));
         } else {
-            column.conflicts += u32::from(slot.in_use(column.generation));
+            column.conflicts += u32::from(slot.page(page >> 12 & column.mask(), column.mask()).is_some());
         }
         *slot = new;
         column.held = column.held.saturating_add(1);
@@ -283,17 +284,11 @@ impl Pool {
     pub(crate) fn grow(&mut self, column: &mut Column) -> bool {
         let Some(class) = SIZES.iter().position(|&s| s > column.entries) else { return false };
         let Some(mut new) = self.allocate(class) else { return false };
-        for at in column.base as usize..(column.base + column.entries) as usize {
-            let old = self.entries[at];
-            let page = [old.tag_read, old.tag_fetch].into_iter().find(|t| t & 0xfff == column.generation);
-            let Some(page) = page.map(|t| t & !0xfff) else { continue };
-            let move_tag = |t: u64| if t & 0xfff == column.generation { page | new.generation } else { Entry::INVALID };
-            self.entries[new.slot(page)] = Entry {
-                tag_read: move_tag(old.tag_read),
-                tag_write: move_tag(old.tag_write),
-                tag_fetch: move_tag(old.tag_fetch),
-                addend: old.addend,
-            };
+        for slot in 0..u64::from(column.entries) {
+            let old = self.entries[column.base as usize + slot as usize];
+            if let Some(page) = old.page(slot, column.mask()) {
+                self.entries[new.slot(page)] = old;
+            }
         }
         (new.keys, new.held) = (column.keys, column.held);
         self.release(column);
@@ -303,10 +298,9 @@ impl Pool {
 
     /// Forgets one page.
     pub(crate) fn drop_page(&mut self, column: &Column, page: u64) {
-        let tag = page | column.generation;
         let slot = &mut self.entries[column.slot(page)];
-        if slot.holds(tag) {
-            *slot = Entry::EMPTY;
+        if slot.holds(page) {
+            *slot = Entry::empty(page >> 12 & column.mask());
         }
         // Another page may have taken the slot, and somebody still know this one.
         self.withdrawals += 1;
@@ -315,8 +309,8 @@ impl Pool {
     /// Forgets that one page can be written.
     pub(crate) fn drop_write(&mut self, column: &Column, page: u64) {
         let slot = &mut self.entries[column.slot(page)];
-        if slot.tag_write == page | column.generation {
-            slot.tag_write = Entry::INVALID;
+        if slot.tag_write == page {
+            slot.tag_write = page ^ ELSEWHERE;
         }
         self.withdrawals += 1;
     }

@@ -103,10 +103,9 @@ fn find_page(e: &mut Emitter) -> Vec<Jump> {
     e.shifted(B, A, 12 - size_of::<Entry>().trailing_zeros() as u8);
     e.alu_mem(Alu::And, true, B, selected!(mask));
     e.alu_mem(Alu::Add, true, B, selected!(slots));
-    e.alu_imm(Alu::And, true, A, -4096);
-    e.alu_mem(Alu::Or, true, A, selected!(generation));
-    e.alu_mem(Alu::Cmp, true, A, Mem::at(B, offset_of!(Entry, tag_fetch)));
-    let other = e.jcc(cc::NOT_EQUAL);
+    e.alu_mem(Alu::Sub, true, A, Mem::at(B, offset_of!(Entry, tag_fetch)));
+    e.alu_imm(Alu::Cmp, true, A, 4096);
+    let other = e.jcc(cc::NOT_BELOW);
     e.load(A, next_rip());
     e.alu_mem(Alu::Add, true, A, Mem::at(B, offset_of!(Entry, addend)));
     e.alu_mem(Alu::Sub, true, A, frame_field!(ram));
