@@ -104,6 +104,8 @@ pub struct Member<'a> {
     pub instructions: &'a [Instruction],
     pub ops: &'a [Op],
     pub steps: &'a [Step],
+    /// Bases, by bits, whose accesses are checked each by itself.
+    pub alone: u32,
 }
 
 /// Plans the groups of blocks of which each follows the one before, of 64 operations at most: those of each block. Their
@@ -128,15 +130,19 @@ pub fn groups(blocks: &[Member<'_>], next: &mut usize, info: &mut InstructionInf
         moved: [0; BASES],
         next: *next,
     };
+    let mut members = blocks.iter().zip(&ends);
+    let mut member = members.next();
     for (at, &(i, op, kind)) in ops.iter().enumerate() {
+        let alone = member.map_or(0, |(block, _)| block.alone);
         for (nth, reach) in reaches[at].iter().enumerate() {
             if let Some(Some(reach)) = reach {
-                planner.access(at, nth, *reach);
+                planner.access(at, nth, *reach, alone);
             }
         }
         planner.pass(i, op, kind, info);
-        if ends.contains(&(at + 1)) {
+        if member.is_some_and(|(_, &end)| end == at + 1) {
             planner.settle();
+            member = members.next();
         }
     }
     (0..BASES).for_each(|base| planner.close(base));
@@ -171,8 +177,11 @@ struct Planner {
 }
 
 impl Planner {
-    fn access(&mut self, at: usize, nth: usize, reach: Reach) {
+    fn access(&mut self, at: usize, nth: usize, reach: Reach, alone: u32) {
         let base = reach.base as usize;
+        if alone >> base & 1 != 0 {
+            return self.close(base);
+        }
         let from = reach.disp.saturating_add(self.moved[base]);
         let to = from.saturating_add(reach.bytes as i32);
         if let Some(open) = &mut self.open[base] {

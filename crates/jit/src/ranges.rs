@@ -9,7 +9,7 @@ use crate::frame::{Frame, Table, frame_field, table_of};
 use crate::memory_path::Access;
 use crate::registers::guest;
 use crate::translate::OP_BITS;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::mem::offset_of;
 use umbra_arch::Gva;
 use umbra_cpu::op::CODE_BASE;
@@ -193,15 +193,15 @@ pub struct Misses {
     operations: HashMap<u32, u64>,
     /// By block number: how often a group missed, and since when.
     rests: HashMap<u32, (u32, u64)>,
-    /// Blocks that groups are no good for.
-    alone: HashSet<u32>,
+    /// By block number: base registers, by bits, that groups are no good for.
+    alone: HashMap<u32, u32>,
     /// Blocks to be translated again.
     again: Vec<u32>,
 }
 
 /// Misses of a block's groups until it is given up, if they come so many instructions apart or less.
 const GROUP_MISSES: u32 = 32;
-const GROUP_INTERVAL: u64 = 1 << 16;
+const GROUP_INTERVAL: u64 = 1 << 12;
 
 impl Misses {
     pub fn new() -> Self {
@@ -211,7 +211,7 @@ impl Misses {
             patience: [[PATIENCE; NAMES]; 2],
             operations: HashMap::new(),
             rests: HashMap::new(),
-            alone: HashSet::new(),
+            alone: HashMap::new(),
             again: Vec::new(),
         }
     }
@@ -228,8 +228,9 @@ impl Misses {
         self.alone.remove(&number);
     }
 
-    /// A block's group has missed. True if the block is given up.
-    pub fn rest(&mut self, number: u32, now: u64) -> bool {
+    /// An access by one of these base registers, by bits, has missed for its group, or inside of another's. True if the
+    /// block is given up as it is.
+    pub fn rest(&mut self, number: u32, bases: u32, now: u64) -> bool {
         let (count, since) = self.rests.entry(number).or_insert((0, now));
         *count += 1;
         if *count < GROUP_MISSES {
@@ -237,16 +238,19 @@ impl Misses {
         }
         let often = now.wrapping_sub(*since) < GROUP_INTERVAL * u64::from(*count);
         (*count, *since) = (0, now);
-        let given_up = often && self.alone.insert(number);
-        if given_up {
-            self.again.push(number);
+        let alone = self.alone.entry(number).or_default();
+        if !often || *alone == u32::MAX {
+            return false;
         }
-        given_up
+        // Those already given up have missed inside of others' groups.
+        *alone = if *alone & bases == bases { u32::MAX } else { *alone | bases };
+        self.again.push(number);
+        true
     }
 
-    /// Whether a block's accesses are checked each by itself.
-    pub fn is_alone(&self, number: u32) -> bool {
-        self.alone.contains(&number)
+    /// A block's base registers, by bits, whose accesses are checked each by itself.
+    pub fn alone(&self, number: u32) -> u32 {
+        self.alone.get(&number).copied().unwrap_or(0)
     }
 
     /// The operations of a block that ranges are no good for, by bits.

@@ -94,20 +94,16 @@ pub fn join<'a>(mut parts: Vec<Part<'a>>, off: Mechanisms, info: &mut Instructio
     parts
 }
 
-/// Plans which accesses are checked together: through all parts unless the last one is come to from itself, too, or
-/// one has shown that it misses.
+/// Plans which accesses are checked together: through all parts unless the last one is come to from itself, too.
 fn plan_groups(parts: &mut [Part<'_>], loops: bool, off: Mechanisms, info: &mut InstructionInfoFactory) {
     if off.has(Mechanism::Groups) {
         return;
     }
     let mut next = 0;
-    let apart = loops || parts.iter().any(Part::is_alone);
-    let together = if apart { 1 } else { parts.len() };
+    let together = if loops { 1 } else { parts.len() };
     for parts in parts.chunks_mut(together) {
-        if !parts[0].is_alone() {
-            let members: Vec<_> = parts.iter().map(Part::member).collect();
-            let groups = groups(&members, &mut next, info);
-            parts.iter_mut().zip(groups).for_each(|(part, groups)| part.take_groups(groups, off));
-        }
+        let members: Vec<_> = parts.iter().map(Part::member).collect();
+        let groups = groups(&members, &mut next, info);
+        parts.iter_mut().zip(groups).for_each(|(part, groups)| part.take_groups(groups, off));
     }
 }

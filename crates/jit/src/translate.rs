@@ -104,8 +104,8 @@ pub struct Source<'a> {
     pub missing: u64,
     /// Much time is spent in it.
     pub hot: bool,
-    /// Groups are no good for it.
-    pub alone: bool,
+    /// Base registers, by bits, that groups are no good for.
+    pub alone: u32,
 }
 
 /// How all of it is translated.
@@ -155,11 +155,6 @@ impl<'a> Part<'a> {
         Self { source, instructions, steps, groups: Groups::default(), recipe: None, end: End::Exits }
     }
 
-    /// Whether its accesses may be checked together with others.
-    pub fn is_alone(&self) -> bool {
-        self.source.alone
-    }
-
     /// Whether what follows it in memory may come behind it.
     pub fn may_fall(&self) -> bool {
         self.steps.last().is_some_and(|step| step.kind == Kind::Jcc)
@@ -172,7 +167,8 @@ impl<'a> Part<'a> {
 
     /// As a block whose groups are planned.
     pub fn member(&self) -> Member<'_> {
-        Member { instructions: &self.instructions, ops: &self.source.block.ops, steps: &self.steps }
+        let Source { block, alone, .. } = self.source;
+        Member { instructions: &self.instructions, ops: &block.ops, steps: &self.steps, alone }
     }
 
     pub fn take_groups(&mut self, groups: Groups, off: Mechanisms) {

@@ -3,19 +3,22 @@
 use super::{Engine, ROOM};
 use crate::flags::{pack, unpack};
 use crate::frame::{Reason, stamps};
+use crate::registers::guest;
 use crate::stubs::Flow;
 use crate::translate::OP_BITS;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use umbra_arch::{Bus, VirtualTime, rflags};
-use umbra_cpu::op::Stop;
+use umbra_cpu::op::{NO_REG, Stop};
 
 impl Engine {
     /// Does the operation at `site` and those behind it.
     fn rest(&mut self, site: u32) -> Flow {
         let number = site >> OP_BITS;
-        let ops = self.interp.blocks().block(number).ops.len() as u32;
-        let last = (number << OP_BITS) + ops - 1;
-        if self.misses.rest(number, self.frame.now()) {
+        let ops = &self.interp.blocks().block(number).ops;
+        let last = (number << OP_BITS) + ops.len() as u32 - 1;
+        let base = ops[(site & ((1 << OP_BITS) - 1)) as usize].base;
+        let bases = if base == NO_REG { 1 << guest::RSP } else { 1 << base };
+        if self.misses.rest(number, bases, self.frame.now()) {
             self.frame.leave_soon();
         }
         (site..last).map(|site| self.helper(site)).find(|&flow| flow != Flow::On).unwrap_or_else(|| {

@@ -184,7 +184,7 @@ impl Engine {
             bytes,
             missing: if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) },
             hot: self.samples.get(&number).copied().unwrap_or(0) >= self.options.hot_after,
-            alone: self.misses.is_alone(number),
+            alone: self.misses.alone(number),
         });
         let sources: Vec<_> = sources.collect();
         let code = translate(&sources, at, self.exits.len(), Settings { half, off, stubs: &self.stubs });
