@@ -14,12 +14,42 @@ impl Translator<'_> {
     /// Emits `i` with the one register operand that lives in memory where that is, if there is such a form; else
     /// [`renamed`](Self::renamed).
     pub fn in_core_or_renamed(&mut self, i: &Instruction, op: &Op, needs_flags: bool) -> Result<Operands, Unencodable> {
+        if self.move_in_core(i) {
+            return Ok(Operands::new());
+        }
         let Some(host) = in_core(i) else { return self.renamed(i, op, needs_flags) };
         if needs_flags {
             self.need_flags();
         }
         self.e.instruction(&host)?;
         Ok(Operands::new())
+    }
+
+    /// Whether it is a MOV to a register in memory from another one there, or of an immediate that a store has room for.
+    fn move_in_core(&mut self, i: &Instruction) -> bool {
+        let to = i.op0_register();
+        if i.mnemonic() != M::Mov || i.op0_kind() != OpKind::Register || !(to.is_gpr32() || to.is_gpr64()) {
+            return false;
+        }
+        let (to, from) = (register_index(to), i.op1_register());
+        match i.op1_kind() {
+            _ if home(to).is_some() => return false,
+            OpKind::Immediate32 | OpKind::Immediate32to64 | OpKind::Immediate64 => {
+                let Ok(value) = i32::try_from(i.immediate(1) as i64) else { return false };
+                self.e.store_imm(gpr(to), value);
+            }
+            OpKind::Register if from.is_gpr() && home(register_index(from)).is_none() => {
+                let from = gpr(register_index(from));
+                if i.op0_register().is_gpr64() {
+                    self.e.load(A, from)
+                } else {
+                    self.e.load32(A, from)
+                }
+                self.e.store(gpr(to), A);
+            }
+            _ => return false,
+        }
+        true
     }
 }
 
