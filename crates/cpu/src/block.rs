@@ -9,10 +9,12 @@
 mod aging;
 
 use crate::core::{CodeSize, Core, code_bits};
-use crate::decode::{DecodeError, decode, resolve};
+use crate::decode::{DecodeError, decode_next, resolve};
 use crate::isa::{self, Ends};
 use crate::op::{Flow, Op, Stop};
 use hashbrown::{DefaultHashBuilder, HashMap, HashSet, HashTable};
+use iced_x86::{Decoder, DecoderOptions};
+use smallvec::SmallVec;
 use std::hash::BuildHasher;
 use umbra_arch::paging::{Access, AccessKind};
 use umbra_arch::segment::Seg;
@@ -456,43 +458,19 @@ fn source(c: &Core, offset: u64, lin: u64) -> Source {
 
 fn decode_block(c: &mut Core, key: Key, lin: u64) -> Result<Block, Stop> {
     let mut s = source(c, key.offset, lin);
-    let limit = if c.code_size == CodeSize::Bits64 { u64::MAX } else { c.s.segment(Seg::Cs).limit.into() };
-    let mut ops = Vec::with_capacity(8);
-    let mut at = 0usize;
+    let mut ops = Ops::new();
+    let mut at = decode_ops(c, &s, key.rip, MAX_OPS, &mut ops);
     let mut second = None;
-    while ops.len() < MAX_OPS && at < s.len {
-        let rip = key.rip.wrapping_add(at as u64);
-        let i = match decode(&s.bytes[at..s.len], rip, c.code_size) {
-            Err(DecodeError::More) if s.page_end && at > 0 => break,
-            Err(DecodeError::More) if s.page_end => {
-                second = Some(extend(c, &mut s, lin)?.raw());
-                decode(&s.bytes[..s.len], rip, c.code_size)
-            }
-            decoded => decoded,
-        };
-        let (mut op, ends) = match i {
-            Ok(i) if rip.wrapping_add(i.len() as u64 - 1) > limit => (raising(gp), Ends::Block),
-            Ok(i) => {
-                let d = resolve(&i, c.code_size, &c.profile, &mut c.host);
-                (d.op, d.ends)
-            }
-            Err(DecodeError::TooLong | DecodeError::More) => (raising(gp), Ends::Block),
-            Err(DecodeError::Invalid) => (raising(isa::undefined), Ends::Block),
-        };
-        op.start = at as u16;
-        op.prefix = ops.len() as u32 * COST;
-        at += usize::from(op.len);
-        ops.push(op);
-        if ends == Ends::Block || second.is_some() {
-            break;
-        }
+    if ops.is_empty() {
+        second = Some(extend(c, &mut s, lin)?.raw());
+        at = decode_ops(c, &s, key.rip, 1, &mut ops);
     }
     let first_len = at.min((PAGE_SIZE - (lin & (PAGE_SIZE - 1))) as usize);
     let rest = (at - first_len) as u32;
     let second = second.map(|offset| Box::new(Second { offset, len: rest.max(1) }));
     Ok(Block {
         cost: ops.len() as u32 * COST,
-        ops: ops.into_boxed_slice(),
+        ops: ops.as_slice().into(),
         rip: key.rip,
         end_rip: key.rip.wrapping_add(at as u64) & code_mask(c.code_size),
         links: [NO_LINK; 2],
@@ -505,6 +483,39 @@ fn decode_block(c: &mut Core, key: Key, lin: u64) -> Result<Block, Stop> {
         mode: key.mode,
         second,
     })
+}
+
+/// The operations of a block that is being built.
+type Ops = SmallVec<[Op; MAX_OPS]>;
+
+/// The operations of a block of at most so many, as far as they lie in one page: none if not even the first does. How many
+/// bytes they have.
+fn decode_ops(c: &mut Core, s: &Source, first_rip: u64, most: usize, ops: &mut Ops) -> usize {
+    let size = c.code_size;
+    let limit = if size == CodeSize::Bits64 { u64::MAX } else { c.s.segment(Seg::Cs).limit.into() };
+    let mut decoder = Decoder::with_ip(size as u32, &s.bytes[..s.len], first_rip, DecoderOptions::NONE);
+    let mut at = 0usize;
+    while ops.len() < most && at < s.len {
+        let rip = first_rip.wrapping_add(at as u64);
+        let (mut op, ends) = match decode_next(&mut decoder, &s.bytes[at..s.len], rip, size) {
+            Err(DecodeError::More) if s.page_end => break,
+            Ok(i) if rip.wrapping_add(i.len() as u64 - 1) > limit => (raising(gp), Ends::Block),
+            Ok(i) => {
+                let d = resolve(&i, size, &c.profile, &mut c.host);
+                (d.op, d.ends)
+            }
+            Err(DecodeError::TooLong | DecodeError::More) => (raising(gp), Ends::Block),
+            Err(DecodeError::Invalid) => (raising(isa::undefined), Ends::Block),
+        };
+        op.start = at as u16;
+        op.prefix = ops.len() as u32 * COST;
+        at += usize::from(op.len);
+        ops.push(op);
+        if ends == Ends::Block {
+            break;
+        }
+    }
+    at
 }
 
 /// RIP wraps at its width outside 64-bit mode.

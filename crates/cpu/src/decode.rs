@@ -88,6 +88,18 @@ pub fn decode(bytes: &[u8], rip: u64, size: CodeSize) -> Result<Instruction, Dec
     }
 }
 
+/// As [`decode`] for the instruction that `decoder` is at, which `bytes` begin with: making a decoder takes as long as
+/// decoding.
+pub(crate) fn decode_next(
+    decoder: &mut Decoder<'_>,
+    bytes: &[u8],
+    rip: u64,
+    size: CodeSize,
+) -> Result<Instruction, DecodeError> {
+    let i = decoder.decode();
+    if i.is_invalid() || i.code() == Code::Pause { decode(bytes, rip, size) } else { Ok(i) }
+}
+
 /// Whether `bytes` would be an instruction but for a legacy prefix that makes it longer than 15 bytes.
 fn is_too_long(bytes: &[u8], rip: u64, size: CodeSize) -> bool {
     let [0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf2 | 0xf3, rest @ ..] = bytes else { return false };

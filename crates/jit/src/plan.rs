@@ -9,7 +9,8 @@ use crate::system::System;
 use crate::turns::Turn;
 use crate::{vector, x87};
 use iced_x86::{
-    ConditionCode, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register, UsedRegister,
+    ConditionCode, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M, OpAccess, OpKind,
+    Register, UsedRegister,
 };
 use umbra_cpu::decode::register_index;
 use umbra_cpu::op::Op;
@@ -177,11 +178,37 @@ pub fn writes_all_flags(kind: Kind) -> bool {
     bits || matches!(kind, Kind::Arithmetic | Kind::Shift(_) | Kind::Imul | Kind::Multiply | Kind::CompareExchange)
 }
 
-/// The general registers that an instruction may write, some perhaps more than once.
+/// The general registers that an instruction may write.
 pub fn written_registers(i: &Instruction, info: &mut InstructionInfoFactory) -> impl Iterator<Item = u8> {
+    let mut left = written_first(i).unwrap_or_else(|| written(i, info));
+    std::iter::from_fn(move || {
+        let register = left.checked_sub(1).map(|_| left.trailing_zeros() as u8);
+        left &= left.wrapping_sub(1);
+        register
+    })
+}
+
+/// Likewise, by bits, as `info` has it.
+fn written(i: &Instruction, info: &mut InstructionInfoFactory) -> u16 {
     let written = |used: &&UsedRegister| !matches!(used.access(), OpAccess::None | OpAccess::Read | OpAccess::CondRead);
-    let registers = info.info(i).used_registers().iter().filter(written).map(|used| used.register().full_register());
-    registers.filter(|register| register.is_gpr()).map(register_index)
+    let used = info.info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE).used_registers();
+    let registers = used.iter().filter(written).map(|used| used.register().full_register());
+    registers.filter(|register| register.is_gpr()).fold(0, |set, register| set | 1 << register_index(register))
+}
+
+/// Likewise of the instructions that there are most of, which write their first operand at most: without asking.
+fn written_first(i: &Instruction) -> Option<u16> {
+    let writes = match i.mnemonic() {
+        M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Lea | M::Not | M::Neg | M::Inc | M::Dec => true,
+        M::Add | M::Sub | M::And | M::Or | M::Xor | M::Adc | M::Sbb | M::Shl | M::Shr | M::Sar => true,
+        M::Movups | M::Movaps | M::Movdqu | M::Movdqa | M::Movd | M::Movq | M::Pxor => true,
+        M::Cmp | M::Test | M::Bt | M::Nop | M::Jmp => false,
+        _ if i.is_jcc_short_or_near() => false,
+        _ if is_setcc_or_cmovcc(i) => true,
+        _ => return None,
+    };
+    let first = Some(i.op0_register()).filter(|first| writes && i.op0_kind() == OpKind::Register && first.is_gpr());
+    Some(first.map_or(0, |first| 1 << register_index(first.full_register())))
 }
 
 /// Whether it reads flags; INC and DEC keep CF.
@@ -325,4 +352,31 @@ fn address_fits(i: &Instruction, op: &Op) -> bool {
     let index = i.memory_index();
     let plain = index == Register::None || index.is_gpr();
     op.ea_mask == u64::MAX && plain && (absolute || i32::try_from(op.disp as i64).is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{written, written_first};
+    use iced_x86::{Code, Decoder, DecoderOptions, InstructionInfoFactory};
+    use std::collections::HashSet;
+
+    /// Every opcode of one and two bytes, with prefixes, with operands in registers and in memory.
+    #[test]
+    fn registers_are_known_without_asking() {
+        let mut info = InstructionInfoFactory::new();
+        let mut codes: HashSet<Code> = HashSet::new();
+        for prefix in [&[][..], &[0x66], &[0x48], &[0x4d], &[0x67], &[0xf3], &[0xf2], &[0x66, 0x48], &[0xf0]] {
+            for (opcode, modrm) in (0..0x200u32).flat_map(|opcode| (0..=255u8).map(move |modrm| (opcode, modrm))) {
+                let mut bytes = prefix.to_vec();
+                bytes.extend((opcode > 0xff).then_some(0x0f));
+                bytes.extend([opcode as u8, modrm, 0x21, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+                let i = Decoder::with_ip(64, &bytes, 0, DecoderOptions::NONE).decode();
+                if let Some(set) = written_first(&i).filter(|_| !i.is_invalid()) {
+                    assert_eq!(set, written(&i, &mut info), "{i} ({bytes:02x?})");
+                    codes.insert(i.code());
+                }
+            }
+        }
+        assert!(codes.len() > 250, "only {} forms", codes.len());
+    }
 }
