@@ -57,13 +57,20 @@ pub struct Emitter {
     /// Bytes that go to `base`, and the offset that those behind them go to.
     rare: Option<(usize, usize)>,
     has_bmi2: bool,
-    encoder: Option<Encoder>,
+    encoder: Option<Box<Encoder>>,
 }
 
 impl Emitter {
     pub fn new(base: usize) -> Self {
         let has_bmi2 = is_x86_feature_detected!("bmi2");
-        Self { bytes: Vec::with_capacity(1024), base, rare: None, has_bmi2, encoder: None }
+        Self { bytes: Vec::with_capacity(32), base, rare: None, has_bmi2, encoder: None }
+    }
+
+    /// Begins anew for offset `base`.
+    pub fn begin(&mut self, base: usize) {
+        self.bytes.clear();
+        (self.base, self.rare) = (base, None);
+        self.has_bmi2 = is_x86_feature_detected!("bmi2");
     }
 
     /// What follows goes to offset `at`.
@@ -275,7 +282,7 @@ impl Emitter {
     /// # Errors
     /// There is no such instruction.
     pub fn instruction(&mut self, instruction: &Instruction) -> Result<(), Unencodable> {
-        let encoder = self.encoder.get_or_insert_with(|| Encoder::new(64));
+        let encoder = self.encoder.get_or_insert_with(|| Box::new(Encoder::new(64)));
         encoder.set_buffer(std::mem::take(&mut self.bytes));
         let encoded = encoder.encode(instruction, 0);
         self.bytes = encoder.take_buffer();

@@ -16,11 +16,12 @@ use crate::stats::JitStats;
 use crate::stubs::{self, Stubs};
 use crate::translate::{OP_BITS, Offsets};
 use calls::{run_helper, run_rest};
+use hashbrown::HashMap;
 use links::KnownExit;
-use std::collections::HashMap;
+use smallvec::SmallVec;
 use std::panic::resume_unwind;
 use std::sync::Arc;
-use translations::{State, Translation};
+use translations::{Kept, State, Translation};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Bus, CpuState, Exit, Gva, Slice, Stopped, Vcpu, VirtualTime};
 use umbra_cpu::core::CodeSize;
@@ -103,9 +104,10 @@ pub(crate) struct Engine {
     samples: HashMap<u32, u8>,
     exits: Vec<KnownExit>,
     /// By block number: the first blocks of the traces that it is a part of.
-    traces: HashMap<u32, Vec<u32>>,
+    traces: HashMap<u32, SmallVec<[u32; 4]>>,
     /// By block number: where its forgotten translations are, until it has another one.
     moved: HashMap<u32, Vec<(usize, Half)>>,
+    tools: Option<Box<Kept>>,
     fetches: Fetches,
     places: Places,
     /// Ranges of other tables.
@@ -173,6 +175,7 @@ impl Jit {
             exits: Vec::new(),
             traces: HashMap::new(),
             moved: HashMap::new(),
+            tools: None,
             fetches,
             places,
             saved: Saved::new(),
@@ -210,7 +213,7 @@ impl Jit {
         });
         let listed = found.map(|(number, entry)| {
             let at = Offsets { often: entry, ..engine.next() };
-            let (trace, code) = engine.translated(number, at, Half::of(rip));
+            let (trace, code) = engine.translated(number, at, Half::of(rip), &mut Kept::default());
             engine.listed(&trace, rip, &code, at)
         });
         listed.collect()

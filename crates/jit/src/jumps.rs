@@ -1,8 +1,8 @@
 //! The tables by which generated code finds the translation of a RIP: by RIP and context, else by where its code is in
 //! RAM.
 
+use hashbrown::HashMap;
 use smallvec::SmallVec;
-use std::collections::HashMap;
 
 /// Slots of a [`Jumps`]; a power of two. Few, so that they stay in the host's nearer caches: what they forget is found by its
 /// place.

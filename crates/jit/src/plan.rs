@@ -141,9 +141,8 @@ pub fn has_memory(i: &Instruction) -> bool {
 }
 
 /// Plans a block without the mechanisms that are `off`, last operation first. Flags are live at its end and before
-/// everything that can leave it.
-pub fn plan(instructions: &[Instruction], ops: &[Op], off: Mechanisms) -> Vec<Step> {
-    let mut steps = vec![Step::HELPER; ops.len()];
+/// everything that can leave it. `steps` are all by their functions before.
+pub fn plan(instructions: &[Instruction], ops: &[Op], off: Mechanisms, steps: &mut [Step]) {
     let mut live = true;
     for (at, i) in instructions.iter().enumerate().rev() {
         live |= off.has(Mechanism::Flags);
@@ -151,7 +150,6 @@ pub fn plan(instructions: &[Instruction], ops: &[Op], off: Mechanisms) -> Vec<St
         steps[at] = Step { kind, live, ..Step::HELPER };
         live = live_before(i, kind, kind.accesses_memory(i), live);
     }
-    steps
 }
 
 /// Accesses that a group covers can't leave the block: fewer flags are live.

@@ -9,6 +9,7 @@ use crate::registers::{A, B, FLAGS, Reg, home};
 use crate::shifts::shift_count;
 use crate::translate::{Part, Translator};
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, OpKind, Register};
+use smallvec::SmallVec;
 use umbra_arch::rflags;
 use umbra_cpu::decode::register_index;
 
@@ -108,7 +109,7 @@ type Place = (usize, usize);
 /// what leaves the trace wants besides, they are saved there.
 pub fn plan(parts: &mut [Part<'_>], info: &mut InstructionInfoFactory) {
     let of_part = |(part, steps): (usize, &Part<'_>)| (0..steps.instructions.len()).map(move |at| (part, at));
-    let places: Vec<Place> = parts.iter().enumerate().flat_map(of_part).collect();
+    let places: SmallVec<[Place; 64]> = parts.iter().enumerate().flat_map(of_part).collect();
     for (n, &(part, at)) in places.iter().enumerate() {
         let (i, step) = (&parts[part].instructions[at], parts[part].steps[at]);
         let Some(recipe) = Recipe::of(i, step.kind).filter(|_| step.live) else { continue };

@@ -9,6 +9,7 @@ use crate::plan::Kind;
 use crate::recipes;
 use crate::translate::{End, Part};
 use iced_x86::InstructionInfoFactory;
+use smallvec::{SmallVec, smallvec};
 use umbra_cpu::block::{Block, BlockCache};
 use umbra_memory::{GuestMemory, RamOffset};
 
@@ -17,16 +18,19 @@ const LONGEST: usize = 4;
 /// Operations of a trace at most.
 const MOST_OPS: usize = 40;
 
+/// Something of each block of a trace.
+pub type Each<T> = SmallVec<[T; LONGEST]>;
+
 /// The blocks that a trace from block `first` on has; a loop has its only block twice. `goes` says whether a block mostly goes
 /// to its branch's target, if that is known.
-pub fn trace(first: u32, blocks: &BlockCache, mem: &GuestMemory, goes: impl Fn(u32) -> Option<bool>) -> Vec<u32> {
-    let mut trace = vec![first];
+pub fn trace(first: u32, blocks: &BlockCache, mem: &GuestMemory, goes: impl Fn(u32) -> Option<bool>) -> Each<u32> {
+    let mut trace = smallvec![first];
     let (mut last, mut ops) = (first, blocks.block(first).ops.len());
     while trace.len() < LONGEST {
         let block = blocks.block(last);
         let Some(branch) = branch(block, mem) else { break };
         if branch.condition && branch.target == block.rip && trace.len() == 1 && 2 * ops <= MOST_OPS {
-            return vec![first, first];
+            return smallvec![first, first];
         }
         // Behind a loop comes what is seldom executed.
         let goes = !branch.condition || goes(last).unwrap_or(branch.target <= block.rip);
@@ -60,7 +64,7 @@ fn branch(block: &Block, mem: &GuestMemory) -> Option<Branch> {
 }
 
 /// Lets each part go on with the next one, as far as that is possible without the mechanisms that are `off`.
-pub fn join<'a>(mut parts: Vec<Part<'a>>, off: Mechanisms, info: &mut InstructionInfoFactory) -> Vec<Part<'a>> {
+pub fn join(parts: &mut Each<Part<'_>>, off: Mechanisms, info: &mut InstructionInfoFactory) {
     let branches = |part: &Part<'_>| part.steps.last().is_some_and(|step| matches!(step.kind, Kind::Jcc | Kind::Jmp));
     let joined = parts.iter().take_while(|part| branches(part)).count() + 1;
     parts.truncate(joined);
@@ -72,9 +76,9 @@ pub fn join<'a>(mut parts: Vec<Part<'a>>, off: Mechanisms, info: &mut Instructio
         let falls = !loops && parts[at].block().rip == parts[at - 1].block().end_rip && parts[at - 1].may_fall();
         parts[at - 1].end = if falls { End::Falls } else { End::Enters };
     }
-    plan_groups(&mut parts, loops, off, info);
+    plan_groups(parts, loops, off, info);
     if !off.has(Mechanism::Flags) {
-        recipes::plan(&mut parts, info);
+        recipes::plan(parts, info);
     }
     if let [first, second] = &mut parts[..]
         && loops
@@ -91,7 +95,6 @@ pub fn join<'a>(mut parts: Vec<Part<'a>>, off: Mechanisms, info: &mut Instructio
             }
         }
     }
-    parts
 }
 
 /// Plans which accesses are checked together: through all parts unless the last one is come to from itself, too.
@@ -102,8 +105,10 @@ fn plan_groups(parts: &mut [Part<'_>], loops: bool, off: Mechanisms, info: &mut 
     let mut next = 0;
     let together = if loops { 1 } else { parts.len() };
     for parts in parts.chunks_mut(together) {
-        let members: Vec<_> = parts.iter().map(Part::member).collect();
-        let groups = groups(&members, &mut next, info);
+        let groups = {
+            let members: Each<_> = parts.iter().map(Part::member).collect();
+            groups(&members, &mut next, info)
+        };
         parts.iter_mut().zip(groups).for_each(|(part, groups)| part.take_groups(groups, off));
     }
 }

@@ -21,13 +21,15 @@ use crate::registers::{A, BUDGET};
 use crate::returns::{Elsewhere, TooDeep};
 use crate::stubs::Stubs;
 use crate::system::System;
+use crate::traces::Each;
 use crate::{traces, vector, x87};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory};
+use smallvec::SmallVec;
 use umbra_cpu::block::Block;
 use umbra_cpu::op::Op;
 
 pub use exits::{Exit, LOOKUP_BYTES, dropped_code, jump, other_code};
-use exits::{Open, emit_exits};
+use exits::{Open, emit_exit};
 use slow::Slow;
 
 /// Bits of a site that say which operation of its block is meant.
@@ -63,24 +65,24 @@ pub struct Translator<'a> {
     pub missing: u64,
     /// Much time is spent in the block.
     pub hot: bool,
-    pub groups: Groups,
+    pub groups: &'a Groups,
     /// The groups, by base register, whose checks have been emitted.
     pub checked: [Option<usize>; BASES],
     /// Lookups of the running operation so far.
     pub lookups: usize,
     /// The block ends with a branch a little back.
     pub closes_loop: bool,
-    pub searches: Vec<Search>,
+    pub searches: SmallVec<[Search; 1]>,
     pub stubs: &'a Stubs,
     /// Where the block is, and all that it is linked to.
     pub half: Half,
     number: u32,
     slow: Vec<Slow>,
-    exits: Vec<Open>,
+    exits: SmallVec<[Open; 3]>,
     end: End,
     pub predicts_returns: bool,
-    pub elsewhere: Vec<Elsewhere>,
-    pub too_deep: Vec<TooDeep>,
+    pub elsewhere: SmallVec<[Elsewhere; 1]>,
+    pub too_deep: SmallVec<[TooDeep; 1]>,
     /// The host's flags that the branch looks at aren't saved.
     unsaved: bool,
     /// How flags are found that aren't saved when it begins.
@@ -89,9 +91,9 @@ pub struct Translator<'a> {
     head: usize,
     spent: Option<Jump>,
     /// Branches that leave the trace, and where to.
-    sides: Vec<(Jump, u64)>,
+    sides: SmallVec<[(Jump, u64); 1]>,
     /// Jumps to where an operation and all that follow are done by their functions.
-    by_function: Vec<(usize, Jump)>,
+    by_function: SmallVec<[(usize, Jump); 2]>,
 }
 
 /// A block to be translated.
@@ -127,8 +129,8 @@ pub struct Offsets {
 /// A block of a trace and what is to be done with it.
 pub struct Part<'a> {
     source: Source<'a>,
-    pub instructions: Vec<Instruction>,
-    pub steps: Vec<Step>,
+    pub instructions: &'a [Instruction],
+    pub steps: &'a mut [Step],
     groups: Groups,
     /// How flags are found that aren't saved when it begins.
     pub recipe: Option<Recipe>,
@@ -149,9 +151,7 @@ pub enum End {
 }
 
 impl<'a> Part<'a> {
-    fn new(source: Source<'a>, off: Mechanisms) -> Self {
-        let instructions = decode(source.block, source.bytes);
-        let steps = plan(&instructions, &source.block.ops, off);
+    fn new(source: Source<'a>, instructions: &'a [Instruction], steps: &'a mut [Step]) -> Self {
         Self { source, instructions, steps, groups: Groups::default(), recipe: None, end: End::Exits }
     }
 
@@ -168,18 +168,12 @@ impl<'a> Part<'a> {
     /// As a block whose groups are planned.
     pub fn member(&self) -> Member<'_> {
         let Source { block, alone, .. } = self.source;
-        Member { instructions: &self.instructions, ops: &block.ops, steps: &self.steps, alone }
+        Member { instructions: self.instructions, ops: &block.ops, steps: self.steps, alone }
     }
 
     pub fn take_groups(&mut self, groups: Groups, off: Mechanisms) {
-        regard_groups(&mut self.steps, &self.instructions, &groups, off);
+        regard_groups(self.steps, self.instructions, &groups, off);
         self.groups = groups;
-    }
-
-    /// Every operation by its function: no encoder is asked.
-    fn by_functions(source: Source<'a>) -> Self {
-        let steps = vec![Step::HELPER; source.block.ops.len()];
-        Self { source, instructions: Vec::new(), steps, groups: Groups::default(), recipe: None, end: End::Exits }
     }
 
     pub fn block(&self) -> &'a Block {
@@ -187,32 +181,115 @@ impl<'a> Part<'a> {
     }
 }
 
+/// What is of use from one translation to the next.
+pub struct Tools {
+    info: InstructionInfoFactory,
+    emitter: Emitter,
+    /// Empty lists.
+    instructions: Vec<Instruction>,
+    steps: Vec<Step>,
+    starts: Vec<(usize, Option<Kind>)>,
+    exits: Vec<Exit>,
+    slow: Vec<Vec<Slow>>,
+}
+
+impl Default for Tools {
+    fn default() -> Self {
+        Self {
+            info: InstructionInfoFactory::new(),
+            emitter: Emitter::default(),
+            instructions: Vec::new(),
+            steps: Vec::new(),
+            starts: Vec::new(),
+            exits: Vec::new(),
+            slow: Vec::new(),
+        }
+    }
+}
+
+impl Tools {
+    /// Takes back what a translation was made in.
+    pub fn take_back(&mut self, code: Code) {
+        let Code { bytes, starts, exits, .. } = code;
+        (self.emitter.bytes, self.starts, self.exits) = (bytes, starts, exits);
+    }
+
+    fn code(&mut self, parts: usize) -> Code {
+        let (mut starts, mut exits) = (std::mem::take(&mut self.starts), std::mem::take(&mut self.exits));
+        starts.clear();
+        exits.clear();
+        Code { parts, starts, exits, ..Code::default() }
+    }
+}
+
 /// Translates a trace for these offsets of the code memory. The numbers of the exits begin with `first_exit`.
-pub fn translate(trace: &[Source<'_>], at: Offsets, first_exit: usize, settings: Settings<'_>) -> Code {
-    let mut info = InstructionInfoFactory::new();
-    let parts = trace.iter().map(|&source| Part::new(source, settings.off)).collect();
-    let native = emit(&traces::join(parts, settings.off, &mut info), at, first_exit, settings);
-    native.unwrap_or_else(|Unencodable| {
-        let parts: Vec<_> = trace.iter().take(1).map(|&source| Part::by_functions(source)).collect();
-        emit(&parts, at, first_exit, settings).unwrap_or_default()
-    })
+pub fn translate(
+    trace: &[Source<'_>],
+    at: Offsets,
+    first_exit: usize,
+    settings: Settings<'_>,
+    tools: &mut Tools,
+) -> Code {
+    let (mut instructions, mut steps) = (std::mem::take(&mut tools.instructions), std::mem::take(&mut tools.steps));
+    let mut parts = parts(trace, settings.off, &mut instructions, &mut steps);
+    traces::join(&mut parts, settings.off, &mut tools.info);
+    let native = emit(&parts, at, first_exit, settings, tools);
+    drop(parts);
+    let code = native.unwrap_or_else(|Unencodable| {
+        // Every operation by its function: no encoder is asked.
+        let first = trace[0];
+        let mut steps = vec![Step::HELPER; first.block.ops.len()];
+        emit(&[Part::new(first, &[], &mut steps)], at, first_exit, settings, tools).unwrap_or_default()
+    });
+    (tools.instructions, tools.steps) = (instructions, steps);
+    code
+}
+
+/// The blocks of a trace, decoded and planned each by itself.
+fn parts<'a>(
+    trace: &[Source<'a>],
+    off: Mechanisms,
+    instructions: &'a mut Vec<Instruction>,
+    steps: &'a mut Vec<Step>,
+) -> Each<Part<'a>> {
+    instructions.clear();
+    let decoded: Each<_> = trace.iter().map(|source| decode(source.block, source.bytes, instructions)).collect();
+    steps.clear();
+    steps.resize(trace.iter().map(|source| source.block.ops.len()).sum(), Step::HELPER);
+    let (mut instructions, mut steps) = (&instructions[..], &mut steps[..]);
+    let parts = trace.iter().zip(decoded).map(|(&source, decoded)| {
+        let (own, others) = instructions.split_at(decoded);
+        let (own_steps, other_steps) = std::mem::take(&mut steps).split_at_mut(source.block.ops.len());
+        (instructions, steps) = (others, other_steps);
+        plan(own, &source.block.ops, off, own_steps);
+        Part::new(source, own, own_steps)
+    });
+    parts.collect()
 }
 
 /// The code of parts, each of which goes on with the next one.
-fn emit(parts: &[Part<'_>], at: Offsets, first_exit: usize, settings: Settings<'_>) -> Result<Code, Unencodable> {
-    let mut code = Code { parts: parts.len(), ..Code::default() };
-    let mut e = Emitter::new(at.often);
-    let mut translators = Vec::with_capacity(parts.len());
+fn emit(
+    parts: &[Part<'_>],
+    at: Offsets,
+    first_exit: usize,
+    settings: Settings<'_>,
+    tools: &mut Tools,
+) -> Result<Code, Unencodable> {
+    let mut code = tools.code(parts.len());
+    let mut e = std::mem::take(&mut tools.emitter);
+    e.begin(at.often);
+    let mut translators = Each::new();
     let mut checked = [None; BASES];
     for part in parts {
-        let mut translator = Translator::new(part, settings, e);
+        let slow = tools.slow.pop().unwrap_or_default();
+        translators.push(Translator::new(part, settings, e, slow));
+        let Some(translator) = translators.last_mut() else { return Err(Unencodable) };
         // Numbers of groups are unique in a trace.
         translator.checked = checked;
         translator.run(part, &mut code.starts)?;
         code.helpers += part.steps.iter().filter(|step| step.kind == Kind::Helper).count();
         e = std::mem::take(&mut translator.e);
         checked = translator.checked;
-        translators.push(translator);
     }
     code.starts.push((e.bytes.len(), None));
     // A dropped block's code must have room.
@@ -221,33 +298,38 @@ fn emit(parts: &[Part<'_>], at: Offsets, first_exit: usize, settings: Settings<'
     }
     code.often = e.bytes.len();
     e.go_on_at(at.rare);
-    let mut exits = Vec::new();
-    for mut translator in translators {
+    for translator in &mut translators {
         translator.e = e;
         translator.emit_rare();
-        exits.append(&mut translator.exits);
-        e = translator.e;
+        e = std::mem::take(&mut translator.e);
     }
-    code.exits = emit_exits(&mut e, exits, first_exit, settings.stubs);
-    code.bytes = e.bytes;
+    for open in translators.iter_mut().flat_map(|translator| translator.exits.drain(..)) {
+        let number = first_exit + code.exits.len();
+        code.exits.push(emit_exit(&mut e, open, number, settings.stubs));
+    }
+    tools.slow.extend(translators.into_iter().map(|translator| translator.slow));
+    code.bytes = std::mem::take(&mut e.bytes);
+    tools.emitter = e;
     Ok(code)
 }
 
-/// The block's instructions; none where operations aren't those of 64-bit mode or the bytes don't say the same.
-fn decode(block: &Block, bytes: &[u8]) -> Vec<Instruction> {
+/// Appends the block's instructions, and says how many: none where operations aren't those of 64-bit mode or the bytes don't
+/// say the same.
+fn decode(block: &Block, bytes: &[u8], instructions: &mut Vec<Instruction>) -> usize {
     if block.is_legacy() {
-        return Vec::new();
+        return 0;
     }
+    let first = instructions.len();
     let mut decoder = Decoder::with_ip(64, bytes, block.rip, DecoderOptions::NONE);
-    let mut instructions = Vec::with_capacity(block.ops.len());
     for op in &block.ops {
         let i = decoder.decode();
         if i.is_invalid() || i.len() != usize::from(op.len) {
-            return Vec::new();
+            instructions.truncate(first);
+            break;
         }
         instructions.push(i);
     }
-    instructions
+    instructions.len() - first
 }
 
 /// Bytes of a loop's code at most.
@@ -260,7 +342,7 @@ fn closes_loop(block: &Block, steps: &[Step]) -> bool {
 }
 
 impl<'a> Translator<'a> {
-    fn new(part: &Part<'a>, settings: Settings<'a>, e: Emitter) -> Self {
+    fn new(part: &'a Part<'_>, settings: Settings<'a>, e: Emitter, slow: Vec<Slow>) -> Self {
         let Source { block, number, missing, hot, .. } = part.source;
         let Settings { half, stubs, off } = settings;
         Self {
@@ -272,31 +354,31 @@ impl<'a> Translator<'a> {
             cold: Vec::new(),
             missing,
             hot,
-            groups: part.groups.clone(),
+            groups: &part.groups,
             checked: [None; BASES],
             lookups: 0,
-            closes_loop: closes_loop(block, &part.steps),
-            searches: Vec::new(),
+            closes_loop: closes_loop(block, part.steps),
+            searches: SmallVec::new(),
             stubs,
             half,
             number,
-            slow: Vec::with_capacity(block.ops.len()),
-            exits: Vec::new(),
+            slow,
+            exits: SmallVec::new(),
             end: part.end,
             predicts_returns: !off.has(Mechanism::Returns),
-            elsewhere: Vec::new(),
-            too_deep: Vec::new(),
+            elsewhere: SmallVec::new(),
+            too_deep: SmallVec::new(),
             unsaved: part.steps.iter().any(|step| step.unsaved),
             recipe: part.recipe,
             head: 0,
             spent: None,
-            sides: Vec::new(),
-            by_function: Vec::new(),
+            sides: SmallVec::new(),
+            by_function: SmallVec::new(),
         }
     }
 
     fn run(&mut self, part: &Part<'_>, starts: &mut Vec<(usize, Option<Kind>)>) -> Result<(), Unencodable> {
-        let (instructions, steps) = (&part.instructions, &part.steps);
+        let (instructions, steps) = (part.instructions, &*part.steps);
         self.head = self.e.here();
         if self.block.is_legacy() {
             // Its RIPs aren't those of a page, which the jump table's count from.

@@ -6,8 +6,10 @@ use crate::contexts::Half;
 use crate::jumps::Place;
 use crate::listing::{self, Translated};
 use crate::mechanisms::Mechanism;
-use crate::traces::trace;
-use crate::translate::{Code, Offsets, Settings, Source, dropped_code, jump, translate};
+use crate::traces::{Each, trace};
+use crate::translate::{Code, Offsets, Settings, Source, Tools, dropped_code, jump, translate};
+use smallvec::smallvec;
+use umbra_cpu::block::Block;
 use umbra_cpu::core::code_bits;
 use umbra_memory::RamOffset;
 
@@ -31,6 +33,14 @@ pub(super) struct Translation {
     pub offset: u64,
     pub mode: u64,
     pub crosses: bool,
+}
+
+/// What is of use from one translation to the next.
+#[derive(Default)]
+pub(super) struct Kept {
+    tools: Tools,
+    /// A buffer for the bytes of the guest's code.
+    bytes: Vec<u8>,
 }
 
 impl Translation {
@@ -115,7 +125,8 @@ impl Engine {
         }
         let (at, rip) = (self.next(), self.interp.core().next_rip);
         let entry = at.often;
-        let (trace, code) = self.translated(number, at, Half::of(rip));
+        let mut kept = self.tools.take().unwrap_or_default();
+        let (trace, mut code) = self.translated(number, at, Half::of(rip), &mut kept);
         let (often, rare) = code.bytes.split_at(code.often);
         self.code.append(often).ok()?;
         self.code.append_rare(rare).ok()?;
@@ -126,7 +137,9 @@ impl Engine {
         self.stats.translated += 1;
         self.stats.translated_ops += (code.starts.len() - 1) as u64;
         self.stats.translated_helpers += code.helpers as u64;
-        self.exits.extend(code.exits.into_iter().map(|exit| KnownExit { exit, number, entry }));
+        self.exits.extend(code.exits.drain(..).map(|exit| KnownExit { exit, number, entry }));
+        kept.tools.take_back(code);
+        self.tools = Some(kept);
         let translation = Translation {
             entry,
             rip: block.rip,
@@ -159,7 +172,8 @@ impl Engine {
         let base = self.code.address();
         let blocks: Vec<_> = trace.iter().map(|&number| self.interp.blocks().block(number)).collect();
         debug_assert!(blocks[1..].iter().all(|block| !block.crosses()), "traces lie in a page");
-        let guest = trace.iter().flat_map(|&number| self.bytes_of(number)).collect();
+        let mut guest = Vec::new();
+        trace.iter().for_each(|&number| self.append_bytes(number, &mut guest));
         Translated::of(&blocks, rip, guest, code, (base, at), listing::names(&self.stubs, base))
     }
 
@@ -169,25 +183,33 @@ impl Engine {
     }
 
     /// The blocks that a block is translated with, and host code of all of them for these offsets of the code memory.
-    pub(super) fn translated(&self, number: u32, at: Offsets, half: Half) -> (Vec<u32>, Code) {
+    pub(super) fn translated(
+        &self,
+        number: u32,
+        at: Offsets,
+        half: Half,
+        Kept { tools, bytes }: &mut Kept,
+    ) -> (Each<u32>, Code) {
         let (off, blocks) = (self.options.off, self.interp.blocks());
         let alone = off.has(Mechanism::Traces);
         let mut trace = if alone {
-            vec![number]
+            smallvec![number]
         } else {
             trace(number, blocks, &self.interp.core().mem, |number| self.goes(number))
         };
-        let bytes: Vec<_> = trace.iter().map(|&number| self.bytes_of(number)).collect();
-        let sources = trace.iter().zip(&bytes).map(|(&number, bytes)| Source {
+        bytes.clear();
+        trace.iter().for_each(|&number| self.append_bytes(number, bytes));
+        let mut left = &bytes[..];
+        let sources = trace.iter().map(|&number| Source {
             block: blocks.block(number),
             number,
-            bytes,
+            bytes: take_bytes(&mut left, blocks.block(number)),
             missing: if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) },
             hot: self.samples.get(&number).copied().unwrap_or(0) >= self.options.hot_after,
             alone: self.misses.alone(number),
         });
-        let sources: Vec<_> = sources.collect();
-        let code = translate(&sources, at, self.exits.len(), Settings { half, off, stubs: &self.stubs });
+        let sources: Each<_> = sources.collect();
+        let code = translate(&sources, at, self.exits.len(), Settings { half, off, stubs: &self.stubs }, tools);
         trace.truncate(code.parts);
         (trace, code)
     }
@@ -222,15 +244,13 @@ impl Engine {
         }
     }
 
-    /// The bytes of a block.
-    pub(super) fn bytes_of(&self, number: u32) -> Vec<u8> {
-        let mut bytes = Vec::new();
+    /// Appends the bytes of a block.
+    fn append_bytes(&self, number: u32, bytes: &mut Vec<u8>) {
         for (offset, len) in self.interp.blocks().block(number).pieces() {
             let at = bytes.len();
             bytes.resize(at + len as usize, 0);
             self.interp.core().mem.load_bytes(RamOffset::new(offset), &mut bytes[at..]);
         }
-        bytes
     }
 
     /// Empties the code memory.
@@ -247,4 +267,11 @@ impl Engine {
         self.pending = None;
         self.stats.emptied += 1;
     }
+}
+
+/// Those of a block's bytes that `left` begins with.
+fn take_bytes<'a>(left: &mut &'a [u8], block: &Block) -> &'a [u8] {
+    let (own, others) = left.split_at(block.bytes() as usize);
+    *left = others;
+    own
 }

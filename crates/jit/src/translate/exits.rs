@@ -62,7 +62,7 @@ pub struct Open {
     exit: Exit,
     jump: Jump,
     /// Where its guard fails.
-    others: Vec<Jump>,
+    others: Option<[Jump; 2]>,
     /// If it is a CALL of the host's, where that returns to.
     back: Option<usize>,
 }
@@ -85,16 +85,16 @@ impl Translator<'_> {
 
     /// Goes on at `target` by a jump or call that `emit` writes.
     fn guarded(&mut self, target: u64, emit: fn(&mut Emitter) -> Jump) {
-        let mut others = Vec::new();
+        let mut others = None;
         let page = i32::try_from(target as i64 & !0xfff).ok();
         let guard = page.filter(|_| self.leaves_page(target)).map(|page| {
             // No context has number 0.
             let number = self.e.cmp_mem_imm(context(self.half), 0);
-            others.push(self.e.jcc(cc::NOT_EQUAL));
+            let other_context = self.e.jcc(cc::NOT_EQUAL);
             self.e.mov_imm64(A, 0);
             let base = self.e.here() - 8;
             self.e.alu_mem(Alu::Cmp, true, A, code_base());
-            others.push(self.e.jcc(cc::NOT_EQUAL));
+            others = Some([other_context, self.e.jcc(cc::NOT_EQUAL)]);
             if !self.block.is_legacy() {
                 self.e.lea(A, Mem { base: Some(A), index: None, disp: page });
                 self.e.store(code_base(), A);
@@ -118,7 +118,7 @@ impl Translator<'_> {
         } else {
             let jump = self.e.jcc(condition);
             let exit = Exit { target, jump: jump.0, guard: None, unlinked: 0 };
-            self.exits.push(Open { exit, jump, others: Vec::new(), back: None });
+            self.exits.push(Open { exit, jump, others: None, back: None });
         }
     }
 
@@ -170,26 +170,23 @@ impl Translator<'_> {
     }
 }
 
-pub(super) fn emit_exits(e: &mut Emitter, exits: Vec<Open>, first: usize, stubs: &Stubs) -> Vec<Exit> {
-    let numbered = exits.into_iter().enumerate();
-    numbered
-        .map(|(n, Open { exit, jump, others, back })| {
-            let unlinked = e.here();
-            e.bind(jump);
-            if back.is_none() {
-                others.iter().for_each(|&jump| e.bind(jump));
-            }
-            e.mov_imm(A, (first + n) as u64);
-            e.jmp_to(stubs.link);
-            while e.here() < unlinked + UNLINKED_BYTES {
-                e.raw(&[0xcc]);
-            }
-            if let Some(back) = back.filter(|_| !others.is_empty()) {
-                others.into_iter().for_each(|jump| e.bind(jump));
-                e.call(unlinked);
-                e.jmp_to(back);
-            }
-            Exit { unlinked, ..exit }
-        })
-        .collect()
+/// The rarely executed code of an exit, which has this number.
+pub(super) fn emit_exit(e: &mut Emitter, open: Open, number: usize, stubs: &Stubs) -> Exit {
+    let Open { exit, jump, others, back } = open;
+    let unlinked = e.here();
+    e.bind(jump);
+    if back.is_none() {
+        others.into_iter().flatten().for_each(|jump| e.bind(jump));
+    }
+    e.mov_imm(A, number as u64);
+    e.jmp_to(stubs.link);
+    while e.here() < unlinked + UNLINKED_BYTES {
+        e.raw(&[0xcc]);
+    }
+    if let (Some(back), Some(others)) = (back, others) {
+        others.into_iter().for_each(|jump| e.bind(jump));
+        e.call(unlinked);
+        e.jmp_to(back);
+    }
+    Exit { unlinked, ..exit }
 }

@@ -51,7 +51,8 @@ impl Translator<'_> {
     }
 
     pub(super) fn emit_slow(&mut self) {
-        for slow in std::mem::take(&mut self.slow) {
+        let mut all = std::mem::take(&mut self.slow);
+        for slow in all.drain(..) {
             if slow.jumps.is_empty() {
                 continue;
             }
@@ -84,6 +85,7 @@ impl Translator<'_> {
             }
             self.e.jmp_to(slow.back.unwrap_or(self.stubs.dispatch));
         }
+        self.slow = all;
     }
 
     /// `jump` is taken, with the x87 state in the core, where operation `op` and those behind it must be done by
@@ -96,12 +98,12 @@ impl Translator<'_> {
         let jumps = std::mem::take(&mut self.by_function);
         let Some(first) = jumps.iter().map(|&(op, _)| op).min() else { return };
         for op in first..=self.block.ops.len() {
-            let here: Vec<_> = jumps.iter().filter(|&&(to, _)| to == op).map(|&(_, jump)| jump).collect();
-            here.iter().for_each(|&jump| self.e.bind(jump));
-            match here.is_empty() {
-                true => {}
-                false if op < self.block.ops.len() => self.rest(op),
-                false => self.e.jmp_to(self.stubs.dispatch),
+            let here = || jumps.iter().filter(|&&(to, _)| to == op).map(|&(_, jump)| jump);
+            here().for_each(|jump| self.e.bind(jump));
+            match here().next() {
+                None => {}
+                Some(_) if op < self.block.ops.len() => self.rest(op),
+                Some(_) => self.e.jmp_to(self.stubs.dispatch),
             }
         }
     }
