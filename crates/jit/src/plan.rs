@@ -225,6 +225,17 @@ fn any_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
     if op.row == u16::MAX {
         return Kind::Helper;
     }
+    if is_plain(i) && operands_fit(i, op) { data(i, live) } else { other_kind(i, op, live) }
+}
+
+/// What there is most of, and nothing else with general registers and memory.
+fn is_plain(i: &Instruction) -> bool {
+    let moves = matches!(i.mnemonic(), M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Lea | M::Push | M::Pop | M::Call);
+    let counts = matches!(i.mnemonic(), M::Add | M::Sub | M::Cmp | M::And | M::Or | M::Xor | M::Test | M::Inc | M::Dec);
+    moves || counts || matches!(i.mnemonic(), M::Shl | M::Shr | M::Sar | M::Jmp | M::Ret) || i.is_jcc_short_or_near()
+}
+
+fn other_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
     if vector::fits(i) && (!has_memory(i) || address_fits(i, op)) {
         return Kind::Vector;
     }
@@ -246,6 +257,10 @@ fn any_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
     if let Some(bits) = Bits::of(i) {
         return Kind::Bits(bits);
     }
+    data(i, live)
+}
+
+fn data(i: &Instruction, live: bool) -> Kind {
     match i.mnemonic() {
         M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Not => Kind::Move,
         M::Bswap | M::Lea if width(i) >= 4 => Kind::Move,
