@@ -21,7 +21,7 @@ use links::KnownExit;
 use smallvec::SmallVec;
 use std::panic::resume_unwind;
 use std::sync::Arc;
-use translations::{Kept, State, Translation};
+use translations::{Kept, Runs, Translation};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Bus, CpuState, Exit, Gva, Slice, Stopped, Vcpu, VirtualTime};
 use umbra_cpu::core::CodeSize;
@@ -97,9 +97,9 @@ pub(crate) struct Engine {
     /// What is in use of the code memory when nothing is translated.
     stubs_end: usize,
     /// By block number.
-    states: Vec<State>,
-    /// By block number: how often it was left for another one than that behind it while it was interpreted.
-    went: Vec<u8>,
+    translations: Vec<Option<Translation>>,
+    /// Likewise.
+    runs: Vec<Runs>,
     /// By block number: how often the budget was used up there.
     samples: HashMap<u32, u8>,
     exits: Vec<KnownExit>,
@@ -169,8 +169,8 @@ impl Jit {
             stubs_end: code.used(),
             code,
             stubs,
-            states: Vec::new(),
-            went: Vec::new(),
+            translations: Vec::new(),
+            runs: Vec::new(),
             samples: HashMap::new(),
             exits: Vec::new(),
             traces: HashMap::new(),
@@ -207,9 +207,9 @@ impl Jit {
     /// The translations of blocks at `rip`, in whatever context, as they would be made now.
     pub fn translations_at(&self, rip: u64) -> Vec<Translated> {
         let engine = &*self.0;
-        let found = engine.states.iter().enumerate().filter_map(|(number, state)| match state {
-            State::Translated(translation) if translation.seen_at == rip => Some((number as u32, translation.entry)),
-            _ => None,
+        let found = engine.translations.iter().enumerate().filter_map(|(number, translation)| {
+            let translation = translation.filter(|translation| translation.seen_at == rip)?;
+            Some((number as u32, translation.entry))
         });
         let listed = found.map(|(number, entry)| {
             let at = Offsets { often: entry, ..engine.next() };

@@ -1,7 +1,7 @@
 //! Jumps from a translation straight to another.
 
 use super::Engine;
-use super::translations::{State, Translation};
+use super::translations::Translation;
 use crate::contexts::Half;
 use crate::emitter::displacement;
 use crate::translate::{Exit, other_code};
@@ -19,8 +19,8 @@ impl Engine {
     pub(super) fn link(&mut self, number: usize, base: u64, to: &Translation, rip: u64, context: u32) {
         let Some(known) = self.exits.get(number) else { return };
         let (exit, from) = (known.exit, known.entry);
-        let state = self.states.get(known.number as usize);
-        let Some(State::Translated(source)) = state.filter(|_| base.wrapping_add(exit.target) == rip) else { return };
+        let source = self.translations.get(known.number as usize).and_then(Option::as_ref);
+        let Some(source) = source.filter(|_| base.wrapping_add(exit.target) == rip) else { return };
         let half = Half::of(source.seen_at);
         if source.entry != from || half != Half::of(base) || half != Half::of(rip) {
             return;

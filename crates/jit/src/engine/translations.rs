@@ -13,14 +13,16 @@ use umbra_cpu::block::Block;
 use umbra_cpu::core::code_bits;
 use umbra_memory::RamOffset;
 
-/// A block's translation.
-#[derive(Clone, Copy)]
-pub(super) enum State {
-    /// Interpreted so many times.
-    Cold(u8),
-    Translated(Translation),
+/// How a block has run. Kept apart from translations, which most blocks that are interpreted have none of.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Runs {
+    /// How often it was interpreted, up to the threshold; a translated one has that.
+    pub count: u8,
+    /// How often it was left for another one than that behind it.
+    pub went: u8,
 }
 
+/// A block's translation.
 #[derive(Clone, Copy)]
 pub(super) struct Translation {
     /// Offset in the code memory.
@@ -60,7 +62,7 @@ impl Engine {
             self.misses.forget_block(number);
             self.moved.remove(&number);
             self.samples.remove(&number);
-            self.went.get_mut(number as usize).into_iter().for_each(|count| *count = 0);
+            self.runs.get_mut(number as usize).into_iter().for_each(|runs| runs.went = 0);
             if self.forget(number, false) {
                 self.stats.dropped += 1;
             }
@@ -73,9 +75,9 @@ impl Engine {
         for first in self.traces.remove(&number).into_iter().flatten() {
             self.forget(first, true);
         }
-        let Some(state) = self.states.get_mut(number as usize) else { return false };
-        let runs = if again { self.options.threshold } else { 0 };
-        let State::Translated(old) = std::mem::replace(state, State::Cold(runs)) else { return false };
+        let Some(runs) = self.runs.get_mut(number as usize) else { return false };
+        runs.count = if again { self.options.threshold } else { 0 };
+        let Some(old) = self.translations[number as usize].take() else { return false };
         let code = dropped_code(old.entry, old.rip, code_bits(old.mode), &self.stubs);
         self.patch(old.entry, &code);
         if again {
@@ -94,18 +96,16 @@ impl Engine {
     /// The block's translation, made if it has become hot.
     pub(super) fn translation(&mut self, number: u32) -> Option<Translation> {
         let index = number as usize;
-        if index >= self.states.len() {
-            self.states.resize(index + 1, State::Cold(0));
-            self.went.resize(index + 1, 0);
+        if index >= self.runs.len() {
+            self.runs.resize(index + 1, Runs::default());
+            self.translations.resize(index + 1, None);
         }
-        match &mut self.states[index] {
-            State::Translated(translation) => Some(*translation),
-            State::Cold(runs) if *runs < self.options.threshold => {
-                *runs += 1;
-                None
-            }
-            State::Cold(_) => self.translate(number),
+        let runs = &mut self.runs[index].count;
+        if *runs < self.options.threshold {
+            *runs += 1;
+            return None;
         }
+        self.translations[index].or_else(|| self.translate(number))
     }
 
     pub(super) fn translate(&mut self, number: u32) -> Option<Translation> {
@@ -157,7 +157,7 @@ impl Engine {
                 self.patch(old, &jump(old, entry));
             }
         }
-        self.states[number as usize] = State::Translated(translation);
+        self.translations[number as usize] = Some(translation);
         for &member in &trace {
             self.interp.keep_block(member);
             let firsts = self.traces.entry(member).or_default();
@@ -226,12 +226,8 @@ impl Engine {
 
     /// Whether a block has mostly been left for another than the one behind it, if that is known.
     fn goes(&self, number: u32) -> Option<bool> {
-        let runs = match self.states.get(number as usize)? {
-            State::Cold(runs) => *runs,
-            State::Translated(_) => self.options.threshold,
-        };
-        let went = *self.went.get(number as usize)?;
-        (runs > 0).then_some(2 * u32::from(went) > runs.into())
+        let Runs { count, went } = *self.runs.get(number as usize)?;
+        (count > 0).then_some(2 * u32::from(went) > count.into())
     }
 
     /// Interpreted block `number`, which began at RIP `from`, has been left.
@@ -239,8 +235,8 @@ impl Engine {
         let block = self.interp.blocks().block(number);
         let behind = from.wrapping_sub(block.rip).wrapping_add(block.end_rip);
         let went = self.interp.core().next_rip != behind;
-        if let Some(count) = self.went.get_mut(number as usize) {
-            *count = count.saturating_add(went.into());
+        if let Some(runs) = self.runs.get_mut(number as usize) {
+            runs.went = runs.went.saturating_add(went.into());
         }
     }
 
@@ -256,7 +252,8 @@ impl Engine {
     /// Empties the code memory.
     pub(super) fn forget_everything(&mut self) {
         self.code.truncate(self.stubs_end);
-        self.states.iter_mut().for_each(|state| *state = State::Cold(0));
+        self.translations.fill(None);
+        self.runs.iter_mut().for_each(|runs| runs.count = 0);
         self.exits.clear();
         self.traces.clear();
         self.moved.clear();
