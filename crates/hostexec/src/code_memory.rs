@@ -99,7 +99,7 @@ impl CodeMemory {
         }
         let page = at / LARGE_PAGE;
         if at % LARGE_PAGE > ENLARGED_FROM && !std::mem::replace(&mut self.enlarged[page], true) {
-            self.executable.enlarge(page * LARGE_PAGE);
+            self.executable.enlarge(page);
         }
     }
 

@@ -39,10 +39,11 @@ impl Executable {
         self.at
     }
 
-    /// Has the large page at offset `start` be one of the host's, too, if it can: generated code lies scattered, and
+    /// Has large page number `page` be one of the host's, too, if it can: generated code lies scattered, and
     /// translating the addresses of what is fetched from small pages takes as long as running it.
-    pub fn enlarge(&self, start: usize) {
-        if start.is_multiple_of(LARGE_PAGE) && start + LARGE_PAGE <= self.len {
+    pub fn enlarge(&self, page: usize) {
+        let start = page * LARGE_PAGE;
+        if start + LARGE_PAGE <= self.len {
             // SAFETY: it lies within the mapping, whose bytes stay as they are. A host that can't, refuses.
             unsafe { libc::madvise(self.at.add(start).cast(), LARGE_PAGE, libc::MADV_COLLAPSE) };
         }

@@ -14,7 +14,7 @@ use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::ranges::{Misses, Saved};
 use crate::stats::JitStats;
 use crate::stubs::{self, Stubs};
-use crate::translate::{OP_BITS, Offsets};
+use crate::translate::{Offsets, of_site};
 use calls::{run_helper, run_rest};
 use hashbrown::HashMap;
 use links::KnownExit;
@@ -441,7 +441,7 @@ impl Engine {
         self.misses.look(&mut self.frame, &self.interp.core().mmu);
         let (reason, site) = (self.frame.reason, self.frame.site);
         self.look_up = matches!(reason, Reason::Op | Reason::Event);
-        let number = site >> OP_BITS;
+        let (number, last) = of_site(site);
         let mut left = self.frame.left();
         if matches!(reason, Reason::Op | Reason::Budget) {
             // Its head has charged the block that isn't done.
@@ -458,7 +458,6 @@ impl Engine {
                 self.stats.left_by_op += 1;
                 self.interp.count(ops, clock);
                 let before = self.interp.retired();
-                let last = (site & ((1 << OP_BITS) - 1)) as usize;
                 let stop = self.frame.stop.take();
                 let exit = self.interp.leave_block(bus, number, last, stop);
                 self.stats.ops_translated += self.interp.retired() - before;

@@ -8,7 +8,7 @@ use crate::emitter::Mem;
 use crate::frame::{Frame, Table, frame_field, table_of};
 use crate::memory_path::Access;
 use crate::registers::guest;
-use crate::translate::OP_BITS;
+use crate::translate::of_site;
 use std::collections::HashMap;
 use std::mem::offset_of;
 use umbra_arch::Gva;
@@ -238,12 +238,13 @@ impl Misses {
         }
         let often = now.wrapping_sub(*since) < GROUP_INTERVAL * u64::from(*count);
         (*count, *since) = (0, now);
-        let alone = self.alone.entry(number).or_default();
-        if !often || *alone == u32::MAX {
+        let old = self.alone(number);
+        if !often || old == u32::MAX {
             return false;
         }
         // Those already given up have missed inside of others' groups.
-        *alone = if *alone & bases == bases { u32::MAX } else { *alone | bases };
+        let new = if old & bases == bases { u32::MAX } else { old | bases };
+        self.alone.insert(number, new);
         self.again.push(number);
         true
     }
@@ -313,7 +314,7 @@ impl Misses {
         let next = if often { STRIKES } else { (misses * 4).min(MOST_PATIENCE) };
         (self.struck[counter], frame.strikes[counter]) = ((now, next), next);
         if often {
-            let (number, op) = (site >> OP_BITS, site & ((1 << OP_BITS) - 1));
+            let (number, op) = of_site(site);
             *self.operations.entry(number).or_default() |= 1 << op;
             self.again.push(number);
         }

@@ -36,6 +36,11 @@ use slow::Slow;
 pub const OP_BITS: u32 = 6;
 const _: () = assert!(umbra_cpu::block::MAX_OPS <= 1 << OP_BITS);
 
+/// The block and the operation that a site is.
+pub const fn of_site(site: u32) -> (u32, usize) {
+    (site >> OP_BITS, (site & ((1 << OP_BITS) - 1)) as usize)
+}
+
 /// A translation to be placed where its emitter was told.
 #[derive(Default)]
 pub struct Code {

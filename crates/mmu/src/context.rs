@@ -181,8 +181,13 @@ impl Column {
     pub(crate) fn mask(&self) -> u64 {
         u64::from(self.entries) - 1
     }
+    /// The page's slot, counted from the block's first.
+    fn index(&self, page: u64) -> u64 {
+        page >> 12 & self.mask()
+    }
+    /// Likewise from the pool's first.
     fn slot(&self, page: u64) -> usize {
-        self.base as usize + ((page >> 12) & self.mask()) as usize
+        self.base as usize + self.index(page) as usize
     }
     /// Whether fills have evicted so much that a larger block pays: looked at each time that it could have been filled.
     #[inline(always)]
@@ -273,7 +278,7 @@ impl Pool {
         if slot.holds(page) {
             self.withdrawals += u64::from(!new.allows_all_of(slot, page));
         } else {
-            column.conflicts += u32::from(slot.page(page >> 12 & column.mask(), column.mask()).is_some());
+            column.conflicts += u32::from(slot.page(column.index(page), column.mask()).is_some());
         }
         *slot = new;
         column.held = column.held.saturating_add(1);
@@ -300,7 +305,7 @@ impl Pool {
     pub(crate) fn drop_page(&mut self, column: &Column, page: u64) {
         let slot = &mut self.entries[column.slot(page)];
         if slot.holds(page) {
-            *slot = Entry::empty(page >> 12 & column.mask());
+            *slot = Entry::empty(column.index(page));
         }
         // Another page may have taken the slot, and somebody still know this one.
         self.withdrawals += 1;

@@ -5,7 +5,7 @@ use crate::flags::{pack, unpack};
 use crate::frame::{Reason, stamps};
 use crate::registers::guest;
 use crate::stubs::Flow;
-use crate::translate::OP_BITS;
+use crate::translate::{OP_BITS, of_site};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use umbra_arch::{Bus, VirtualTime, rflags};
 use umbra_cpu::op::{NO_REG, Stop};
@@ -13,10 +13,11 @@ use umbra_cpu::op::{NO_REG, Stop};
 impl Engine {
     /// Does the operation at `site` and those behind it.
     fn rest(&mut self, site: u32) -> Flow {
-        let number = site >> OP_BITS;
+        let (number, first) = of_site(site);
         let ops = &self.interp.blocks().block(number).ops;
         let last = (number << OP_BITS) + ops.len() as u32 - 1;
-        let base = ops[(site & ((1 << OP_BITS) - 1)) as usize].base;
+        let base = ops[first].base;
+        // Without a base register it is the stack that was missed.
         let bases = if base == NO_REG { 1 << guest::RSP } else { 1 << base };
         if self.misses.rest(number, bases, self.frame.now()) {
             self.frame.leave_soon();
@@ -29,7 +30,7 @@ impl Engine {
 
     /// Does the operation at `site`.
     fn helper(&mut self, site: u32) -> Flow {
-        let (number, index) = (site >> OP_BITS, (site & ((1 << OP_BITS) - 1)) as usize);
+        let (number, index) = of_site(site);
         let frame = &mut self.frame;
         let Some(bus) = frame.bus else { return Flow::Leave };
         let cost = i64::from(self.interp.blocks().block(number).cost);
