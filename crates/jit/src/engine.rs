@@ -15,7 +15,6 @@ use crate::ranges::{Misses, Saved};
 use crate::stats::JitStats;
 use crate::stubs::{self, Stubs};
 use crate::translate::{Offsets, of_site};
-use calls::{run_helper, run_rest};
 use hashbrown::HashMap;
 use links::KnownExit;
 use smallvec::SmallVec;
@@ -160,7 +159,7 @@ impl Jit {
         let part = jit.code_bytes.max(4 * LARGEST) / 2;
         let mut code = CodeMemory::in_parts(part, part)?;
         let mut e = Emitter::new(0);
-        let stubs = stubs::emit(&mut e, run_helper as *const () as u64, run_rest as *const () as u64);
+        let stubs = stubs::emit(&mut e, &calls::functions());
         code.append(&e.bytes)?;
         let (fetches, places) = (Fetches::new(), Places::new());
         Ok(Self(Box::new(Engine {
@@ -313,8 +312,10 @@ impl Engine {
         self.forget_dropped();
         let end = self.interp.core().clock.plus(u64::from(self.interp.blocks().block(number).cost));
         let can = end <= until && !self.interp.must_interpret();
-        match if can { self.translation(number) } else { None } {
-            Some(translation) if self.reaches(number) => {
+        let translation = if can { self.translation(number) } else { None };
+        let with_end = translation.map(|it| (it, self.interp.core().clock.plus(it.charge.into())));
+        match with_end {
+            Some((translation, end)) if end <= until && self.reaches(number) => {
                 self.execute(bus, number, translation, if alone { end } else { until })
             }
             _ => {

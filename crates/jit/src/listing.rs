@@ -62,6 +62,7 @@ pub(crate) fn names(stubs: &Stubs, base: u64) -> Vec<(u64, String)> {
     let named = [
         (stubs.helper, "helper"),
         (stubs.rest, "rest"),
+        (stubs.tail, "tail"),
         (stubs.budget, "budget"),
         (stubs.link, "link"),
         (stubs.lookup, "lookup"),

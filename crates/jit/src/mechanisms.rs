@@ -24,6 +24,8 @@ pub enum Mechanism {
     Flags,
     /// Translating a block together with those that its conditional branch mostly leads to.
     Traces,
+    /// Charging all of a trace at its head.
+    Budgets,
     /// Jumps from one block straight to another.
     Links,
     /// Finding a block by its RIP in generated code.
@@ -34,7 +36,7 @@ pub enum Mechanism {
 
 impl Mechanism {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Native,
         Self::Vectors,
         Self::X87,
@@ -45,6 +47,7 @@ impl Mechanism {
         Self::Groups,
         Self::Flags,
         Self::Traces,
+        Self::Budgets,
         Self::Links,
         Self::Jumps,
         Self::Returns,

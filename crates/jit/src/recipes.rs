@@ -152,8 +152,8 @@ fn replaced(
     for (after, &(part, at)) in behind.iter().enumerate() {
         let (i, kind) = (&parts[part].instructions[at], parts[part].steps[at].kind);
         if parts[part].goes_on_behind(at) {
-            // The next part may be left at its head.
-            if spoilt || kind == Kind::Jcc && after > 0 {
+            let is_left_at_head = parts[part + 1].charge > 0;
+            if spoilt && is_left_at_head || kind == Kind::Jcc && after > 0 {
                 return None;
             }
             over_branch |= kind == Kind::Jcc;

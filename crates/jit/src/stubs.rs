@@ -24,8 +24,10 @@ pub struct Stubs {
     pub enter: usize,
     /// Called with a site in [`A`]: does that operation, comes back if the block goes on.
     pub helper: usize,
-    /// As `helper` for that operation and all behind it in its block.
+    /// As `helper` for that operation, which missed its group, and all behind it in its block.
     pub rest: usize,
+    /// As `rest` where no group was missed.
+    pub tail: usize,
     /// Leaves at a block's head; [`A`] is its site.
     pub budget: usize,
     /// Leaves at an exit without a link; [`A`] is its number.
@@ -94,9 +96,15 @@ pub enum Flow {
 /// Registers that the ABI wants back: RBX, RBP, R12 to R15.
 const SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
 
-/// Emits the stubs; `helper` and `rest` are the addresses of the functions that do one operation and all that are left:
-/// `extern "sysv64" fn(engine, site) -> u32`, a [`Flow`].
-pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
+/// Addresses of the functions that the stubs of their names call: `extern "sysv64" fn(engine, site) -> u32`, a [`Flow`].
+pub struct Functions {
+    pub helper: u64,
+    pub rest: u64,
+    pub tail: u64,
+}
+
+/// Emits the stubs.
+pub fn emit(e: &mut Emitter, functions: &Functions) -> Stubs {
     let vectors_load = vector_file::emit_load(e);
     let x87_load = x87::emit_load(e);
     let x87_store = x87::emit_store(e);
@@ -122,8 +130,8 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
     let (find, by_place) = find(e);
     let (lookup, absolute) = lookup(e, find, miss, to_absolute);
     let (elsewhere, elsewhere_legacy) = elsewhere(e, by_place, miss);
-    let helper = call_helper(e, helper, leave_spilled, dispatch);
-    let rest = call_helper(e, rest, leave_spilled, dispatch);
+    let [helper, rest, tail] = [functions.helper, functions.rest, functions.tail]
+        .map(|function| call_helper(e, function, leave_spilled, dispatch));
     let change_view = views::emit_change(e);
     let in_any_context = returns::emit_absolute(e, absolute);
     let ways = Ways { change: change_view, helper, dispatch, absolute: in_any_context };
@@ -139,6 +147,7 @@ pub fn emit(e: &mut Emitter, helper: u64, rest: u64) -> Stubs {
         enter: enter(e, in_any_context),
         helper,
         rest,
+        tail,
         budget,
         link,
         lookup,

@@ -301,8 +301,8 @@ impl Translator<'_> {
         self.e.alu_mem(Alu::Sub, true, A, frame_field!(bank));
         self.e.alu_mem(Alu::Add, true, A, frame::tsc_offset());
         self.e.alu(Alu::Sub, true, A, BUDGET);
-        // The block's head has charged all of it.
-        self.e.alu_imm(Alu::Sub, true, A, (self.block.cost - op.prefix) as i32);
+        // All of the block and those behind it is charged.
+        self.e.alu_imm(Alu::Sub, true, A, (self.block.cost + self.ahead - op.prefix) as i32);
         self.e.mov32(GUEST_RAX, A);
         self.e.shr(true, A, 32);
         self.e.mov(RDX, A);

@@ -1,7 +1,7 @@
 //! Blocks that are translated together: behind a direct branch comes the block that it mostly goes to. What the
 //! flags were then often needn't be saved: the blocks behind replace them.
 //!
-//! Each block charges its own cost, and can be left as if it were alone.
+//! The first one's head charges the cost of all, but for a loop's two.
 
 use crate::groups::groups;
 use crate::mechanisms::{Mechanism, Mechanisms};
@@ -76,6 +76,9 @@ pub fn join(parts: &mut Each<Part<'_>>, off: Mechanisms, info: &mut InstructionI
         let falls = !loops && parts[at].block().rip == parts[at - 1].block().end_rip && parts[at - 1].may_fall();
         parts[at - 1].end = if falls { End::Falls } else { End::Enters };
     }
+    if !loops && !off.has(Mechanism::Budgets) {
+        charge(parts);
+    }
     plan_groups(parts, loops, off, info);
     if !off.has(Mechanism::Flags) {
         recipes::plan(parts, info);
@@ -95,6 +98,16 @@ pub fn join(parts: &mut Each<Part<'_>>, off: Mechanisms, info: &mut InstructionI
             }
         }
     }
+}
+
+/// Has the first part's head charge the cost of all.
+fn charge(parts: &mut [Part<'_>]) {
+    let mut ahead = 0;
+    for part in parts.iter_mut().rev() {
+        part.ahead = ahead;
+        ahead += std::mem::take(&mut part.charge);
+    }
+    parts[0].charge = ahead;
 }
 
 /// Plans which accesses are checked together: through all parts unless the last one is come to from itself, too.

@@ -1,15 +1,16 @@
 //! From a canonical block to host code.
 //!
-//! A block's head charges its cost and leaves if the budget doesn't reach; its operations follow; its end goes to
-//! the next block. Behind that lie the rarely executed parts: operations that missed the MMU's table, exits
-//! without a link.
+//! A trace's head charges the cost of all its blocks and leaves if the budget doesn't reach; their operations follow; the
+//! end goes to another translation. Behind that lie the rarely executed parts: operations that missed the MMU's table,
+//! exits without a link. What leaves the trace before its end, or calls a function, first gives back what is charged for the
+//! blocks behind the one that it is in: whoever is not in generated code only ever sees that block charged.
 
 mod exits;
 mod slow;
 
 use crate::branch::Search;
 use crate::contexts::Half;
-use crate::emitter::{Alu, Emitter, Jump, cc};
+use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::code_base;
 use crate::groups::{BASES, Groups, Member};
 use crate::mechanisms::{Mechanism, Mechanisms};
@@ -46,6 +47,8 @@ pub const fn of_site(site: u32) -> (u32, usize) {
 pub struct Code {
     /// How many blocks of the trace it has.
     pub parts: usize,
+    /// What its head takes from the budget.
+    pub charge: u32,
     pub bytes: Vec<u8>,
     /// How many of the bytes are executed often; where the others are to be placed was told, too.
     pub often: usize,
@@ -82,6 +85,8 @@ pub struct Translator<'a> {
     /// Where the block is, and all that it is linked to.
     pub half: Half,
     number: u32,
+    charge: u32,
+    pub ahead: u32,
     slow: Vec<Slow>,
     exits: SmallVec<[Open; 3]>,
     end: End,
@@ -140,6 +145,10 @@ pub struct Part<'a> {
     /// How flags are found that aren't saved when it begins.
     pub recipe: Option<Recipe>,
     pub end: End,
+    /// What its head takes from the budget; 0: it has none.
+    pub charge: u32,
+    /// What has been taken for the blocks behind it.
+    pub ahead: u32,
 }
 
 /// How a block's direct branch goes on.
@@ -157,7 +166,8 @@ pub enum End {
 
 impl<'a> Part<'a> {
     fn new(source: Source<'a>, instructions: &'a [Instruction], steps: &'a mut [Step]) -> Self {
-        Self { source, instructions, steps, groups: Groups::default(), recipe: None, end: End::Exits }
+        let charge = source.block.cost;
+        Self { source, instructions, steps, groups: Groups::default(), recipe: None, end: End::Exits, charge, ahead: 0 }
     }
 
     /// Whether what follows it in memory may come behind it.
@@ -219,11 +229,11 @@ impl Tools {
         (self.emitter.bytes, self.starts, self.exits) = (bytes, starts, exits);
     }
 
-    fn code(&mut self, parts: usize) -> Code {
+    fn code(&mut self, parts: &[Part<'_>]) -> Code {
         let (mut starts, mut exits) = (std::mem::take(&mut self.starts), std::mem::take(&mut self.exits));
         starts.clear();
         exits.clear();
-        Code { parts, starts, exits, ..Code::default() }
+        Code { parts: parts.len(), charge: parts.first().map_or(0, |part| part.charge), starts, exits, ..Code::default() }
     }
 }
 
@@ -280,7 +290,7 @@ fn emit(
     settings: Settings<'_>,
     tools: &mut Tools,
 ) -> Result<Code, Unencodable> {
-    let mut code = tools.code(parts.len());
+    let mut code = tools.code(parts);
     let mut e = std::mem::take(&mut tools.emitter);
     e.begin(at.often);
     let mut translators = Each::new();
@@ -367,6 +377,8 @@ impl<'a> Translator<'a> {
             stubs,
             half,
             number,
+            charge: part.charge,
+            ahead: part.ahead,
             slow,
             exits: SmallVec::new(),
             end: part.end,
@@ -389,8 +401,10 @@ impl<'a> Translator<'a> {
             // Its RIPs aren't those of a page, which the jump table's count from.
             self.e.store_imm(code_base(), 0);
         }
-        self.e.alu_imm(Alu::Sub, true, BUDGET, self.block.cost as i32);
-        self.spent = Some(self.e.jcc(cc::SIGN));
+        if self.charge > 0 {
+            self.e.alu_imm(Alu::Sub, true, BUDGET, self.charge as i32);
+            self.spent = Some(self.e.jcc(cc::SIGN));
+        }
         for (at, step) in steps.iter().enumerate() {
             starts.push((self.e.bytes.len(), Some(step.kind)));
             match step.kind {
@@ -411,14 +425,15 @@ impl<'a> Translator<'a> {
 
     /// What is rarely executed.
     fn emit_rare(&mut self) {
-        if let Some(spent) = self.spent {
+        if let Some(spent) = self.spent.take() {
             self.e.bind(spent);
+            if let Some(recipe) = self.recipe {
+                self.recover_flags(&recipe);
+            }
+            self.give_back();
+            self.e.mov_imm(A, u64::from(self.number << OP_BITS));
+            self.e.jmp_to(self.stubs.budget);
         }
-        if let Some(recipe) = self.recipe {
-            self.recover_flags(&recipe);
-        }
-        self.e.mov_imm(A, u64::from(self.number << OP_BITS));
-        self.e.jmp_to(self.stubs.budget);
         self.emit_sides();
         self.emit_cold();
         self.emit_searches();
@@ -473,8 +488,21 @@ impl<'a> Translator<'a> {
 
     /// Does operation `op` by its function.
     fn helper(&mut self, op: usize) {
+        self.give_back();
         self.e.mov_imm(A, self.site(op).into());
         self.e.call(self.stubs.helper);
         self.host_flags = false;
+        if self.ahead > 0 {
+            self.e.alu_imm(Alu::Sub, true, BUDGET, self.ahead as i32);
+            let spent = self.e.jcc(cc::SIGN);
+            self.by_function(op + 1, spent);
+        }
+    }
+
+    /// The budget as if only this block of the trace were charged.
+    fn give_back(&mut self) {
+        if self.ahead > 0 {
+            self.e.lea(BUDGET, Mem { base: Some(BUDGET), index: None, disp: self.ahead as i32 });
+        }
     }
 }

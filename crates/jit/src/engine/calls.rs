@@ -4,24 +4,29 @@ use super::{Engine, ROOM};
 use crate::flags::{pack, unpack};
 use crate::frame::{Reason, stamps};
 use crate::registers::guest;
-use crate::stubs::Flow;
+use crate::stubs::{Flow, Functions};
 use crate::translate::{OP_BITS, of_site};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use umbra_arch::{Bus, VirtualTime, rflags};
 use umbra_cpu::op::{NO_REG, Stop};
 
 impl Engine {
-    /// Does the operation at `site` and those behind it.
+    /// Does the operation at `site`, which missed its group, and those behind it.
     fn rest(&mut self, site: u32) -> Flow {
         let (number, first) = of_site(site);
-        let ops = &self.interp.blocks().block(number).ops;
-        let last = (number << OP_BITS) + ops.len() as u32 - 1;
-        let base = ops[first].base;
+        let base = self.interp.blocks().block(number).ops[first].base;
         // Without a base register it is the stack that was missed.
         let bases = if base == NO_REG { 1 << guest::RSP } else { 1 << base };
         if self.misses.rest(number, bases, self.frame.now()) {
             self.frame.leave_soon();
         }
+        self.tail(site)
+    }
+
+    /// Does the operation at `site` and those behind it.
+    fn tail(&mut self, site: u32) -> Flow {
+        let (number, _) = of_site(site);
+        let last = (number << OP_BITS) + self.interp.blocks().block(number).ops.len() as u32 - 1;
         (site..last).map(|site| self.helper(site)).find(|&flow| flow != Flow::On).unwrap_or_else(|| {
             let flow = self.helper(last);
             if flow == Flow::On { Flow::Block } else { flow }
@@ -117,19 +122,32 @@ impl Engine {
     }
 }
 
-/// What generated code calls to do an operation by its function.
-pub(super) extern "sysv64" fn run_helper(engine: *mut Engine, site: u32) -> u32 {
+/// What generated code calls.
+pub(super) fn functions() -> Functions {
+    Functions {
+        helper: run_helper as *const () as u64,
+        rest: run_rest as *const () as u64,
+        tail: run_tail as *const () as u64,
+    }
+}
+
+extern "sysv64" fn run_helper(engine: *mut Engine, site: u32) -> u32 {
     // SAFETY: generated code passes on the pointer that `execute` gave it, which uses nothing of the engine
     // meanwhile.
     let engine = unsafe { &mut *engine };
     guarded(engine, |engine| engine.helper(site))
 }
 
-/// What generated code calls to do an operation and those behind it by their functions.
-pub(super) extern "sysv64" fn run_rest(engine: *mut Engine, site: u32) -> u32 {
+extern "sysv64" fn run_rest(engine: *mut Engine, site: u32) -> u32 {
     // SAFETY: as in `run_helper`.
     let engine = unsafe { &mut *engine };
     guarded(engine, |engine| engine.rest(site))
+}
+
+extern "sysv64" fn run_tail(engine: *mut Engine, site: u32) -> u32 {
+    // SAFETY: as in `run_helper`.
+    let engine = unsafe { &mut *engine };
+    guarded(engine, |engine| engine.tail(site))
 }
 
 /// A panic doesn't unwind generated code.

@@ -35,6 +35,8 @@ pub(super) struct Translation {
     pub offset: u64,
     pub mode: u64,
     pub crosses: bool,
+    /// What its head takes from the budget.
+    pub charge: u32,
 }
 
 /// What is of use from one translation to the next.
@@ -137,6 +139,7 @@ impl Engine {
         self.stats.translated += 1;
         self.stats.translated_ops += (code.starts.len() - 1) as u64;
         self.stats.translated_helpers += code.helpers as u64;
+        let charge = code.charge;
         self.exits.extend(code.exits.drain(..).map(|exit| KnownExit { exit, number, entry }));
         kept.tools.take_back(code);
         self.tools = Some(kept);
@@ -147,6 +150,7 @@ impl Engine {
             offset: block.offset(),
             mode: block.mode(),
             crosses: block.crosses(),
+            charge,
         };
         if translation.is_placed() && !self.options.off.has(Mechanism::Jumps) {
             let code = self.code.address() + entry as u64;

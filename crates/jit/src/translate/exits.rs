@@ -151,7 +151,7 @@ impl Translator<'_> {
 
     /// Leaves the trace for `target` where `condition` holds.
     fn leave_if(&mut self, condition: u8, target: u64) {
-        if self.unsaved || self.leaves_page(target) {
+        if self.unsaved || self.ahead > 0 || self.leaves_page(target) {
             let side = self.e.jcc(condition);
             self.sides.push((side, target));
         } else {
@@ -165,6 +165,7 @@ impl Translator<'_> {
             if self.unsaved {
                 self.e.save_flags();
             }
+            self.give_back();
             self.exit(target);
         }
     }

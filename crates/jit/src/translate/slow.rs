@@ -68,7 +68,7 @@ impl Translator<'_> {
             }
             if self.groups.are_open_behind(slow.op) {
                 self.e.call(self.stubs.x87_store);
-                self.rest(slow.op);
+                self.call_at(slow.op, self.stubs.rest);
                 continue;
             }
             self.helper(slow.op);
@@ -88,8 +88,7 @@ impl Translator<'_> {
         self.slow = all;
     }
 
-    /// `jump` is taken, with the x87 state in the core, where operation `op` and those behind it must be done by
-    /// their functions.
+    /// `jump` is taken where operation `op` and those behind it must be done by their functions.
     pub fn by_function(&mut self, op: usize, jump: Jump) {
         self.by_function.push((op, jump));
     }
@@ -102,15 +101,19 @@ impl Translator<'_> {
             here().for_each(|jump| self.e.bind(jump));
             match here().next() {
                 None => {}
-                Some(_) if op < self.block.ops.len() => self.rest(op),
+                Some(_) if op < self.block.ops.len() => {
+                    self.e.call(self.stubs.x87_store);
+                    self.call_at(op, self.stubs.tail);
+                }
                 Some(_) => self.e.jmp_to(self.stubs.dispatch),
             }
         }
     }
 
-    /// Does operation `op` and those behind it by their functions, and goes on with another block.
-    pub(super) fn rest(&mut self, op: usize) {
+    /// Has a stub do operation `op` and those behind it by their functions and go on with another block.
+    fn call_at(&mut self, op: usize, stub: usize) {
+        self.give_back();
         self.e.mov_imm(A, self.site(op).into());
-        self.e.call(self.stubs.rest);
+        self.e.call(stub);
     }
 }
