@@ -307,6 +307,11 @@ fn emit(
         checked = translator.checked;
     }
     code.starts.push((e.bytes.len(), None));
+    for translator in &mut translators {
+        translator.e = e;
+        translator.emit_sides();
+        e = std::mem::take(&mut translator.e);
+    }
     // A dropped block's code must have room.
     while e.bytes.len() < LOOKUP_BYTES {
         e.raw(&[0xcc]);
@@ -434,7 +439,6 @@ impl<'a> Translator<'a> {
             self.e.mov_imm(A, u64::from(self.number << OP_BITS));
             self.e.jmp_to(self.stubs.budget);
         }
-        self.emit_sides();
         self.emit_cold();
         self.emit_searches();
         self.emit_returns();
