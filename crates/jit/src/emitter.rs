@@ -218,6 +218,18 @@ impl Emitter {
         }
     }
 
+    /// 64 bits in memory by a sign-extended immediate.
+    pub fn alu_mem_imm(&mut self, op: Alu, mem: Mem, value: i32) {
+        let extension = op as u8 >> 3 & 7;
+        if let Ok(small) = i8::try_from(value) {
+            self.rm(true, &[0x83], extension, mem);
+            self.byte(small as u8);
+        } else {
+            self.rm(true, &[0x81], extension, mem);
+            self.imm32(value);
+        }
+    }
+
     /// `cmp dword [mem], value`, always with 32 bits; returns the offset of the value.
     pub fn cmp_mem_imm(&mut self, mem: Mem, value: u32) -> usize {
         self.rm(false, &[0x81], 7, mem);

@@ -42,7 +42,7 @@ pub struct Frame {
     /// Host address of guest RAM.
     pub ram: u64,
     pub selected: Selected,
-    /// Ticks left, negative when there is not enough for the next block. In R14 while code runs.
+    /// Ticks left, negative when there is not enough for the next block.
     pub budget: i64,
     pub scratch: u64,
     /// What the flags of the last operation that has a [recipe](crate::recipes) are made from, if no register keeps it.

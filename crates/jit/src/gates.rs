@@ -8,7 +8,7 @@
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::{self, frame_field, gpr};
 use crate::memory_path::Access;
-use crate::registers::{A, B, BUDGET, ENGINE, GUEST_RSP, RCX, RDI, RDX, RSI, Reg};
+use crate::registers::{A, B, ENGINE, GUEST_RSP, RCX, RDI, RDX, RSI, Reg};
 use crate::system_calls::{Ways, by_function, jump_if_any, set_status, unless_byte, unless_canonical, whole_flags};
 use crate::views::{Selected, View, offset_of_view, supervisors_view};
 use std::mem::offset_of;
@@ -284,7 +284,7 @@ pub fn emit_return(e: &mut Emitter, ways: Ways) -> usize {
 fn now(e: &mut Emitter, to: Reg) {
     e.load(to, frame_field!(end));
     e.alu_mem(Alu::Sub, true, to, frame_field!(bank));
-    e.alu(Alu::Sub, true, to, BUDGET);
+    e.alu_mem(Alu::Sub, true, to, frame_field!(budget));
 }
 
 /// Jumps if any of these are set in RFLAGS.

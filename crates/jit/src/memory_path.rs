@@ -1,10 +1,10 @@
 //! Guest addresses to host addresses: a range register, or one lookup in the MMU's fast table.
 
-use crate::emitter::{Alu, Jump, Mem, cc};
+use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::{self, frame_field, gpr, seg_base, selected};
 use crate::groups::{Check, Reach};
 use crate::ranges::{self, ABSOLUTE, Name, SEGMENT};
-use crate::registers::{A, B, Reg, guest, home};
+use crate::registers::{A, B, Reg, TABLE, guest, home};
 use crate::translate::Translator;
 use std::mem::offset_of;
 use umbra_arch::segment::Seg;
@@ -48,6 +48,17 @@ impl Access {
             Access::Write => offset_of!(Entry, tag_write),
         }
     }
+}
+
+/// Where in the MMU's table the slot of a linear address is, in bytes, to another register.
+pub fn to_slot(e: &mut Emitter, to: Reg, address: Reg) {
+    e.shifted(to, address, 12 - size_of::<Entry>().trailing_zeros() as u8);
+    e.alu_mem(Alu::And, true, to, selected!(mask));
+}
+
+/// A field of the slot that [`to_slot`] has found.
+pub fn in_slot(slot: Reg, field: usize) -> Mem {
+    Mem { base: Some(TABLE), index: Some((slot, 0)), disp: field as i32 }
 }
 
 impl Address {
@@ -253,13 +264,11 @@ impl Translator<'_> {
             self.e.store(frame_field!(linear), A);
         }
         let e = &mut self.e;
-        e.shifted(B, A, 12 - size_of::<Entry>().trailing_zeros() as u8);
-        e.alu_mem(Alu::And, true, B, selected!(mask));
-        e.alu_mem(Alu::Add, true, B, selected!(slots));
-        e.alu_mem(Alu::Sub, true, A, Mem::at(B, access.tag()));
+        to_slot(e, B, A);
+        e.alu_mem(Alu::Sub, true, A, in_slot(B, access.tag()));
         e.alu_imm(Alu::Cmp, true, A, 4097 - bytes as i32);
         let miss = e.jcc(cc::NOT_BELOW);
-        e.load(B, Mem::at(B, offset_of!(Entry, addend)));
+        e.load(B, in_slot(B, offset_of!(Entry, addend)));
         self.slow(miss);
     }
 

@@ -1,6 +1,6 @@
 //! Which host register holds what while generated code runs.
 //!
-//! The code's own are RSP (the host's stack), R15 (the engine), R14 (the budget), RAX (the guest's status
+//! The code's own are RSP (the host's stack), R15 (the engine), R14 (the MMU's table), RAX (the guest's status
 //! flags) and two scratch registers. Ten guest registers stay in host registers across chained blocks, six of
 //! them in the register of the same name; the others are loaded from the core where they are used.
 
@@ -29,8 +29,8 @@ pub const GUEST_RSP: Reg = 11;
 pub const A: Reg = 12;
 /// Second scratch register.
 pub const B: Reg = 13;
-/// Ticks left.
-pub const BUDGET: Reg = 14;
+/// The MMU's fast table that is [selected](crate::views::Selected).
+pub const TABLE: Reg = 14;
 /// The engine.
 pub const ENGINE: Reg = 15;
 

@@ -2,9 +2,9 @@
 //! operation's function makes and at the same cost; the function does what is left.
 
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
-use crate::frame::{self, frame_field, selected};
-use crate::memory_path::Access;
-use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, GUEST_RAX, RBX, RCX, RDI, RDX, RSI, Reg};
+use crate::frame::{self, frame_field};
+use crate::memory_path::{Access, in_slot, to_slot};
+use crate::registers::{A, B, ENGINE, FLAGS, GUEST_RAX, RBX, RCX, RDI, RDX, RSI, Reg};
 use crate::stubs::{pop, push};
 use crate::translate::Translator;
 use iced_x86::{Instruction, Mnemonic as M};
@@ -167,7 +167,7 @@ fn room(e: &mut Emitter, which: Repeated) -> Vec<Jump> {
     e.alu(Alu::Cmp, true, B, RCX);
     e.rr(true, &[0x83], 2, A); // adc
     e.raw(&[0xff]);
-    e.alu(Alu::Cmp, true, BUDGET, A);
+    e.rm(true, &[0x39], A, frame_field!(budget)); // cmp
     let late = e.jcc(cc::LESS);
     vec![crosses, late]
 }
@@ -181,20 +181,18 @@ fn offset(e: &mut Emitter, to: Reg, address: Reg) {
 /// What to add to a linear address in the page at `address` to `to`, by the MMU's table; the jump is taken if that
 /// doesn't have it. Clobbers [`FLAGS`].
 fn find(e: &mut Emitter, address: Reg, access: Access, to: Reg) -> Jump {
-    e.shifted(FLAGS, address, 12 - size_of::<Entry>().trailing_zeros() as u8);
-    e.alu_mem(Alu::And, true, FLAGS, selected!(mask));
-    e.alu_mem(Alu::Add, true, FLAGS, selected!(slots));
+    to_slot(e, FLAGS, address);
     e.mov(to, address);
     e.alu_imm(Alu::And, true, to, -(PAGE_SIZE as i32));
-    e.alu_mem(Alu::Cmp, true, to, Mem::at(FLAGS, access.tag()));
+    e.alu_mem(Alu::Cmp, true, to, in_slot(FLAGS, access.tag()));
     let missed = e.jcc(cc::NOT_EQUAL);
-    e.load(to, Mem::at(FLAGS, offset_of!(Entry, addend)));
+    e.load(to, in_slot(FLAGS, offset_of!(Entry, addend)));
     missed
 }
 
 /// Takes what [`room`] found from the budget. An instruction that starts again retires each time.
 fn charge(e: &mut Emitter) {
-    e.alu(Alu::Sub, true, BUDGET, A);
+    e.rm(true, &[0x29], A, frame_field!(budget)); // sub
     e.alu(Alu::Cmp, true, B, RCX);
     e.rr(true, &[0x83], 3, A); // sbb
     e.raw(&[0]);

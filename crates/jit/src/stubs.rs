@@ -2,11 +2,11 @@
 
 mod lookup;
 
-use crate::emitter::{Alu, Emitter, Mem, cc};
+use crate::emitter::{Alu, Emitter, cc};
 use crate::frame::{BANK, Reason, frame_field, gpr, next_rip, selected};
-use crate::memory_path::Access;
+use crate::memory_path::{Access, in_slot};
 use crate::ranges::{self, MARGIN, NAMES, Name, PATIENCE, Range};
-use crate::registers::{A, B, BUDGET, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, home};
+use crate::registers::{A, B, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, TABLE, home};
 use crate::returns;
 use crate::strings::{self, RepeatedStubs};
 use crate::system_calls::{self, Ways};
@@ -224,10 +224,9 @@ fn range(e: &mut Emitter, n: usize) -> usize {
     e.alu_imm(Alu::And, true, B, -4096);
     e.shr(true, A, 12 - size_of::<Entry>().trailing_zeros() as u8);
     e.alu_mem(Alu::And, true, A, selected!(mask));
-    e.alu_mem(Alu::Add, true, A, selected!(slots));
-    e.alu_mem(Alu::Cmp, true, B, Mem::at(A, access.tag()));
+    e.alu_mem(Alu::Cmp, true, B, in_slot(A, access.tag()));
     let nowhere = e.jcc(cc::NOT_EQUAL);
-    e.load(A, Mem::at(A, offset_of!(Entry, addend)));
+    e.load(A, in_slot(A, offset_of!(Entry, addend)));
     e.rm(false, &[0x81], 1, ranges::used(access)); // or
     e.raw(&(1u32 << name).to_le_bytes());
     e.rm(false, &[0xff], 1, ranges::field(name, access, offset_of!(Range, patience))); // dec
@@ -263,7 +262,7 @@ fn leave_soon(e: &mut Emitter) {
     let banked = e.jcc(cc::NOT_EQUAL);
     e.mov_imm(B, BANK as u64);
     e.store(frame_field!(bank), B);
-    e.alu(Alu::Sub, true, BUDGET, B);
+    e.rm(true, &[0x29], B, frame_field!(budget)); // sub
     e.bind(banked);
 }
 
@@ -285,7 +284,6 @@ fn spill(e: &mut Emitter) {
         }
     }
     e.store32(frame_field!(flags), FLAGS);
-    e.store(frame_field!(budget), BUDGET);
     vector_file::emit_store(e);
 }
 
@@ -296,7 +294,7 @@ fn reload(e: &mut Emitter) {
         }
     }
     e.load32(FLAGS, frame_field!(flags));
-    e.load(BUDGET, frame_field!(budget));
+    e.load(TABLE, selected!(slots));
 }
 
 /// PUSH.

@@ -4,7 +4,7 @@ use crate::emitter::{Alu, Mem, cc};
 use crate::engine::ROOM;
 use crate::frame::{self, frame_field, gpr, selected};
 use crate::memory_path::{Access, Address};
-use crate::registers::{A, B, BUDGET, GUEST_RAX, GUEST_RSP, RCX, RDX, guest, home};
+use crate::registers::{A, B, GUEST_RAX, GUEST_RSP, RCX, RDX, guest, home};
 use crate::system_calls::{jump_if_any, set_status, unless_byte, whole_flags};
 use crate::translate::Translator;
 use crate::views::{AC_STEP, WP_STEP, offset_of_view};
@@ -160,7 +160,7 @@ impl Translator<'_> {
         self.e.raw(&[0]);
         let waits = self.e.jcc(cc::NOT_EQUAL);
         self.slow(waits);
-        self.e.alu_imm(Alu::Cmp, true, BUDGET, ROOM as i32);
+        self.e.alu_mem_imm(Alu::Cmp, frame_field!(budget), ROOM as i32);
         let ends = self.e.jcc(cc::SIGN);
         self.slow(ends);
         self.e.rm(false, &[0x81], 1, frame::rflags()); // or dword
@@ -300,7 +300,7 @@ impl Translator<'_> {
         self.e.load(A, frame_field!(end));
         self.e.alu_mem(Alu::Sub, true, A, frame_field!(bank));
         self.e.alu_mem(Alu::Add, true, A, frame::tsc_offset());
-        self.e.alu(Alu::Sub, true, A, BUDGET);
+        self.e.alu_mem(Alu::Sub, true, A, frame_field!(budget));
         // All of the block and those behind it is charged.
         self.e.alu_imm(Alu::Sub, true, A, (self.block.cost + self.ahead - op.prefix) as i32);
         self.e.mov32(GUEST_RAX, A);

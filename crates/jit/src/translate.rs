@@ -10,15 +10,15 @@ mod slow;
 
 use crate::branch::Search;
 use crate::contexts::Half;
-use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
-use crate::frame::code_base;
+use crate::emitter::{Alu, Emitter, Jump, cc};
+use crate::frame::{code_base, frame_field};
 use crate::groups::{BASES, Groups, Member};
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::memory_path::Cold;
 use crate::native::Unencodable;
 use crate::plan::{Kind, Step, plan, regard_groups};
 use crate::recipes::Recipe;
-use crate::registers::{A, BUDGET};
+use crate::registers::A;
 use crate::returns::{Elsewhere, TooDeep};
 use crate::stubs::Stubs;
 use crate::system::System;
@@ -407,7 +407,7 @@ impl<'a> Translator<'a> {
             self.e.store_imm(code_base(), 0);
         }
         if self.charge > 0 {
-            self.e.alu_imm(Alu::Sub, true, BUDGET, self.charge as i32);
+            self.e.alu_mem_imm(Alu::Sub, frame_field!(budget), self.charge as i32);
             self.spent = Some(self.e.jcc(cc::SIGN));
         }
         for (at, step) in steps.iter().enumerate() {
@@ -497,7 +497,7 @@ impl<'a> Translator<'a> {
         self.e.call(self.stubs.helper);
         self.host_flags = false;
         if self.ahead > 0 {
-            self.e.alu_imm(Alu::Sub, true, BUDGET, self.ahead as i32);
+            self.e.alu_mem_imm(Alu::Sub, frame_field!(budget), self.ahead as i32);
             let spent = self.e.jcc(cc::SIGN);
             self.by_function(op + 1, spent);
         }
@@ -506,7 +506,7 @@ impl<'a> Translator<'a> {
     /// The budget as if only this block of the trace were charged.
     fn give_back(&mut self) {
         if self.ahead > 0 {
-            self.e.lea(BUDGET, Mem { base: Some(BUDGET), index: None, disp: self.ahead as i32 });
+            self.e.alu_mem_imm(Alu::Add, frame_field!(budget), self.ahead as i32);
         }
     }
 }

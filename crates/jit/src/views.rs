@@ -4,10 +4,10 @@
 //! The MMU isn't told; it [catches up](Frame::catch_up) before Rust code looks at it.
 
 use crate::emitter::{Alu, Emitter, Mem, cc};
-use crate::frame::{Frame, cr0, frame_field, gpr};
+use crate::frame::{Frame, cr0, frame_field, gpr, selected};
 use crate::memory_path::Access;
 use crate::ranges::{self, EMPTY, PATIENCE, Range};
-use crate::registers::{A, B, ENGINE, RDX, guest};
+use crate::registers::{A, B, ENGINE, RDX, TABLE, guest};
 use std::mem::offset_of;
 use umbra_arch::control::Cr0;
 use umbra_arch::rflags;
@@ -238,6 +238,7 @@ pub fn emit_change(e: &mut Emitter) -> usize {
         let selected = frame_field!(selected);
         e.store(Mem { disp: selected.disp + at as i32, ..selected }, RDX);
     }
+    e.load(TABLE, selected!(slots));
     e.rm(false, &[0xc6], 0, frame_field!(changed_view)); // mov byte
     e.raw(&[1]);
     e.load(RDX, gpr(RDX));

@@ -6,6 +6,7 @@ use crate::contexts::Half;
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::{code_base, code_mode, context, frame_field, jumps, next_rip, selected};
 use crate::jumps::{FETCHES, FOLD, Fetch, OTHER, PAIR_SHIFT, PLACES, Place, SLOT_MASK, SPREAD, Slot};
+use crate::memory_path::{in_slot, to_slot};
 use crate::registers::{A, B};
 use std::mem::offset_of;
 use umbra_cpu::core::CODE_SIZE_AT;
@@ -100,14 +101,12 @@ fn find_in(e: &mut Emitter, half: Half) -> Vec<Jump> {
 /// The RAM offset of the RIP in [`A`], which is that in the core, to [`A`], if the MMU's table says where it is fetched
 /// from.
 fn find_page(e: &mut Emitter) -> Vec<Jump> {
-    e.shifted(B, A, 12 - size_of::<Entry>().trailing_zeros() as u8);
-    e.alu_mem(Alu::And, true, B, selected!(mask));
-    e.alu_mem(Alu::Add, true, B, selected!(slots));
-    e.alu_mem(Alu::Sub, true, A, Mem::at(B, offset_of!(Entry, tag_fetch)));
+    to_slot(e, B, A);
+    e.alu_mem(Alu::Sub, true, A, in_slot(B, offset_of!(Entry, tag_fetch)));
     e.alu_imm(Alu::Cmp, true, A, 4096);
     let other = e.jcc(cc::NOT_BELOW);
     e.load(A, next_rip());
-    e.alu_mem(Alu::Add, true, A, Mem::at(B, offset_of!(Entry, addend)));
+    e.alu_mem(Alu::Add, true, A, in_slot(B, offset_of!(Entry, addend)));
     e.alu_mem(Alu::Sub, true, A, frame_field!(ram));
     vec![other]
 }
