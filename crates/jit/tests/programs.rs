@@ -761,6 +761,9 @@ fn mechanisms_can_be_left_out() {
             Mechanism::Ranges => some.code_bytes != all.code_bytes && some.translated_helpers == all.translated_helpers,
             Mechanism::Groups => some.code_bytes > all.code_bytes && some.translated_helpers == all.translated_helpers,
             Mechanism::Traces => some.translated > all.translated,
+            Mechanism::Budgets => {
+                some.code_bytes != all.code_bytes && some.translated_helpers == all.translated_helpers
+            }
             Mechanism::Flags => some.code_bytes > all.code_bytes,
             Mechanism::Links => some.linked == 0 && some.left_by_link > 10 * all.left_by_link,
             // What returns is found without.

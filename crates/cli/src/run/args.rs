@@ -173,6 +173,8 @@ pub enum JitOff {
     Flags,
     /// Translating blocks together
     Traces,
+    /// One charge for all of a trace
+    Budgets,
     /// Jumps from block to block
     Links,
     /// Finding blocks by address in generated code
@@ -194,6 +196,7 @@ impl JitOff {
             Self::Groups => Mechanism::Groups,
             Self::Flags => Mechanism::Flags,
             Self::Traces => Mechanism::Traces,
+            Self::Budgets => Mechanism::Budgets,
             Self::Links => Mechanism::Links,
             Self::Jumps => Mechanism::Jumps,
             Self::Returns => Mechanism::Returns,
