@@ -233,7 +233,13 @@ impl Tools {
         let (mut starts, mut exits) = (std::mem::take(&mut self.starts), std::mem::take(&mut self.exits));
         starts.clear();
         exits.clear();
-        Code { parts: parts.len(), charge: parts.first().map_or(0, |part| part.charge), starts, exits, ..Code::default() }
+        Code {
+            parts: parts.len(),
+            charge: parts.first().map_or(0, |part| part.charge),
+            starts,
+            exits,
+            ..Code::default()
+        }
     }
 }
 

@@ -10,7 +10,7 @@ const OTHER_TABLES: u64 = 0xc000;
 pub(super) const HANDLERS: u64 = 0xa000;
 const ENTRY: u64 = 0xb000;
 /// What handlers saw, mixed.
-const LOG: i32 = DATA as i32 + 0x1f00;
+pub(super) const LOG: i32 = DATA as i32 + 0x1f00;
 pub(super) const COUNTER: i32 = DATA as i32 + 0x1800;
 pub(super) const USER: u64 = 0x20_0000;
 pub(super) const USER_STACK: u64 = 0x20_8000;
@@ -516,33 +516,4 @@ fn views_are_those_of_their_root() {
     let run = |off| compare_code(&code, 6, JitOptions { off, ..SMALL }, &[(TICKS, 0)]).unwrap();
     let (all, without) = (run(Mechanisms::NONE), run(Mechanisms::NONE.with(Mechanism::Views)));
     assert!(2 * all.ops_by_helper < without.ops_by_helper, "{all}\n{without}");
-}
-
-/// A store to the page table in a trace's first block has the second one fetched from another page.
-#[test]
-fn a_trace_ends_when_its_page_is_mapped_anew() {
-    const PAGES: [u64; 2] = [USER + 0x4000, USER + 0x5000];
-    let code = assembled(CODE, |a| a.jmp(PAGES[0]));
-    let body = |adds: i32| {
-        assembled(PAGES[0], |a| {
-            let (mut again, mut over) = (a.create_label(), a.create_label());
-            a.set_label(&mut again)?;
-            a.xor(qword_ptr(LAST_TABLE + 8 * 4), 0x1000)?;
-            a.add(eax, 3)?;
-            a.js(over)?;
-            a.add(qword_ptr(LOG), adds)?;
-            a.set_label(&mut over)?;
-            a.rol(qword_ptr(LOG), 1)?;
-            a.dec(dword_ptr(COUNTER))?;
-            a.jnz(again)?;
-            a.hlt()
-        })
-    };
-    let memory = || {
-        let mem = rings(&code);
-        PAGES.into_iter().zip([1, 7]).for_each(|(page, adds)| mem.write(Gpa::new(page), &body(adds)));
-        mem
-    };
-    let stats = compare_in(memory, 0, SMALL, &[(TICKS, 0)]).unwrap();
-    assert!(stats.ops_translated > 200, "{stats}");
 }

@@ -1,7 +1,9 @@
 //! Blocks translated together, and flags that are only computed where something looks at them: comparisons and other
 //! arithmetic of all widths, accesses that miss or fault behind them, branches over a little code, loops of one block.
 
+use super::events::{COUNTER, LAST_TABLE, LOG, USER, assembled, compare_in, rings};
 use super::*;
+use iced_x86::code_asm::*;
 use std::sync::Mutex;
 use umbra_jit::Translated;
 
@@ -269,4 +271,33 @@ fn a_listing_has_each_instruction_of_a_trace() {
     let goes_on = |translated: &Translated| rips(translated).windows(2).any(|pair| pair == [jump, jump + 3]);
     assert!(told.iter().any(goes_on), "none goes on behind the JMP");
     assert!(told.iter().any(|translated| !rips(translated).is_sorted()), "no loop is in place twice");
+}
+
+/// A store to the page table in a trace's first block has the second one fetched from another page.
+#[test]
+fn a_trace_ends_when_its_page_is_mapped_anew() {
+    const PAGES: [u64; 2] = [USER + 0x4000, USER + 0x5000];
+    let code = assembled(CODE, |a| a.jmp(PAGES[0]));
+    let body = |adds: i32| {
+        assembled(PAGES[0], |a| {
+            let (mut again, mut over) = (a.create_label(), a.create_label());
+            a.set_label(&mut again)?;
+            a.xor(qword_ptr(LAST_TABLE + 8 * 4), 0x1000)?;
+            a.add(eax, 3)?;
+            a.js(over)?;
+            a.add(qword_ptr(LOG), adds)?;
+            a.set_label(&mut over)?;
+            a.rol(qword_ptr(LOG), 1)?;
+            a.dec(dword_ptr(COUNTER))?;
+            a.jnz(again)?;
+            a.hlt()
+        })
+    };
+    let memory = || {
+        let mem = rings(&code);
+        PAGES.into_iter().zip([1, 7]).for_each(|(page, adds)| mem.write(Gpa::new(page), &body(adds)));
+        mem
+    };
+    let stats = compare_in(memory, 0, SMALL, &[(TICKS, 0)]).unwrap();
+    assert!(stats.ops_translated > 200, "{stats}");
 }
