@@ -209,13 +209,13 @@ impl GuestMemory {
         self.host.store(off, value);
     }
 
-    /// Loads words, one after the other; zeros when any of them is outside the mapping.
+    /// Loads words, one after the other; zeros outside the mapping.
     #[inline(always)]
     pub fn load_words<T: Scalar, const N: usize>(&self, off: RamOffset) -> [T; N] {
         self.host.load_words(off)
     }
 
-    /// Stores words, one after the other; nothing when any of them is outside the mapping. Sets no flag.
+    /// Stores words, one after the other. Ignored outside the mapping. Sets no flag.
     #[inline(always)]
     pub fn store_words<T: Scalar, const N: usize>(&self, off: RamOffset, words: &[T; N]) {
         self.host.store_words(off, words);
@@ -238,6 +238,17 @@ impl GuestMemory {
     /// The value found, when it isn't `current`.
     pub fn compare_exchange<T: Scalar>(&self, off: RamOffset, current: T, new: T) -> Result<T, T> {
         self.host.compare_exchange(off, current, new)
+    }
+
+    /// Replaces a scalar that is `current`; whether it was. Not locked: for whom nobody stores to at the same time. Sets no
+    /// flag.
+    #[inline(always)]
+    pub fn replace<T: Scalar>(&self, off: RamOffset, current: T, new: T) -> bool {
+        let found = self.host.load::<T>(off) == current;
+        if found {
+            self.host.store(off, new);
+        }
+        found
     }
 
     /// The flags of the page that holds `off`.

@@ -3,6 +3,7 @@
 
 use crate::{MemoryError, RamOffset, Scalar};
 use memmap2::MmapMut;
+use std::hint::cold_path;
 use std::ptr;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::SeqCst};
 
@@ -72,7 +73,11 @@ impl HostMapping {
         match self.pointer(off) {
             // SAFETY: SLACK covers a scalar's bytes beyond the checked first one; packed needs no alignment.
             Some(p) => unsafe { ptr::read_volatile(p.cast::<Unaligned<T>>()).0 },
-            None => outside(),
+            // No call: each user would have to save what it needs afterwards.
+            None => {
+                cold_path();
+                T::default()
+            }
         }
     }
 
@@ -82,7 +87,7 @@ impl HostMapping {
             // SAFETY: SLACK covers a scalar's bytes beyond the checked first one. (A volatile write would have to be of a
             // packed struct, which is put together on the host's stack first.)
             Some(p) => unsafe { ptr::write_unaligned(p.cast::<T>(), value) },
-            None => outside(),
+            None => cold_path(),
         }
     }
 
@@ -95,8 +100,9 @@ impl HostMapping {
     /// Loads words one after the other.
     #[inline(always)]
     pub(crate) fn load_words<T: Scalar, const N: usize>(&self, off: RamOffset) -> [T; N] {
-        match self.range(off, size_of::<[T; N]>()) {
-            // SAFETY: the whole range was checked; packed needs no alignment.
+        const { assert!(size_of::<[T; N]>() as u64 <= SLACK) }
+        match self.pointer(off) {
+            // SAFETY: SLACK covers the bytes beyond the checked first one; packed needs no alignment.
             Some(p) => std::array::from_fn(|n| unsafe { ptr::read_volatile(p.cast::<Unaligned<T>>().add(n)).0 }),
             None => [T::default(); N],
         }
@@ -105,8 +111,10 @@ impl HostMapping {
     /// Stores words one after the other.
     #[inline(always)]
     pub(crate) fn store_words<T: Scalar, const N: usize>(&self, off: RamOffset, words: &[T; N]) {
-        if let Some(p) = self.range(off, size_of_val(words)) {
-            // SAFETY: the whole range was checked; `words` is the caller's own memory, and packed needs no alignment.
+        const { assert!(size_of::<[T; N]>() as u64 <= SLACK) }
+        if let Some(p) = self.pointer(off) {
+            // SAFETY: SLACK covers the bytes beyond the checked first one; `words` is the caller's own memory, and packed needs
+            // no alignment.
             unsafe { ptr::copy_nonoverlapping(words.as_ptr().cast(), p, size_of_val(words)) }
         }
     }
@@ -211,10 +219,4 @@ unsafe fn exchange_16(p: *mut u128, current: u128, new: u128) -> u128 {
 #[cfg(not(target_arch = "x86_64"))]
 fn exchange_wide(_: *mut u8, _: u128, _: u128) -> Option<Result<u128, u128>> {
     None
-}
-
-#[cold]
-#[inline(never)]
-fn outside<T: Default>() -> T {
-    T::default()
 }
