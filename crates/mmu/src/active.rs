@@ -126,6 +126,17 @@ impl Mmu {
         (known && !flags.intersects(PageFlags::AWAY) && self.watcher.is_alone()).then_some(off)
     }
 
+    /// As [`lookup_reported_write`](Self::lookup_reported_write) for a write to a table that holds no code.
+    #[inline(always)]
+    pub fn lookup_table_write(&self, gva: Gva, bytes: u64) -> Option<RamOffset> {
+        const ASKED: PageFlags =
+            PageFlags::DIRTY.union(PageFlags::AWAY).union(PageFlags::WATCHED).union(PageFlags::CODE);
+        let slot = self.active.reported_write(&self.pool, gva, bytes)?;
+        let off = self.offset_in(slot, gva);
+        let is_table = self.mem.page_flags(off).intersection(ASKED) == PageFlags::DIRTY.union(PageFlags::WATCHED);
+        (is_table && self.watcher.is_alone()).then_some(off)
+    }
+
     /// Whether the table in force knows of `gva`'s page as much as can be known of one whose writes are reported, if they
     /// are allowed.
     pub(crate) fn is_cached(&self, gva: Gva, writes: bool) -> bool {

@@ -141,6 +141,11 @@ impl EventLog {
     }
 
     #[inline(always)]
+    pub(crate) fn is_on(&self) -> bool {
+        self.0.is_some()
+    }
+
+    #[inline(always)]
     pub(crate) fn note(&mut self, event: impl FnOnce() -> Event) {
         if let Some(events) = &mut self.0 {
             events.push(event());

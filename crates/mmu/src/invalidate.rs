@@ -2,7 +2,7 @@
 
 use crate::adopt::UPPER;
 use crate::event::Event;
-use crate::mmu::Mmu;
+use crate::mmu::{Mmu, MmuMode};
 use crate::shadow::{Link, ShadowEntry};
 use crate::writers::Writer;
 use smallvec::SmallVec;
@@ -15,6 +15,17 @@ const IDLE_WRITES: u32 = 64;
 const IDLE_WRITES_WHEN_EMPTY: u32 = 16;
 /// Up to so many linear pages are cleared one by one; beyond that whole columns go.
 const MAX_SINGLE_CLEARS: u64 = 4096;
+
+/// What a store to a table leaves to be done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Written {
+    /// Nothing.
+    Done,
+    /// This entry, by its shadow page's index and its own, has to be looked at: [`Mmu::entry_written`].
+    Entry(u32, u32),
+    /// All: [`Mmu::frame_written`].
+    Unknown,
+}
 
 impl Mmu {
     /// After a store of `bytes` bytes at `gpa` to a WATCHED page: drops what was derived from entries that now say something else.
@@ -29,6 +40,33 @@ impl Mmu {
             }
             at = at.add(chunk);
             left -= chunk;
+        }
+    }
+
+    /// As [`frame_written`](Self::frame_written) for a scalar, as far as little is to be done, which is nearly always.
+    #[inline(always)]
+    pub fn scalar_written(&mut self, off: RamOffset, bytes: u64) -> Written {
+        let (first, last) = (off.raw() & 0xfff, (off.raw() & 0xfff) + bytes - 1);
+        let Some(index) = self.shadow.first_of_frame(off) else { return Written::Unknown };
+        let Some(page) = self.shadow.try_page_mut(index) else { return Written::Unknown };
+        let shift = page.role.format.entry_bytes().trailing_zeros();
+        let at = (first >> shift) as usize;
+        let one = page.next().is_none() && bytes >= 4 && (first ^ last) >> shift == 0 && at < UPPER;
+        let at_random = matches!(self.options.mode, MmuMode::DropAtRandom(_));
+        if !one || page.idle_writes >= IDLE_WRITES_WHEN_EMPTY - 1 || at_random {
+            return Written::Unknown;
+        }
+        let Some(entry) = page.entries.get(at) else { return Written::Unknown };
+        page.idle_writes += 1;
+        self.stats.table_writes += 1;
+        if entry.is_present() { Written::Entry(index, at as u32) } else { Written::Done }
+    }
+
+    /// As far as [`scalar_written`](Self::scalar_written) left something to do.
+    #[inline(always)]
+    pub fn entry_written(&mut self, index: u32, at: u32) {
+        if self.refresh_present_entry(index, at as usize) {
+            self.stats.entries_dropped += 1;
         }
     }
 
@@ -96,17 +134,17 @@ impl Mmu {
     /// Drops one present entry and all that the contexts hold because of it.
     #[inline(always)]
     pub(crate) fn drop_entry(&mut self, index: u32, at: usize) {
-        let page = self.shadow.page(index);
-        let (table, role) = (page.table, page.role);
-        let shift = if cfg!(umbra_mutant = "format-from-the-mode-in-force") {
-            self.cpu_role().root_page_role(false).format.shift(role.level)
-        } else {
-            page.shift
-        };
-        let (roots, anywhere) = (page.roots, page.anywhere);
+        if self.events.is_on() {
+            self.note_drop(index, at);
+        }
+        let page = self.shadow.page_mut(index);
+        let (mut shift, roots, anywhere) = (page.shift, page.roots, page.anywhere);
         let only_base = if let [base] = page.bases[..] { Some(base) } else { None };
-        self.events.note(|| Event::EntryDropped { table, level: role.level, index: at });
-        let entry = self.shadow.take(index, at);
+        let entry = page.take(at);
+        if cfg!(umbra_mutant = "format-from-the-mode-in-force") {
+            let level = page.role.level;
+            shift = self.cpu_role().root_page_role(false).format.shift(level);
+        }
         let is_small = entry.is_leaf() && shift == 12;
         if is_small && (!entry.is_executable() || self.holds_no_code(entry.frame())) {
             // Nearly always.
@@ -120,6 +158,12 @@ impl Mmu {
             self.fetches_ended(index, at, shift);
         }
         self.dropped(index, at, entry, shift);
+    }
+
+    #[cold]
+    fn note_drop(&mut self, index: u32, at: usize) {
+        let (table, level) = (self.shadow.page(index).table, self.shadow.page(index).role.level);
+        self.events.note(|| Event::EntryDropped { table, level, index: at });
     }
 
     /// Fetches by an entry of a shadow page that covers 2 to the power of `shift` bytes may have ended.

@@ -32,6 +32,8 @@ mod writers;
 pub use active::FastTable;
 pub use context::Entry;
 pub use event::Event;
+pub use fill::{End, Look};
+pub use invalidate::Written;
 pub use mmu::{Mmu, MmuMode, MmuOptions, Translation};
 pub use role::{CpuRole, PageRole, View};
 pub use stats::MmuStats;

@@ -93,9 +93,9 @@ pub struct Mmu {
     pkrs: u32,
     /// Whether the fast data paths always miss.
     pub(crate) guarded: bool,
-    options: MmuOptions,
+    pub(crate) options: MmuOptions,
     random: u64,
-    mem_generation: u64,
+    pub(crate) mem_generation: u64,
     /// Host address of RAM.
     pub(crate) ram: u64,
     last_stamp: u64,
@@ -510,9 +510,14 @@ impl Mmu {
     /// With [`MmuMode::DropAtRandom`], sometimes drops some cache.
     #[inline]
     pub(crate) fn maybe_drop(&mut self) {
-        if matches!(self.options.mode, MmuMode::DropAtRandom(_)) {
+        if self.drops_at_random() {
             self.drop_at_random();
         }
+    }
+
+    #[inline(always)]
+    pub(crate) fn drops_at_random(&self) -> bool {
+        matches!(self.options.mode, MmuMode::DropAtRandom(_))
     }
 
     #[cold]

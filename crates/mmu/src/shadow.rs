@@ -197,11 +197,27 @@ impl ShadowPage {
         self.off.add(at as u64 * self.role.format.entry_bytes())
     }
 
+    /// What the guest's table has at `at` now.
+    #[inline(always)]
+    pub(crate) fn guest_entry(&self, mem: &GuestMemory, at: usize) -> u64 {
+        match self.role.format.entry_bytes() {
+            4 => u64::from(mem.load::<u32>(self.offset_of(at))),
+            _ => mem.load::<u64>(self.offset_of(at)),
+        }
+    }
+
     /// Writes an entry and keeps the count.
     #[inline(always)]
     pub(crate) fn set(&mut self, at: usize, entry: ShadowEntry) {
         let old = std::mem::replace(&mut self.entries[at], entry);
         self.present = self.present + u32::from(entry.is_present()) - u32::from(old.is_present());
+    }
+
+    /// Clears a present entry and keeps the count.
+    #[inline(always)]
+    pub(crate) fn take(&mut self, at: usize) -> ShadowEntry {
+        self.present -= 1;
+        std::mem::take(&mut self.entries[at])
     }
 
     /// It serves as a table.
@@ -289,14 +305,21 @@ impl ShadowPages {
         &self.pages[index as usize]
     }
 
+    /// As [`page`](Self::page), if there is one.
+    #[inline(always)]
+    pub(crate) fn try_page(&self, index: u32) -> Option<&ShadowPage> {
+        self.pages.get(index as usize)
+    }
+
+    #[inline(always)]
+    pub(crate) fn try_page_mut(&mut self, index: u32) -> Option<&mut ShadowPage> {
+        self.pages.get_mut(index as usize)
+    }
+
     /// What the guest's table has at `at` now.
     #[inline]
     pub(crate) fn guest_entry(&self, mem: &GuestMemory, index: u32, at: usize) -> u64 {
-        let page = self.page(index);
-        match page.role.format.entry_bytes() {
-            4 => u64::from(mem.load::<u32>(page.offset_of(at))),
-            _ => mem.load::<u64>(page.offset_of(at)),
-        }
+        self.page(index).guest_entry(mem, at)
     }
 
     pub(crate) fn page_mut(&mut self, index: u32) -> &mut ShadowPage {
@@ -417,14 +440,6 @@ impl ShadowPages {
         self.pages[index as usize].set(at, entry);
     }
 
-    /// Clears a present entry and keeps the count.
-    #[inline(always)]
-    pub(crate) fn take(&mut self, index: u32, at: usize) -> ShadowEntry {
-        let page = &mut self.pages[index as usize];
-        page.present -= 1;
-        std::mem::take(&mut page.entries[at])
-    }
-
     /// Compares a present entry with what the guest's entry `raw` says now.
     #[inline(always)]
     pub(crate) fn refresh(&mut self, index: u32, at: usize, raw: u64, format: &Format) -> Fresh {
@@ -433,8 +448,10 @@ impl ShadowPages {
         if !old.is_leaf() {
             return self.refresh_link(index, at, raw, format);
         }
-        let kept = raw & (entry::P | entry::A) == entry::P | entry::A && is_leaf(raw, page.role);
-        match page.leaf(raw).filter(|_| kept) {
+        if raw & (entry::P | entry::A) != entry::P | entry::A {
+            return Fresh::Stale;
+        }
+        match page.leaf(raw).filter(|_| is_leaf(raw, page.role)) {
             Some(new) if new == old => Fresh::Same,
             Some(new) if new == old.set_dirty() => {
                 page.entries[at] = new;

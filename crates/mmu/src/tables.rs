@@ -2,7 +2,7 @@
 
 use crate::walk::{Exchange, Tables};
 use umbra_arch::Gpa;
-use umbra_memory::{Backing, GuestMemory, RamOffset, Watcher};
+use umbra_memory::{Backing, GuestMemory, PageFlags, RamOffset, Watcher};
 
 /// Entry reads and locked updates in guest memory, counted.
 pub(crate) struct MemoryTables<'a> {
@@ -57,6 +57,22 @@ impl MemoryTables<'_> {
     /// read.
     #[inline(always)]
     pub(crate) fn replace(&self, gpa: Gpa, off: RamOffset, bytes: u64, old: u64, new: u64) -> bool {
+        if !self.watcher.is_alone() {
+            return self.replace_locked(gpa, off, bytes, old, new);
+        }
+        let mem = self.watcher.memory();
+        // What devices and the host store comes between instructions.
+        let done = if bytes == 4 { mem.replace(off, old as u32, new as u32) } else { mem.replace(off, old, new) };
+        let flags = mem.page_flags(off);
+        if done && (flags.intersects(PageFlags::CODE) || !flags.contains(PageFlags::DIRTY)) {
+            self.replaced(gpa, off, bytes);
+        }
+        done
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn replace_locked(&self, gpa: Gpa, off: RamOffset, bytes: u64, old: u64, new: u64) -> bool {
         let mem = self.watcher.memory();
         let done = if bytes == 4 {
             mem.compare_exchange(off, old as u32, new as u32).is_ok()
@@ -64,12 +80,18 @@ impl MemoryTables<'_> {
             mem.compare_exchange(off, old, new).is_ok()
         };
         if done {
-            // Entries lie in one page.
-            mem.note_store(off, 1);
-            if !cfg!(umbra_mutant = "walks-tell-nobody") {
-                self.watcher.walk_stored(gpa, off, bytes as u32);
-            }
+            self.replaced(gpa, off, bytes);
         }
         done
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn replaced(&self, gpa: Gpa, off: RamOffset, bytes: u64) {
+        // Entries lie in one page.
+        self.watcher.memory().note_store(off, 1);
+        if !cfg!(umbra_mutant = "walks-tell-nobody") {
+            self.watcher.walk_stored(gpa, off, bytes as u32);
+        }
     }
 }
