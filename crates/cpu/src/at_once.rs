@@ -4,12 +4,11 @@
 
 use crate::core::Core;
 use crate::deliver::Event;
-use crate::loaded::Rules;
-use umbra_arch::descriptor::Gate;
 use umbra_arch::fault::vector;
-use umbra_arch::segment::{Seg, Segment};
+use umbra_arch::segment::Seg;
 use umbra_arch::state::reg;
 use umbra_arch::{Gva, rflags};
+use umbra_memory::RamOffset;
 
 impl Core {
     /// Enters the handler of `event` with return address `rip`, through a gate of 32 bits.
@@ -20,48 +19,46 @@ impl Core {
         if unusual || self.trace.is_some() {
             return None;
         }
-        let gate = self.gate_at_once(v)?;
-        let cpl = self.s.cpl;
-        if event.asks_for_privilege() && gate.attr.dpl() < cpl {
+        let (gate, cpl) = (self.gate_at_once(v)?, self.s.cpl);
+        if self.loaded.entrance(v, gate, cpl).is_none() {
+            self.learn_entrance(v, gate)?;
+        }
+        let way = self.loaded.entrance(v, gate, cpl)?;
+        if event.asks_for_privilege() && way.dpl < cpl || way.handler != *self.s.segment(Seg::Cs) {
             return None;
         }
-        let cs = self.loaded.at(self.loaded_before_in(gate.selector, Rules::Handler(cpl), false)?);
-        let level = if cs.attr.is_conforming() { cpl } else { cs.attr.dpl() };
-        let entered = Segment { selector: cs.selector & !3 | u16::from(cpl), ..*cs };
-        if level != cpl || entered != *self.s.segment(Seg::Cs) || gate.offset > u64::from(cs.limit) {
-            return None;
+        if self.descriptor_at_once(way.index)? != way.descriptor {
+            return self.loaded.forget_entrance(v);
         }
+        let (offset, new) = (way.offset, self.s.rflags & way.keep);
+        let (code, selector) = (event.code(), way.handler.selector);
+        let (esp, off) = self.flat_frame(if code.is_some() { 16 } else { 12 })?;
         let resume = if event.resumes() { rflags::RF } else { 0 };
-        let values = [rip as u32, entered.selector.into(), (self.rflags() | resume) as u32];
-        let esp = self.push_flat(values, event.code())?;
-        let mut clear = rflags::TF | rflags::NT | rflags::RF | rflags::VM;
-        if gate.attr.kind() & 1 == 0 {
-            clear |= rflags::IF;
+        let flags = self.rflags() | resume;
+        let values = [rip as u32, selector.into(), flags as u32];
+        let [a, b, c] = values;
+        match code {
+            Some(code) => self.mem.store_words(off, &[code, a, b, c]),
+            None => self.mem.store_words(off, &values),
         }
-        self.set_flags_in_view(self.s.rflags & !clear);
+        self.set_flags_in_view(new);
         self.break_block = true;
         self.gpr[reg::RSP] = esp;
-        self.next_rip = gate.offset;
+        self.next_rip = offset;
         Some(())
     }
 
-    /// Pushes an event's frame, its lowest value first, and the error code to a [flat stack](Self::is_flat_stack): the new ESP.
+    /// Where an event's frame of so many bytes goes on a [flat stack](Self::is_flat_stack): the new ESP, and in RAM.
     #[inline(always)]
-    fn push_flat(&self, values: [u32; 3], code: Option<u32>) -> Option<u64> {
-        let below = if code.is_some() { 4 } else { 0 };
-        let (top, total) = (self.gpr[reg::RSP] & 0xffff_ffff, 12 + below);
+    fn flat_frame(&self, bytes: u64) -> Option<(u64, RamOffset)> {
+        let top = self.gpr[reg::RSP] & 0xffff_ffff;
         // What CPL 3 pushes is no implicit access.
-        if !self.is_flat_stack() || self.s.cpl == 3 || total > top {
+        if !self.is_flat_stack() || self.s.cpl == 3 || bytes > top {
             return None;
         }
-        let at = top - total;
+        let at = top - bytes;
         let lin = self.seg_base[Seg::Ss as usize].wrapping_add(at) & 0xffff_ffff;
-        let off = self.mmu.lookup_system_write(Gva::new(lin), total)?;
-        if let Some(code) = code {
-            self.mem.store(off, code);
-        }
-        self.mem.store_words(off.add(below), &values);
-        Some(at)
+        Some((at, self.mmu.lookup_system_write(Gva::new(lin), bytes)?))
     }
 
     /// The stack pointer has 32 bits, and any value of it may be used.
@@ -70,16 +67,15 @@ impl Core {
         self.stack_mask == 0xffff_ffff && self.seg_checked >> Seg::Ss as u8 & 1 == 0
     }
 
-    /// The present interrupt or trap gate of 32 bits for vector `v`.
+    /// The bytes of the gate for vector `v`.
     #[inline(always)]
-    fn gate_at_once(&self, v: u8) -> Option<Gate> {
+    fn gate_at_once(&self, v: u8) -> Option<u64> {
         let at = u64::from(v) * 8;
         if at + 7 > u64::from(self.s.idtr.limit) {
             return None;
         }
         let base = self.s.idtr.base.wrapping_add(at) & 0xffff_ffff;
-        let gate = Gate::legacy(self.mem.load(self.mmu.lookup_system_read(Gva::new(base), 8)?));
-        (gate.attr.0 & 0x9e == 0x8e).then_some(gate)
+        Some(self.mem.load(self.mmu.lookup_system_read(Gva::new(base), 8)?))
     }
 
     /// IRETD to the present segment, its frame on a flat stack of 32 bits at least.
@@ -96,12 +92,19 @@ impl Core {
         let (selector, flags) = (selector as u16, u64::from(flags));
         let mask = self.return_flags_mask(4);
         let new = old & !mask | flags & mask;
-        if (selector & 3) as u8 != self.s.cpl || flags & rflags::VM != 0 || (old ^ new) & rflags::AC != 0 {
+        if flags & rflags::VM != 0 || (old ^ new) & rflags::AC != 0 {
             return None;
         }
-        let cs = self.loaded.at(self.loaded_before_in(selector, Rules::Return(self.s.cpl), false)?);
-        if cs != self.s.segment(Seg::Cs) || u64::from(eip) > u64::from(cs.limit) {
+        let cpl = self.s.cpl;
+        if self.loaded.way_back(selector, cpl).is_none() {
+            self.learn_way_back(selector)?;
+        }
+        let way = self.loaded.way_back(selector, cpl)?;
+        if way.segment != *self.s.segment(Seg::Cs) || u64::from(eip) > u64::from(way.segment.limit) {
             return None;
+        }
+        if self.descriptor_at_once(selector & 0xfff8)? != way.descriptor {
+            return self.loaded.forget_way_back();
         }
         self.gpr[reg::RSP] = at + 12;
         self.next_rip = eip.into();

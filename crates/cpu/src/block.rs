@@ -103,6 +103,13 @@ impl Block {
         self.pieces().map(|(_, len)| len).sum()
     }
 
+    /// The index of one of its operations.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn index_of(&self, op: &Op) -> usize {
+        std::ptr::from_ref(op).addr().wrapping_sub(self.ops.as_ptr().addr()) / size_of::<Op>()
+    }
+
     /// Code mode it was decoded for, as [`Core::code_mode`].
     pub fn mode(&self) -> u64 {
         self.mode

@@ -182,11 +182,9 @@ impl Core {
     /// is done yet, if something has to be looked at before the next block: events, shadows, traps, stale code.
     #[inline(always)]
     pub(crate) fn ends_quietly(&mut self) -> bool {
-        let due = self.check_events
-            || self.attention
-            || self.trap_pending
-            || self.shadow_next != Shadow::None
-            || self.watch.hits | self.s.pending_debug != 0
+        // Without a branch for each.
+        let flags = self.check_events | self.attention | self.trap_pending | (self.shadow_next != Shadow::None);
+        let due = u64::from(flags) | self.watch.hits | self.s.pending_debug != 0
             || self.trace.is_some()
             || self.mmu.watcher().is_pending()
             || !self.code_writes.is_empty();

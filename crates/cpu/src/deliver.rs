@@ -15,7 +15,7 @@ use umbra_arch::state::{Activity, reg};
 use umbra_arch::{Bus, Exit, Fault, rflags};
 
 /// Ticks that delivering an exception or interrupt takes. Not 0: a handler that faults at once would stop time.
-const DELIVERY_COST: u64 = 1;
+pub(crate) const DELIVERY_COST: u32 = 1;
 
 /// What is being delivered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,7 +77,8 @@ impl Core {
     /// handler's address.
     #[inline(never)]
     pub fn deliver(&mut self, bus: &mut dyn Bus, event: Event, rip: u64) -> Flow {
-        if self.is_delivered_at_once(event, rip) {
+        if self.is_entered_at_once(event, rip) {
+            self.clock = self.clock.plus(DELIVERY_COST.into());
             return Ok(());
         }
         self.deliver_in_steps(bus, event, rip)
@@ -86,15 +87,18 @@ impl Core {
     /// As [`deliver`](Self::deliver) for the fault that the instruction at `rip` has raised.
     #[inline(always)]
     pub fn deliver_raised(&mut self, bus: &mut dyn Bus, rip: u64) -> Flow {
-        if !self.s.efer.lma() && self.is_raised_delivered_at_once(rip) {
-            return Ok(());
+        let event = self.raised();
+        if !self.s.efer.lma() {
+            return self.deliver(bus, event, rip);
         }
         self.deliver_raised_in_steps(bus, rip)
     }
 
-    #[inline(never)]
-    fn is_raised_delivered_at_once(&mut self, rip: u64) -> bool {
-        self.is_delivered_at_once(self.raised(), rip)
+    /// Enters the handler of the fault raised by the instruction at `rip`, if that can be done [at once](crate::at_once):
+    /// all of its delivery but what it takes of time.
+    #[inline(always)]
+    pub(crate) fn is_raised_entered_at_once(&mut self, rip: u64) -> bool {
+        self.is_entered_at_once(self.raised(), rip)
     }
 
     /// The fault raised, field by field, as they were stored a moment ago.
@@ -111,12 +115,11 @@ impl Core {
     }
 
     #[inline(always)]
-    fn is_delivered_at_once(&mut self, event: Event, rip: u64) -> bool {
+    fn is_entered_at_once(&mut self, event: Event, rip: u64) -> bool {
         if self.resume_at.is_some() || self.enter_at_once(event, rip).is_none() {
             return false;
         }
         self.note_address(event);
-        self.clock = self.clock.plus(DELIVERY_COST);
         true
     }
 
@@ -145,7 +148,7 @@ impl Core {
             self.trace_event(event, rip);
         }
         self.deliver_once(bus, event, rip)?;
-        self.clock = self.clock.plus(DELIVERY_COST);
+        self.clock = self.clock.plus(DELIVERY_COST.into());
         Ok(())
     }
 

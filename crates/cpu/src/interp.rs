@@ -5,8 +5,9 @@
 
 use crate::block::{Block, BlockCache};
 use crate::core::{Core, EngineError, EngineOptions};
-use crate::deliver::Event;
-use crate::op::{Op, Stop};
+use crate::deliver::{DELIVERY_COST, Event};
+use crate::op::Stop;
+use std::hint::cold_path;
 use std::sync::Arc;
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::state::{Activity, Shadow};
@@ -39,30 +40,32 @@ enum Left {
     AtStart,
     /// Behind this operation, which asked for it.
     Behind(usize),
+    /// Behind its last operation, which asked for it.
+    BehindAll,
     /// In this operation, which has stopped.
     In(usize, Stop),
 }
 
-/// Runs a whole block, unless instructions are to run one by one or `until` comes before its end, and counts what
-/// `retired`. `Ok` if the next one can follow at once.
+/// Runs a whole block, unless `limit` comes before its end, and counts what `retired`. `Ok` if the next one can follow at
+/// once. Nothing has asked for its end yet.
 #[inline(always)]
 fn whole_block(
     c: &mut Core,
     bus: &mut dyn Bus,
     block: &Block,
-    (single, until): (bool, VirtualTime),
+    limit: VirtualTime,
     retired: &mut u64,
 ) -> Result<(), Left> {
     c.enter_block(block);
-    c.break_block = false;
     let end = c.clock.plus(u64::from(block.cost));
-    if single || end > until {
+    if end > limit {
         return Err(Left::AtStart);
     }
     let mut ops = block.ops.iter();
     if c.resumes()
         && let Some(op) = ops.next()
     {
+        cold_path();
         (op.exec)(c, bus, op).map_err(|stop| Left::In(0, stop))?;
         if c.break_block {
             return Err(Left::Behind(0));
@@ -70,11 +73,9 @@ fn whole_block(
         c.s.rflags &= !rflags::RF;
     }
     while let Some(op) = ops.next() {
-        // Not counted on the way: the index is only wanted where the block is left.
-        let at = |rest: &[Op]| block.ops.len() - 1 - rest.len();
-        (op.exec)(c, bus, op).map_err(|stop| Left::In(at(ops.as_slice()), stop))?;
+        (op.exec)(c, bus, op).map_err(|stop| Left::In(block.index_of(op), stop))?;
         if c.break_block {
-            return Err(Left::Behind(at(ops.as_slice())));
+            return Err(if ops.as_slice().is_empty() { Left::BehindAll } else { Left::Behind(block.index_of(op)) });
         }
     }
     *retired += block.ops.len() as u64;
@@ -82,7 +83,7 @@ fn whole_block(
     if c.check_events {
         return Err(Left::Due);
     }
-    if end >= until { Err(Left::Spent) } else { Ok(()) }
+    if end >= limit { Err(Left::Spent) } else { Ok(()) }
 }
 
 impl Interpreter {
@@ -214,19 +215,22 @@ impl Interpreter {
     /// which `number` is then.
     #[inline(always)]
     fn linked_blocks(&mut self, bus: &mut dyn Bus, number: &mut u32, until: VirtualTime) -> Left {
+        let limit = self.limit(until);
         let mut block = self.cache.block(*number);
+        self.core.break_block = false;
         loop {
-            match whole_block(&mut self.core, bus, block, (self.single, until), &mut self.retired) {
+            match whole_block(&mut self.core, bus, block, limit, &mut self.retired) {
                 Ok(()) => {}
-                Err(Left::Behind(last)) if last + 1 == block.ops.len() && self.core.ends_quietly() => {
+                Err(Left::BehindAll) if self.core.ends_quietly() => {
                     self.retired += block.ops.len() as u64;
                     self.core.charge(block.cost);
-                    if self.core.clock >= until {
+                    if self.core.clock >= limit {
                         return Left::Spent;
                     }
                     if block.mode() != self.core.code_mode {
                         return Left::Elsewhere;
                     }
+                    self.core.break_block = false;
                 }
                 Err(left) => return left,
             }
@@ -237,6 +241,12 @@ impl Interpreter {
         }
     }
 
+    /// Until when whole blocks may run: `until`, or never where instructions are to run one by one.
+    #[inline(always)]
+    fn limit(&self, until: VirtualTime) -> VirtualTime {
+        if self.single { VirtualTime(0) } else { until }
+    }
+
     /// Does what is left to do about a block. What the slice ends with, if it ends.
     #[inline(always)]
     fn left(&mut self, bus: &mut dyn Bus, number: u32, left: Left, until: VirtualTime) -> Option<Exit> {
@@ -245,6 +255,8 @@ impl Interpreter {
             Left::Due => self.after(bus),
             Left::AtStart => self.part(bus, number, until),
             Left::Behind(last) => self.ended(bus, number, last),
+            Left::BehindAll => self.ended_whole(bus, number),
+            Left::In(last, Stop::Fault) if !self.core.s.efer.lma() => self.faulted(bus, number, last),
             Left::In(last, stop) => self.ended_by(bus, number, last, stop),
         }
     }
@@ -258,7 +270,9 @@ impl Interpreter {
     /// Interprets one block, or as much of it as `until` allows. What the slice ends with, if it ends.
     pub fn run_block(&mut self, bus: &mut dyn Bus, number: u32, until: VirtualTime) -> Option<Exit> {
         let block = self.cache.block(number);
-        let ran = whole_block(&mut self.core, bus, block, (self.single, until), &mut self.retired);
+        let limit = self.limit(until);
+        self.core.break_block = false;
+        let ran = whole_block(&mut self.core, bus, block, limit, &mut self.retired);
         ran.err().and_then(|left| self.left(bus, number, left, until))
     }
 
@@ -291,6 +305,39 @@ impl Interpreter {
         self.retired += last as u64 + 1;
         self.stop_in_block(number, last + 1, last + 1);
         self.after_block(bus)
+    }
+
+    /// A block ended with its last operation, as [`ended`](Self::ended).
+    #[inline(never)]
+    fn ended_whole(&mut self, bus: &mut dyn Bus, number: u32) -> Option<Exit> {
+        self.ended(bus, number, self.cache.block(number).ops.len().saturating_sub(1))
+    }
+
+    /// A block ended in its operation `last`, which has raised a fault, outside IA-32e mode.
+    #[inline(never)]
+    fn faulted(&mut self, bus: &mut dyn Bus, number: u32, last: usize) -> Option<Exit> {
+        if self.is_faulted_at_once(number, last) {
+            return None;
+        }
+        self.ended_by(bus, number, last, Stop::Fault)
+    }
+
+    /// Delivers the fault of operation `last`, if that can be done at once, and ends the block there.
+    #[inline(always)]
+    fn is_faulted_at_once(&mut self, number: u32, last: usize) -> bool {
+        let c = &mut self.core;
+        let Some(op) = self.cache.block(number).ops.get(last) else { return false };
+        let rip = c.block_rip.wrapping_add(u64::from(op.start));
+        if !c.is_raised_entered_at_once(rip) {
+            return false;
+        }
+        c.charge(op.prefix + DELIVERY_COST);
+        self.retired += last as u64;
+        c.shadow_next = Shadow::None;
+        c.s.shadow = Shadow::None;
+        c.forget_hits();
+        c.check_events |= self.single;
+        true
     }
 
     /// A block ended in its operation `last`, which has stopped.

@@ -3,9 +3,9 @@
 
 use crate::core::Core;
 use crate::segments::ACCESSED;
-use umbra_arch::Gva;
-use umbra_arch::descriptor::Descriptor;
+use umbra_arch::descriptor::{Descriptor, Gate};
 use umbra_arch::segment::Segment;
+use umbra_arch::{Gva, rflags};
 
 const KEPT: usize = 32;
 
@@ -47,19 +47,102 @@ struct Loaded {
     segment: Segment,
 }
 
-/// The segments loaded last, by selector.
+const ENTRANCES: usize = 8;
+
+/// Where a gate of 32 bits leads without a change of level: nothing but its bytes and the descriptor's decides that.
+#[derive(Clone, Copy)]
+pub(crate) struct Entrance {
+    /// The gate's bytes.
+    pub gate: u64,
+    /// The descriptor's.
+    pub descriptor: u64,
+    /// Offset of the handler, within the segment's limit.
+    pub offset: u64,
+    /// RFLAGS bits that stay.
+    pub keep: u64,
+    /// The handler's code segment, its selector as CS will hold it.
+    pub handler: Segment,
+    /// Offset of the descriptor in the GDT.
+    pub index: u16,
+    /// The level that it is entered from.
+    cpl: u8,
+    /// The gate's DPL.
+    pub dpl: u8,
+}
+
+impl Default for Entrance {
+    fn default() -> Self {
+        let handler = Segment::default();
+        Self { gate: 0, descriptor: 0, offset: 0, keep: 0, handler, index: 0, cpl: u8::MAX, dpl: 0 }
+    }
+}
+
+/// A segment that IRETD returns to, without a change of level.
+#[derive(Clone, Copy)]
+pub(crate) struct WayBack {
+    selector: u16,
+    cpl: u8,
+    /// The descriptor's bytes.
+    pub descriptor: u64,
+    /// What it gives.
+    pub segment: Segment,
+}
+
+impl Default for WayBack {
+    fn default() -> Self {
+        Self { selector: 0, cpl: u8::MAX, descriptor: 0, segment: Segment::default() }
+    }
+}
+
 #[derive(Default)]
-pub struct LoadedSegments(Box<[Loaded; KEPT]>);
+#[repr(C)]
+struct Tables {
+    kept: [Loaded; KEPT],
+    entrances: [Entrance; ENTRANCES],
+    way_back: WayBack,
+}
+
+/// The segments loaded last, by selector, and the entrances used last, by vector.
+#[derive(Default)]
+pub struct LoadedSegments(Box<Tables>);
 
 /// Where a segment loaded lately is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Place(usize);
 
 impl LoadedSegments {
+    /// What is known of a return to `selector` at `cpl`.
+    #[inline(always)]
+    pub(crate) fn way_back(&self, selector: u16, cpl: u8) -> Option<&WayBack> {
+        let known = &self.0.way_back;
+        (known.selector == selector && known.cpl == cpl).then_some(known)
+    }
+
+    /// The descriptor of the segment that IRETD returned to has changed.
+    #[cold]
+    pub(crate) fn forget_way_back(&mut self) -> Option<()> {
+        self.0.way_back = WayBack::default();
+        None
+    }
+
+    /// Nothing is known of the gate for vector `v`: its segment's descriptor has changed.
+    #[cold]
+    pub(crate) fn forget_entrance(&mut self, v: u8) -> Option<()> {
+        self.0.entrances[usize::from(v) % ENTRANCES] = Entrance::default();
+        None
+    }
+
+    /// What is known of the gate with these bytes for vector `v`, entered from `cpl`.
+    #[inline(always)]
+    pub(crate) fn entrance(&self, v: u8, gate: u64, cpl: u8) -> Option<&Entrance> {
+        let known = &self.0.entrances[usize::from(v) % ENTRANCES];
+        (known.gate == gate && known.cpl == cpl).then_some(known)
+    }
+
     /// The segment there; another one may take its place when the next is loaded.
     #[inline(always)]
     pub fn at(&self, place: Place) -> &Segment {
-        &self.0[place.0 % KEPT].segment
+        &self.0.kept[place.0 % KEPT].segment
     }
 }
 
@@ -74,7 +157,7 @@ impl Core {
     #[inline(always)]
     pub(crate) fn loaded_before_in(&self, selector: u16, rules: Rules, long: bool) -> Option<Place> {
         let key = rules.key(selector, long);
-        let known = &self.loaded.0[place(key)];
+        let known = &self.loaded.0.kept[place(key)];
         let index = u64::from(selector & 0xfff8);
         if known.key != key || index + 7 > u64::from(self.s.gdtr.limit) {
             return None;
@@ -85,10 +168,63 @@ impl Core {
         (self.mem.load::<u64>(off) == known.raw).then_some(Place(place(key)))
     }
 
+    /// The descriptor at `index` in the GDT outside IA-32e mode, if it is found at once.
+    #[inline(always)]
+    pub(crate) fn descriptor_at_once(&self, index: u16) -> Option<u64> {
+        if index | 7 > self.s.gdtr.limit {
+            return None;
+        }
+        let at = self.s.gdtr.base.wrapping_add(index.into()) & 0xffff_ffff;
+        Some(self.mem.load(self.mmu.lookup_system_read(Gva::new(at), 8)?))
+    }
+
+    /// Learns where the 32-bit gate with these bytes for vector `v` leads, if that is to the present level.
+    #[inline(never)]
+    pub(crate) fn learn_entrance(&mut self, v: u8, bytes: u64) -> Option<()> {
+        let (gate, cpl) = (Gate::legacy(bytes), self.s.cpl);
+        if gate.attr.0 & 0x9e != 0x8e {
+            return None;
+        }
+        let place = self.loaded_before_in(gate.selector, Rules::Handler(cpl), false)?;
+        let (descriptor, cs) = (self.loaded.0.kept[place.0 % KEPT].raw, self.loaded.at(place));
+        let level = if cs.attr.is_conforming() { cpl } else { cs.attr.dpl() };
+        if level != cpl || gate.offset > u64::from(cs.limit) {
+            return None;
+        }
+        let mut clear = rflags::TF | rflags::NT | rflags::RF | rflags::VM;
+        if gate.attr.kind() & 1 == 0 {
+            clear |= rflags::IF;
+        }
+        self.loaded.0.entrances[usize::from(v) % ENTRANCES] = Entrance {
+            gate: bytes,
+            descriptor,
+            offset: gate.offset,
+            keep: !clear,
+            handler: Segment { selector: cs.selector & !3 | u16::from(cpl), ..*cs },
+            index: gate.selector & 0xfff8,
+            cpl,
+            dpl: gate.attr.dpl(),
+        };
+        Some(())
+    }
+
+    /// Learns what a return to `selector` comes to outside IA-32e mode, if that is at the present level.
+    #[inline(never)]
+    pub(crate) fn learn_way_back(&mut self, selector: u16) -> Option<()> {
+        let cpl = self.s.cpl;
+        if (selector & 3) as u8 != cpl {
+            return None;
+        }
+        let place = self.loaded_before_in(selector, Rules::Return(cpl), false)?;
+        let Loaded { raw: descriptor, segment, .. } = self.loaded.0.kept[place.0 % KEPT];
+        self.loaded.0.way_back = WayBack { selector, cpl, descriptor, segment };
+        Some(())
+    }
+
     /// What loading `selector` by `rules` came to before, and its descriptor, which hasn't changed since: that descriptor
     /// always comes to this in IA-32e mode, if that is the present one.
     pub fn known_segment(&self, selector: u16, rules: Rules) -> Option<(u64, Segment)> {
-        let known = &self.loaded.0[self.loaded_before(selector, rules)?.0 % KEPT];
+        let known = &self.loaded.0.kept[self.loaded_before(selector, rules)?.0 % KEPT];
         Some((known.raw, known.segment))
     }
 
@@ -98,7 +234,7 @@ impl Core {
         let key = rules.key(selector, self.s.efer.lma());
         // Of the LDT, which may be another one next time, none is found again.
         let found = if selector & 4 == 0 { key } else { 0 };
-        self.loaded.0[place(key)] = Loaded { key: found, raw: d.0, segment: d.segment(selector) };
+        self.loaded.0.kept[place(key)] = Loaded { key: found, raw: d.0, segment: d.segment(selector) };
         Place(place(key))
     }
 }

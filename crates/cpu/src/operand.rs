@@ -159,17 +159,17 @@ fn reg_value<O: Binary, W: Word>(c: &mut Core, op: &Op, b: u64) -> Flow {
     Ok(())
 }
 
-/// The memory operand with `b`, if it is found at once.
+/// The memory operand with `b`, if it is found at once; `b` is asked for when it is.
 #[inline(always)]
-fn mem_at_once<O: Binary, W: Word>(c: &mut Core, op: &Op, b: u64) -> Option<()> {
+fn mem_at_once<O: Binary, W: Word>(c: &mut Core, op: &Op, b: impl FnOnce(&Core) -> u64) -> Option<()> {
     if !O::WRITES {
         let a = c.mem.load::<W>(c.read_at_once::<W>(op)?).zext();
-        O::apply::<W>(a, b, &mut c.flags);
+        O::apply::<W>(a, b(c), &mut c.flags);
         return Some(());
     }
     let off = c.write_at_once::<W>(op)?;
     let a = c.mem.load::<W>(off).zext();
-    let r = O::apply::<W>(a, b, &mut c.flags);
+    let r = O::apply::<W>(a, b(c), &mut c.flags);
     c.mem.store::<W>(off, W::of(r));
     Some(())
 }
@@ -187,13 +187,17 @@ fn mem_slow<O: Binary, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op, b: u64
 }
 
 fn mem_reg<O: Binary, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
-    let b = c.reg::<W>(op.src);
-    if mem_at_once::<O, W>(c, op, b).is_some() { Ok(()) } else { mem_slow::<O, W>(c, bus, op, b) }
+    if mem_at_once::<O, W>(c, op, |c| c.reg::<W>(op.src)).is_some() {
+        return Ok(());
+    }
+    mem_slow::<O, W>(c, bus, op, c.reg::<W>(op.src))
 }
 
 fn mem_imm<O: Binary, W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
-    let b = op.imm & W::MASK;
-    if mem_at_once::<O, W>(c, op, b).is_some() { Ok(()) } else { mem_slow::<O, W>(c, bus, op, b) }
+    if mem_at_once::<O, W>(c, op, |_| op.imm & W::MASK).is_some() {
+        return Ok(());
+    }
+    mem_slow::<O, W>(c, bus, op, op.imm & W::MASK)
 }
 
 /// Selects the function of a [`Unary`] row.

@@ -3,7 +3,7 @@
 use super::Row;
 use crate::core::Core;
 use crate::decode::{Form, Loc};
-use crate::op::{ExecFn, Flow, Op};
+use crate::op::{ExecFn, Flow, Op, Stop};
 use crate::word::Word;
 use crate::{by_wide, by_width};
 use iced_x86::{Code, Mnemonic as M};
@@ -11,6 +11,7 @@ use umbra_arch::Bus;
 use umbra_arch::cpuid::Feature;
 use umbra_arch::paging::AccessKind;
 use umbra_arch::state::reg;
+use umbra_mmu::{End, Look};
 
 const CMOV: &str = "CMOVcc-Conditional Move";
 const SET: &str = "SETcc-Set Byte on Condition";
@@ -105,6 +106,23 @@ fn load_checked<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op) -> Flow {
 #[cold]
 #[inline(never)]
 fn load_missed<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op, lin: u64) -> Flow {
+    match c.look_at_miss::<W>(op, lin, AccessKind::Read) {
+        Look::Faults(_) => Err(Stop::Fault),
+        Look::Ends(end) => load_from::<W>(c, bus, op, lin, end),
+        Look::Unknown => load_slow::<W>(c, bus, op, lin),
+    }
+}
+
+#[inline(never)]
+fn load_from<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op, lin: u64, end: End) -> Flow {
+    let value = c.read_from::<W>(bus, op, lin, end)?;
+    c.set_reg::<W>(op.dst, value);
+    Ok(())
+}
+
+#[cold]
+#[inline(never)]
+fn load_slow<W: Word>(c: &mut Core, bus: &mut dyn Bus, op: &Op, lin: u64) -> Flow {
     let value = c.read_missed::<W>(bus, op, lin)?;
     c.set_reg::<W>(op.dst, value);
     Ok(())
