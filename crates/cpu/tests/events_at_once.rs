@@ -4,7 +4,7 @@
 mod bus;
 mod protected;
 
-use protected::{CODE, CODE_A, DATA, Guest, HANDLERS, IDT, STACK_A};
+use protected::{CODE, CODE_A, DATA, GDT, Guest, HANDLERS, IDT, STACK_A};
 use umbra_arch::CpuState;
 use umbra_arch::rflags::{AC, AF, CF, DF, FIXED, ID, IF, IOPL, NT, OF, PF, RF, SF, ZF};
 use umbra_arch::segment::{Attr, Seg};
@@ -113,6 +113,60 @@ fn a_descriptor_that_has_changed_is_looked_at_again() {
     // No handler can be entered with that, not even a double fault's.
     let halted = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&mut g, &SKIPPED)));
     assert!(halted.is_err(), "the guest shuts down instead of coming to HLT");
+}
+
+/// Runs UD2 with a guest that knows the way already and is changed then: it must come to what a new guest so changed comes to.
+fn known_and_changed(change: impl Fn(&mut Guest)) -> End {
+    let (mut known, mut fresh) = (guest(), guest());
+    let before = known.s.clone();
+    for _ in 0..2 {
+        run(&mut known, &SKIPPED);
+        known.s = before.clone();
+    }
+    change(&mut known);
+    change(&mut fresh);
+    let end = run(&mut fresh, &SKIPPED);
+    assert!(run(&mut known, &SKIPPED) == end);
+    end
+}
+
+#[test]
+fn a_gate_that_has_changed_is_looked_at_again() {
+    for kind in [0x8e, 0x8f, 0xee] {
+        let (ended, after, _) = known_and_changed(|g| gate(g, 6, kind));
+        assert_eq!((ended, after.rip), (None, CODE_A + 3), "{kind:#x}");
+    }
+    assert_eq!(known_and_changed(|g| gate(g, 6, 0x0e)).0, Some(11));
+    // Of 16 bits: the stack has another form.
+    let (_, after, below) = known_and_changed(|g| {
+        gate(g, 6, 0x86);
+        g.write(HANDLERS + 16 * 6, &[0xf4]);
+    });
+    assert_eq!((after.gpr[4], below[0] & 0xffff), (STACK_A - 6, CODE.into()));
+    let elsewhere = known_and_changed(|g| g.write(IDT + 8 * 6, &((HANDLERS + 16 * 7) as u16).to_le_bytes()));
+    assert_eq!(elsewhere.0, Some(7));
+}
+
+#[test]
+fn the_handlers_segment_is_what_its_descriptor_says_now() {
+    // AVL, another limit, conforming.
+    for raw in [0x00df_9b00_0000_ffff, 0x00c1_9b00_0000_ffff, 0x00cf_9f00_0000_ffff] {
+        let (ended, after, _) = known_and_changed(|g| g.descriptor(CODE, raw));
+        assert_eq!((ended, after.rip), (None, CODE_A + 3));
+        let cs = after.segment(Seg::Cs);
+        assert_eq!(u64::from(cs.attr.0), raw >> 40 & 0xf0ff, "IRETD loads it, too");
+    }
+}
+
+#[test]
+fn iretd_sees_what_the_handler_did_to_the_descriptor() {
+    let (ended, after, _) = known_and_changed(|g| {
+        // MOV byte [descriptor + 6], DFh; ADD dword [ESP], 2; IRETD.
+        let [low, high, ..] = (GDT as u16 + CODE + 6).to_le_bytes();
+        g.write(HANDLERS + 16 * 6, &[0xc6, 0x05, low, high, 0, 0, 0xdf, 0x83, 0x04, 0x24, 2, 0xcf]);
+    });
+    assert_eq!((ended, after.rip), (None, CODE_A + 3));
+    assert_eq!(after.segment(Seg::Cs).attr.0 >> 12 & 1, 1, "AVL");
 }
 
 /// IRETD with these flags to what follows it; then INT3, whose frame shows the RF that it found.
