@@ -7,7 +7,9 @@ use crate::native::writes_first;
 use crate::plan::{Kind, Step, has_memory, width, written_registers};
 use crate::ranges::MARGIN;
 use crate::registers::guest;
+use crate::traces::Each;
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, OpKind, Register};
+use smallvec::SmallVec;
 use umbra_arch::segment::Seg;
 use umbra_cpu::op::{CODE_BASE, NO_REG, Op};
 
@@ -108,21 +110,24 @@ pub struct Member<'a> {
     pub alone: u32,
 }
 
+/// Something of each operation.
+type OfOps<T> = SmallVec<[T; u64::BITS as usize]>;
+
 /// Plans the groups of blocks of which each follows the one before, of 64 operations at most: those of each block. Their
 /// numbers count from `next`.
-pub fn groups(blocks: &[Member<'_>], next: &mut usize, info: &mut InstructionInfoFactory) -> Vec<Groups> {
+pub fn groups(blocks: &[Member<'_>], next: &mut usize, info: &mut InstructionInfoFactory) -> Each<Groups> {
     let ops = blocks.iter().flat_map(|block| {
         let kinds = block.steps.iter().map(|step| step.kind);
         block.instructions.iter().zip(block.ops).zip(kinds).map(|((i, op), kind)| (i, op, kind))
     });
-    let ops: Vec<_> = ops.collect();
+    let ops: OfOps<_> = ops.collect();
     debug_assert!(ops.len() <= u64::BITS as usize, "sets of operations are a number's bits");
     let ends = ends(blocks);
-    let reaches: Vec<_> = ops.iter().map(|&(i, op, kind)| reaches(i, op, kind)).collect();
+    let reaches: OfOps<_> = ops.iter().map(|&(i, op, kind)| reaches(i, op, kind)).collect();
     let mut used = [0u8; BASES];
     reaches.iter().flatten().flatten().flatten().for_each(|reach| used[reach.base as usize] += 1);
     if used.iter().all(|&uses| uses < 2) {
-        return vec![Groups::default(); blocks.len()];
+        return blocks.iter().map(|_| Groups::default()).collect();
     }
     let mut planner = Planner {
         groups: Groups { checks: vec![[Check::Own; LOOKUPS]; ops.len()], inside: 0, covered: 0 },
@@ -158,7 +163,7 @@ pub fn groups(blocks: &[Member<'_>], next: &mut usize, info: &mut InstructionInf
 }
 
 /// Where each block ends, as operations are counted through all of them.
-fn ends(blocks: &[Member<'_>]) -> Vec<usize> {
+fn ends(blocks: &[Member<'_>]) -> Each<usize> {
     let lengths = blocks.iter().map(|block| block.instructions.len());
     lengths
         .scan(0, |end, length| {

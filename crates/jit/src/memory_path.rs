@@ -274,7 +274,8 @@ impl Translator<'_> {
 
     /// The code for accesses that missed their ranges.
     pub fn emit_cold(&mut self) {
-        for cold in std::mem::take(&mut self.cold) {
+        let mut all = std::mem::take(&mut self.cold);
+        for cold in all.drain(..) {
             self.e.bind(cold.missed);
             let site = self.site(self.op_of(cold.slow));
             self.e.rm(false, &[0xff], 1, ranges::counter(site)); // dec
@@ -299,6 +300,7 @@ impl Translator<'_> {
             self.e.call(self.stubs.struck);
             self.e.jmp_to(counted);
         }
+        self.cold = all;
     }
 
     /// Linear address to [`A`]; clobbers [`B`] only if the index register is in memory.

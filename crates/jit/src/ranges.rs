@@ -9,7 +9,7 @@ use crate::frame::{Frame, Table, frame_field, table_of};
 use crate::memory_path::Access;
 use crate::registers::guest;
 use crate::translate::of_site;
-use std::collections::HashMap;
+use hashbrown::HashMap;
 use std::mem::offset_of;
 use umbra_arch::Gva;
 use umbra_cpu::op::CODE_BASE;

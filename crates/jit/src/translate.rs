@@ -205,7 +205,14 @@ pub struct Tools {
     steps: Vec<Step>,
     starts: Vec<(usize, Option<Kind>)>,
     exits: Vec<Exit>,
-    slow: Vec<Vec<Slow>>,
+    rare: Vec<Rare>,
+}
+
+/// Lists of what a block rarely executes.
+#[derive(Default)]
+struct Rare {
+    slow: Vec<Slow>,
+    cold: Vec<Cold>,
 }
 
 impl Default for Tools {
@@ -217,7 +224,7 @@ impl Default for Tools {
             steps: Vec::new(),
             starts: Vec::new(),
             exits: Vec::new(),
-            slow: Vec::new(),
+            rare: Vec::new(),
         }
     }
 }
@@ -302,8 +309,8 @@ fn emit(
     let mut translators = Each::new();
     let mut checked = [None; BASES];
     for part in parts {
-        let slow = tools.slow.pop().unwrap_or_default();
-        translators.push(Translator::new(part, settings, e, slow));
+        let rare = tools.rare.pop().unwrap_or_default();
+        translators.push(Translator::new(part, settings, e, rare));
         let Some(translator) = translators.last_mut() else { return Err(Unencodable) };
         // Numbers of groups are unique in a trace.
         translator.checked = checked;
@@ -333,7 +340,7 @@ fn emit(
         let number = first_exit + code.exits.len();
         code.exits.push(emit_exit(&mut e, open, number, settings.stubs));
     }
-    tools.slow.extend(translators.into_iter().map(|translator| translator.slow));
+    tools.rare.extend(translators.into_iter().map(|translator| Rare { slow: translator.slow, cold: translator.cold }));
     code.bytes = std::mem::take(&mut e.bytes);
     tools.emitter = e;
     Ok(code)
@@ -368,7 +375,7 @@ fn closes_loop(block: &Block, steps: &[Step]) -> bool {
 }
 
 impl<'a> Translator<'a> {
-    fn new(part: &'a Part<'_>, settings: Settings<'a>, e: Emitter, slow: Vec<Slow>) -> Self {
+    fn new(part: &'a Part<'_>, settings: Settings<'a>, e: Emitter, Rare { slow, cold }: Rare) -> Self {
         let Source { block, number, missing, hot, .. } = part.source;
         let Settings { half, stubs, off } = settings;
         Self {
@@ -377,7 +384,7 @@ impl<'a> Translator<'a> {
             host_flags: false,
             vectors: vector::Place::default(),
             x87: x87::Place::default(),
-            cold: Vec::new(),
+            cold,
             missing,
             hot,
             groups: &part.groups,
