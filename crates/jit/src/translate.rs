@@ -7,6 +7,7 @@
 
 mod exits;
 mod slow;
+mod tools;
 
 use crate::branch::Search;
 use crate::contexts::Half;
@@ -24,14 +25,17 @@ use crate::stubs::Stubs;
 use crate::system::System;
 use crate::traces::Each;
 use crate::{traces, vector, x87};
-use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory};
+use iced_x86::{Decoder, DecoderOptions, Instruction};
 use smallvec::SmallVec;
 use umbra_cpu::block::Block;
 use umbra_cpu::op::Op;
 
 pub use exits::{Exit, LOOKUP_BYTES, dropped_code, jump, other_code};
+pub use tools::Tools;
+
 use exits::{Open, emit_exit};
 use slow::Slow;
+use tools::Rare;
 
 /// Bits of a site that say which operation of its block is meant.
 pub const OP_BITS: u32 = 6;
@@ -193,60 +197,6 @@ impl<'a> Part<'a> {
 
     pub fn block(&self) -> &'a Block {
         self.source.block
-    }
-}
-
-/// What is of use from one translation to the next.
-pub struct Tools {
-    info: InstructionInfoFactory,
-    emitter: Emitter,
-    /// Empty lists.
-    instructions: Vec<Instruction>,
-    steps: Vec<Step>,
-    starts: Vec<(usize, Option<Kind>)>,
-    exits: Vec<Exit>,
-    rare: Vec<Rare>,
-}
-
-/// Lists of what a block rarely executes.
-#[derive(Default)]
-struct Rare {
-    slow: Vec<Slow>,
-    cold: Vec<Cold>,
-}
-
-impl Default for Tools {
-    fn default() -> Self {
-        Self {
-            info: InstructionInfoFactory::new(),
-            emitter: Emitter::default(),
-            instructions: Vec::new(),
-            steps: Vec::new(),
-            starts: Vec::new(),
-            exits: Vec::new(),
-            rare: Vec::new(),
-        }
-    }
-}
-
-impl Tools {
-    /// Takes back what a translation was made in.
-    pub fn take_back(&mut self, code: Code) {
-        let Code { bytes, starts, exits, .. } = code;
-        (self.emitter.bytes, self.starts, self.exits) = (bytes, starts, exits);
-    }
-
-    fn code(&mut self, parts: &[Part<'_>]) -> Code {
-        let (mut starts, mut exits) = (std::mem::take(&mut self.starts), std::mem::take(&mut self.exits));
-        starts.clear();
-        exits.clear();
-        Code {
-            parts: parts.len(),
-            charge: parts.first().map_or(0, |part| part.charge),
-            starts,
-            exits,
-            ..Code::default()
-        }
     }
 }
 

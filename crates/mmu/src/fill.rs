@@ -1,5 +1,7 @@
 //! The slow path: shadow tree first, guest walk on a shadow miss, then the contexts.
 
+mod look;
+
 use crate::context::{ALLOWED, FETCH, READ, REPORTED_WRITE, WRITE, column_of};
 use crate::event::Event;
 use crate::format::{Decoded, is_leaf};
@@ -14,6 +16,8 @@ use crate::writers::Full;
 use umbra_arch::paging::{Access, AccessKind, entry, pfec};
 use umbra_arch::{Fault, Gpa, GpaPage, Gva};
 use umbra_memory::{Backing, PageFlags, RamOffset};
+
+pub use look::{End, Look};
 
 /// Tables on the longest path.
 const MAX_DEPTH: usize = 5;
@@ -47,66 +51,7 @@ struct Last {
     above: u64,
 }
 
-/// Where the way to a linear address ends in the shadow tree, in one word, to be handed on until anything else is done
-/// with the MMU: the index of the last page, that of the entry, the rights above.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct End(u64);
-
-impl End {
-    const AT: u32 = 32;
-    const ABOVE: u32 = 48;
-
-    #[inline(always)]
-    fn of(hint: &Hint, at: usize) -> Self {
-        Self(u64::from(hint.index) | (at as u64) << Self::AT | hint.above << Self::ABOVE)
-    }
-}
-
-/// What a first look at the end of the way to a linear address gives.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Look {
-    /// The access faults with this error code: there is an entry without P. Counted as a walk.
-    Faults(u32),
-    /// A translation has to look further from here.
-    Ends(End),
-    /// Nothing.
-    Unknown,
-}
-
 impl Mmu {
-    /// Looks at the end of the way to `gva`, if that is known and nothing else asks for attention.
-    #[inline(always)]
-    pub fn look_at_end(&mut self, gva: Gva, access: Access) -> Look {
-        if self.mem.generation() != self.mem_generation || self.drops_at_random() || self.events.is_on() {
-            return Look::Unknown;
-        }
-        let Some(hint) = self.hints.get(gva.raw(), self.current) else { return Look::Unknown };
-        // Without a panic on the way, nothing needs a frame.
-        let Some(page) = self.shadow.try_page(hint.index) else { return Look::Unknown };
-        let at = page.index(gva.raw());
-        let Some(&found) = page.entries.get(at) else { return Look::Unknown };
-        if found.is_link() {
-            return Look::Unknown;
-        }
-        if found.is_present() || page.guest_entry(&self.mem, at) & entry::P != 0 {
-            return Look::Ends(End::of(hint, at));
-        }
-        self.stats.walks += 1;
-        self.stats.entries_read += 1;
-        Look::Faults(rights::attempt_code(access, &self.view))
-    }
-
-    /// As [`translate`](Self::translate) from where [`look_at_end`](Self::look_at_end) ended.
-    ///
-    /// # Errors
-    /// As [`translate`](Self::translate).
-    #[inline(always)]
-    pub fn translate_from(&mut self, gva: Gva, access: Access, end: End) -> Result<Translation, Fault> {
-        let (index, at) = (end.0 as u32, (end.0 >> End::AT) as u16 as usize);
-        let entry = self.shadow.page(index).entries[at];
-        self.translate_last(gva, access, &Last { index, at, entry, above: end.0 >> End::ABOVE })
-    }
-
     /// Translates one byte: sets A and D bits, marks the page of a write dirty, fills the fast tables.
     /// `gva` is canonical, in legacy modes of 32 bits. An explicit access to an absent page is answered
     /// without loading it; what the processor does by itself loads it at once.
