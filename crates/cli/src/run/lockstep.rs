@@ -125,24 +125,7 @@ impl Lockstep {
             let mut second = Turn::new(None);
             let mut other = turn(&mut self.translated, &mut second, pace);
             self.turns += 1;
-            // A block may end after a store to what only one of them has decoded.
-            while goes_on(&end) && goes_on(&other) {
-                let (ours, theirs) = (clock(&self.reference), clock(&self.translated));
-                let moved = match ours.cmp(&theirs) {
-                    Ordering::Less => {
-                        end = turn(&mut self.reference, &mut first, Pace::Until(theirs));
-                        clock(&self.reference) > ours
-                    }
-                    Ordering::Greater => {
-                        other = turn(&mut self.translated, &mut second, Pace::Until(ours));
-                        clock(&self.translated) > theirs
-                    }
-                    Ordering::Equal => break,
-                };
-                if !moved {
-                    break;
-                }
-            }
+            (end, other) = self.catch_up((&mut first, &mut second), (end, other));
             let sent = (first.sent, second.sent);
             if let Some(what) = self.compare((&end, &other), (&sent.0, &sent.1)) {
                 return Course::Different(self.report(&what));
@@ -151,6 +134,33 @@ impl Lockstep {
                 return Course::Same(end);
             }
         }
+    }
+
+    /// Lets the machine that is behind run to where the other one is: the translator goes on to a trace's end, and a block
+    /// may end after a store to what only one of them has decoded.
+    fn catch_up(
+        &mut self,
+        (first, second): (&mut Turn<'_>, &mut Turn<'_>),
+        (mut end, mut other): (End, End),
+    ) -> (End, End) {
+        while goes_on(&end) && goes_on(&other) {
+            let (ours, theirs) = (clock(&self.reference), clock(&self.translated));
+            let moved = match ours.cmp(&theirs) {
+                Ordering::Less => {
+                    end = turn(&mut self.reference, first, Pace::Until(theirs));
+                    clock(&self.reference) > ours
+                }
+                Ordering::Greater => {
+                    other = turn(&mut self.translated, second, Pace::Until(ours));
+                    clock(&self.translated) > theirs
+                }
+                Ordering::Equal => break,
+            };
+            if !moved {
+                break;
+            }
+        }
+        (end, other)
     }
 
     /// What differs after a turn, if anything does.
@@ -337,15 +347,16 @@ mod tests {
         for _ in 0..200_000 {
             let mut first = Turn::new(None);
             let mut second = Turn::new(None);
-            turn(&mut both.reference, &mut first, Pace::Blocks(1));
-            turn(&mut both.translated, &mut second, Pace::Blocks(1));
+            let end = turn(&mut both.reference, &mut first, Pace::Blocks(1));
+            let other = turn(&mut both.translated, &mut second, Pace::Blocks(1));
+            both.catch_up((&mut first, &mut second), (end, other));
         }
         assert_eq!(both.difference(), None);
         let engine = both.translated.machine.vcpus_mut().next().unwrap();
         let mut state = engine.state();
         state.gpr[5] ^= 0x77;
         engine.set_state(&state);
-        differs(both, &["gpr[5]", "-bit", "of host code", "sub r14,"]);
+        differs(both, &["gpr[5]", "-bit", "of host code", "sub qword ptr [r15+frame"]);
     }
 
     #[test]
