@@ -279,7 +279,9 @@ fn reaches(i: &Instruction, op: &Op, kind: Kind) -> [Option<Option<Reach>>; LOOK
         Kind::Push | Kind::Call | Kind::CallIndirect => [stack(-8, Access::Write), None],
         Kind::Pop | Kind::Ret => [stack(0, Access::Read), None],
         Kind::Leave => [Some(Some(Reach { base: guest::RBP, disp: 0, bytes: 8, access: Access::Read })), None],
-        Kind::CompareExchange => [operand(width(i), Access::Write), None],
+        // It may be anywhere.
+        Kind::BitString => [None; LOOKUPS],
+        Kind::CompareExchange | Kind::CompareExchange16 => [operand(width(i), Access::Write), None],
         _ if !has_memory(i) || i.mnemonic() == M::Lea => [None; LOOKUPS],
         _ => {
             let writes = i.op0_kind() == OpKind::Memory && writes_first(i);

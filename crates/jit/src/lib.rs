@@ -12,11 +12,13 @@
 #![allow(unsafe_code, reason = "calls generated code; each block says why it is sound")]
 
 mod bases;
+mod bit_tests;
 mod bits;
 mod branch;
 mod contexts;
 mod emitter;
 mod engine;
+mod exchanges;
 mod flags;
 mod frame;
 mod gates;

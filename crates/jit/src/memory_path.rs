@@ -263,6 +263,11 @@ impl Translator<'_> {
         if index_in_memory {
             self.e.store(frame_field!(linear), A);
         }
+        self.compare_slot(bytes, access);
+    }
+
+    /// What to add to the linear address in [`A`], which it clobbers, to [`B`].
+    fn compare_slot(&mut self, bytes: u32, access: Access) {
         let e = &mut self.e;
         to_slot(e, B, A);
         e.alu_mem(Alu::Sub, true, A, in_slot(B, access.tag()));
@@ -270,6 +275,17 @@ impl Translator<'_> {
         let miss = e.jcc(cc::NOT_BELOW);
         e.load(B, in_slot(B, offset_of!(Entry, addend)));
         self.slow(miss);
+    }
+
+    /// What [`find_linear`](Self::find_linear) has found.
+    pub const AT_B: Mem = Mem { base: Some(B), index: None, disp: 0 };
+
+    /// The host's address, to [`B`], of the bytes at the linear address in [`A`], by the table; the operation's function does
+    /// it all if they aren't in one page of that. Clobbers [`A`].
+    pub fn find_linear(&mut self, bytes: u32, access: Access) {
+        self.e.store(frame_field!(linear), A);
+        self.compare_slot(bytes, access);
+        self.e.alu_mem(Alu::Add, true, B, frame_field!(linear));
     }
 
     /// The code for accesses that missed their ranges.

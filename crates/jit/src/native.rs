@@ -49,8 +49,16 @@ impl Translator<'_> {
             Kind::Imul => self.imul(i, op, step),
             Kind::Bits(bits) => self.bits(i, op, bits, step.live),
             Kind::BitTest => self.bit_test(i, op, step.live),
+            Kind::BitString => {
+                self.bit_string(i, op, step.live);
+                Ok(())
+            }
             Kind::CompareExchange => {
                 self.compare_exchange(i, op, step.live);
+                Ok(())
+            }
+            Kind::CompareExchange16 => {
+                self.compare_exchange_16(op, step.live);
                 Ok(())
             }
             Kind::Multiply => self.multiply(i, op, step.live),
@@ -236,41 +244,6 @@ impl Translator<'_> {
         }
         self.e.rr(width == 8, &[0x85], low, low); // test
         self.e.raw(&[0x9f, 0x08, 0xc4]); // lahf; or ah, al
-    }
-
-    /// CF alone changes, in AH.
-    fn bit_test(&mut self, i: &Instruction, op: &Op, live: bool) -> Result<(), Unencodable> {
-        self.silent(i, op)?;
-        if live {
-            self.e.rr(false, &[0x0f, 0x92], 0, B); // setc
-            self.e.rr(false, &[0x0f, 0xb6], B, B); // movzx
-            self.e.shl(false, B, 8);
-            self.e.alu_imm(Alu::And, false, FLAGS, !0x100);
-            self.e.alu(Alu::Or, false, FLAGS, B);
-        }
-        Ok(())
-    }
-
-    /// CMPXCHG to memory: nobody else's store can come between.
-    fn compare_exchange(&mut self, i: &Instruction, op: &Op, live: bool) {
-        let wide = width(i) == 8;
-        let place = self.lookup(&Address::of(op), width(i), Access::Write);
-        self.e.rm(wide, &[0x8b], place.free, place.mem);
-        self.e.alu(Alu::Cmp, wide, GUEST_RAX, place.free);
-        self.host_flags = live;
-        if live {
-            self.e.save_flags();
-        }
-        let different = self.e.jcc(cc::NOT_EQUAL);
-        let new = home(op.src).unwrap_or_else(|| {
-            self.e.load(place.free, gpr(op.src));
-            place.free
-        });
-        self.e.rm(wide, &[0x89], new, place.mem);
-        let done = self.e.jmp();
-        self.e.bind(different);
-        self.e.rr(wide, &[0x8b], GUEST_RAX, place.free);
-        self.e.bind(done);
     }
 
     /// The explicit operand of a one-operand instruction to a host register.

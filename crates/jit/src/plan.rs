@@ -1,5 +1,6 @@
 //! Which operations of a block become host code, in what way, and which status flags anything can look at.
 
+use crate::bit_tests::is_in_string;
 use crate::bits::Bits;
 use crate::groups::Groups;
 use crate::mechanisms::{Mechanism, Mechanisms};
@@ -42,12 +43,16 @@ pub enum Kind {
     },
     /// BT and relatives: CF alone changes.
     BitTest,
+    /// Likewise, of a string in memory.
+    BitString,
     /// CBW's and CWD's families.
     Extend,
     /// XCHG.
     Exchange,
     /// CMPXCHG of 4 or 8 bytes in memory.
     CompareExchange,
+    /// CMPXCHG16B.
+    CompareExchange16,
     /// Bit scans, counts and fields.
     Bits(Bits),
     /// SSE or AVX.
@@ -276,12 +281,14 @@ fn data(i: &Instruction, live: bool) -> Kind {
         M::Div if width(i) >= 4 => Kind::Divide { signed: false },
         M::Idiv if width(i) >= 4 => Kind::Divide { signed: true },
         M::Bt | M::Bts | M::Btr | M::Btc if !has_memory(i) || i.op1_kind() != OpKind::Register => Kind::BitTest,
+        M::Bt | M::Bts | M::Btr | M::Btc if is_in_string(i) => Kind::BitString,
         M::Cdqe | M::Cwde | M::Cdq | M::Cqo => Kind::Extend,
         M::Xchg => Kind::Exchange,
         M::Popcnt if is_x86_feature_detected!("popcnt") => Kind::Arithmetic,
         M::Movbe if is_x86_feature_detected!("movbe") => Kind::Move,
         M::Xadd => Kind::Arithmetic,
         M::Cmpxchg if has_memory(i) && width(i) >= 4 => Kind::CompareExchange,
+        M::Cmpxchg16b => Kind::CompareExchange16,
         M::Push if pushes_64(i) => Kind::Push,
         M::Pop if i.op0_kind() == OpKind::Register && i.op0_register().size() == 8 => Kind::Pop,
         M::Leave if i.code() == iced_x86::Code::Leaveq => Kind::Leave,

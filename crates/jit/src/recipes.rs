@@ -174,7 +174,10 @@ fn replaced(
 fn looks_at_flags(kind: Kind) -> bool {
     let changes = match kind {
         Kind::Bits(bits) => bits != Bits::NoFlags && !bits.writes_all(),
-        _ => matches!(kind, Kind::BitTest | Kind::Turn(_) | Kind::CompareExchange),
+        _ => matches!(
+            kind,
+            Kind::BitTest | Kind::BitString | Kind::Turn(_) | Kind::CompareExchange | Kind::CompareExchange16
+        ),
     };
     let elsewhere = matches!(kind, Kind::Helper | Kind::Vector | Kind::X87 | Kind::System(_));
     let elsewhere = elsewhere || matches!(kind, Kind::Divide { .. } | Kind::Repeated(_));

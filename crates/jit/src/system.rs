@@ -9,7 +9,7 @@ use crate::system_calls::{jump_if_any, set_status, unless_byte, whole_flags};
 use crate::translate::Translator;
 use crate::views::{AC_STEP, WP_STEP, offset_of_view};
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
-use umbra_arch::control::Cr0;
+use umbra_arch::control::{Cr0, Cr4};
 use umbra_arch::rflags;
 use umbra_arch::segment::Seg;
 use umbra_cpu::decode::register_index;
@@ -20,6 +20,8 @@ use umbra_cpu::op::Op;
 pub enum System {
     /// CLI.
     Cli,
+    /// CLD and STD.
+    Direction { set: bool },
     /// PAUSE.
     Pause,
     /// RDTSC or RDTSCP.
@@ -36,6 +38,8 @@ pub enum System {
     ReadBase(Seg),
     /// WRFSBASE, WRGSBASE.
     WriteBase(Seg),
+    /// RDPKRU.
+    ReadPkru,
     /// RDMSR.
     ReadMsr,
     /// WRMSR.
@@ -65,6 +69,8 @@ impl System {
     pub fn of(i: &Instruction) -> Option<Self> {
         match i.mnemonic() {
             M::Cli => Some(Self::Cli),
+            M::Cld => Some(Self::Direction { set: false }),
+            M::Std => Some(Self::Direction { set: true }),
             // With REX.B it is XCHG.
             M::Pause if i.len() == 2 => Some(Self::Pause),
             M::Rdtsc => Some(Self::TimeStamp { aux: false }),
@@ -76,6 +82,7 @@ impl System {
             M::Rdgsbase => Some(Self::ReadBase(Seg::Gs)),
             M::Wrfsbase => Some(Self::WriteBase(Seg::Fs)),
             M::Wrgsbase => Some(Self::WriteBase(Seg::Gs)),
+            M::Rdpkru => Some(Self::ReadPkru),
             M::Rdmsr => Some(Self::ReadMsr),
             M::Wrmsr => Some(Self::WriteMsr),
             M::Invlpg => Some(Self::InvalidatePage),
@@ -116,6 +123,7 @@ impl Translator<'_> {
     pub fn system(&mut self, i: &Instruction, op: &Op, system: System) {
         match system {
             System::Cli => self.cli(),
+            System::Direction { set } => self.flag(rflags::DF, set),
             System::Pause => self.pause(),
             System::TimeStamp { aux } => self.time_stamp(op, aux),
             System::PushFlags => self.push_flags(),
@@ -124,6 +132,7 @@ impl Translator<'_> {
             System::SwapGs => self.swap_gs(),
             System::ReadBase(seg) => self.read_base(i, seg),
             System::WriteBase(seg) => self.write_base(i, seg),
+            System::ReadPkru => self.read_pkru(),
             System::ReadMsr => self.read_msr(),
             System::WriteMsr => self.write_msr(),
             System::InvalidatePage => self.invalidate_page(op),
@@ -138,8 +147,29 @@ impl Translator<'_> {
     /// CLI with CPL 0; any other goes by IOPL and may fault.
     fn cli(&mut self) {
         self.only_in_ring_0();
-        self.e.rm(false, &[0x81], 4, frame::rflags()); // and dword
-        self.e.raw(&(!(rflags::IF as u32)).to_le_bytes());
+        self.flag(rflags::IF, false);
+    }
+
+    /// One of the flags that the core has.
+    fn flag(&mut self, flag: u64, set: bool) {
+        self.host_flags = false;
+        let (extension, bits) = if set { (1, flag as u32) } else { (4, !(flag as u32)) };
+        self.e.rm(false, &[0x81], extension, frame::rflags()); // or, and dword
+        self.e.raw(&bits.to_le_bytes());
+    }
+
+    /// RDPKRU with ECX and the upper halves as they should be.
+    fn read_pkru(&mut self) {
+        self.host_flags = false;
+        self.e.rm(false, &[0xf7], 0, frame::control(4)); // test dword
+        self.e.raw(&(Cr4::PKE as u32).to_le_bytes());
+        let forbidden = self.e.jcc(cc::EQUAL);
+        self.slow(forbidden);
+        self.e.rr(false, &[0x85], RCX, RCX); // test
+        let other = self.e.jcc(cc::NOT_EQUAL);
+        self.slow(other);
+        self.e.load32(GUEST_RAX, frame::pkru());
+        self.e.mov_imm(RDX, 0);
     }
 
     pub fn only_in_ring_0(&mut self) {
@@ -163,8 +193,7 @@ impl Translator<'_> {
         self.e.alu_mem_imm(Alu::Cmp, frame_field!(budget), ROOM as i32);
         let ends = self.e.jcc(cc::SIGN);
         self.slow(ends);
-        self.e.rm(false, &[0x81], 1, frame::rflags()); // or dword
-        self.e.raw(&(rflags::IF as u32).to_le_bytes());
+        self.flag(rflags::IF, true);
         self.e.bind(set);
     }
 
@@ -181,9 +210,7 @@ impl Translator<'_> {
         self.supervisor_view(0);
         self.e.alu_imm(Alu::Add, true, B, offset_of_view(false, set, false) as i32);
         self.change_view();
-        let bits = if set { rflags::AC as u32 } else { !(rflags::AC as u32) };
-        self.e.rm(false, &[0x81], if set { 1 } else { 4 }, frame::rflags()); // or, and dword
-        self.e.raw(&bits.to_le_bytes());
+        self.flag(rflags::AC, set);
     }
 
     /// To [`B`]: where the supervisor's view is that bits of [`A`] ask for: WP there, and the bit in RFLAGS that AC is if

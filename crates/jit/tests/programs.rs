@@ -13,6 +13,8 @@ mod places;
 mod returns;
 #[path = "programs/strings.rs"]
 mod strings;
+#[path = "programs/strings_of_bits.rs"]
+mod strings_of_bits;
 #[path = "programs/traces.rs"]
 mod traces;
 #[path = "programs/x87.rs"]

@@ -53,6 +53,11 @@ pub fn rflags() -> Mem {
     state(offset_of!(CpuState, rflags))
 }
 
+/// PKRU, 32 bits.
+pub fn pkru() -> Mem {
+    state(offset_of!(CpuState, pkru))
+}
+
 /// What the TSC is ahead of virtual time.
 pub fn tsc_offset() -> Mem {
     state(offset_of!(CpuState, msr) + offset_of!(Msrs, tsc_offset))
