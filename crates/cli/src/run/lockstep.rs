@@ -143,18 +143,19 @@ impl Lockstep {
         (first, second): (&mut Turn<'_>, &mut Turn<'_>),
         (mut end, mut other): (End, End),
     ) -> (End, End) {
-        while goes_on(&end) && goes_on(&other) {
+        loop {
             let (ours, theirs) = (clock(&self.reference), clock(&self.translated));
             let moved = match ours.cmp(&theirs) {
-                Ordering::Less => {
+                // The other one may have come to the guest's end.
+                Ordering::Less if goes_on(&end) => {
                     end = turn(&mut self.reference, first, Pace::Until(theirs));
                     clock(&self.reference) > ours
                 }
-                Ordering::Greater => {
+                Ordering::Greater if goes_on(&other) => {
                     other = turn(&mut self.translated, second, Pace::Until(ours));
                     clock(&self.translated) > theirs
                 }
-                Ordering::Equal => break,
+                _ => break,
             };
             if !moved {
                 break;
@@ -302,6 +303,8 @@ fn list(name: &str, ours: &Value, theirs: &Value, out: &mut String) {
 mod tests {
     use super::*;
     use clap::Parser;
+    use umbra_arch::control::{Cr0, Cr3, Cr4, Efer};
+    use umbra_arch::segment::{Attr, Seg, Segment};
 
     #[derive(Parser)]
     struct Command {
@@ -364,5 +367,38 @@ mod tests {
         let both = both("50");
         both.translated.machine.memory().write(umbra_arch::Gpa::new(0x7_7777), &[9]);
         differs(both, &["memory at RAM offset 0x77777: 0x0 and 0x9"]);
+    }
+
+    /// Has a machine run 64-bit code from 0x9000 on, identity-mapped.
+    fn begin_at_code(guest: &mut Guest, code: &[u8]) {
+        let put = |at: u64, bytes: &[u8]| guest.machine.memory().write(umbra_arch::Gpa::new(at), bytes);
+        for (at, entry) in [(0x1000, 0x2003u64), (0x2000, 0x3003), (0x3000, 0x83)] {
+            put(at, &entry.to_le_bytes());
+        }
+        put(0x9000, code);
+        let engine = guest.machine.vcpus_mut().next().unwrap();
+        let mut s = engine.state();
+        s.cr0 = Cr0::new(0x8000_0011);
+        s.cr3 = Cr3::new(0x1000);
+        s.cr4 = Cr4::new(0x20);
+        s.efer = Efer::new(0x500);
+        s.seg[Seg::Cs as usize] = Segment { selector: 8, base: 0, limit: u32::MAX, attr: Attr(0xa09b) };
+        s.rip = 0x9000;
+        engine.set_state(&s);
+    }
+
+    #[test]
+    fn the_end_may_come_in_a_trace() {
+        // mov ecx, 40; mov edx, 0x80; cmp ecx, 1; jne over the next; mov edx, 0xf4, the debug-exit port
+        let mut code = vec![0xb9, 40, 0, 0, 0, 0xba, 0x80, 0, 0, 0, 0x83, 0xf9, 1, 0x75, 5, 0xba, 0xf4, 0, 0, 0];
+        // cmp ecx, 0; je to hlt; mov eax, esi; out dx, ax; dec ecx; jmp to mov edx; hlt
+        code.extend([0x83, 0xf9, 0, 0x74, 8, 0x89, 0xf0, 0x66, 0xef, 0xff, 0xc9, 0xeb, 0xe4, 0xf4]);
+        let mut both = both("1");
+        begin_at_code(&mut both.reference, &code);
+        begin_at_code(&mut both.translated, &code);
+        let Course::Same(end) = both.run(&mut Deaf) else { panic!("they differ") };
+        assert!(!goes_on(&end), "{end:?}");
+        let translator = both.translated.machine.vcpu(0).and_then(|engine| engine.translator());
+        assert!(translator.is_some_and(|jit| jit.stats().ops_translated > 20));
     }
 }
