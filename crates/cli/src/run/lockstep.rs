@@ -389,10 +389,11 @@ mod tests {
 
     #[test]
     fn the_end_may_come_in_a_trace() {
-        // mov ecx, 40; mov edx, 0x80; cmp ecx, 1; jne over the next; mov edx, 0xf4, the debug-exit port
-        let mut code = vec![0xb9, 40, 0, 0, 0, 0xba, 0x80, 0, 0, 0, 0x83, 0xf9, 1, 0x75, 5, 0xba, 0xf4, 0, 0, 0];
+        // mov ecx, 40; mov ebx, 0xf4, the debug-exit port; mov edx, 0x80; cmp ecx, 1; cmove edx, ebx
+        let mut code =
+            vec![0xb9, 40, 0, 0, 0, 0xbb, 0xf4, 0, 0, 0, 0xba, 0x80, 0, 0, 0, 0x83, 0xf9, 1, 0x0f, 0x44, 0xd3];
         // cmp ecx, 0; je to hlt; mov eax, esi; out dx, ax; dec ecx; jmp to mov edx; hlt
-        code.extend([0x83, 0xf9, 0, 0x74, 8, 0x89, 0xf0, 0x66, 0xef, 0xff, 0xc9, 0xeb, 0xe4, 0xf4]);
+        code.extend([0x83, 0xf9, 0, 0x74, 8, 0x89, 0xf0, 0x66, 0xef, 0xff, 0xc9, 0xeb, 0xe8, 0xf4]);
         let mut both = both("1");
         begin_at_code(&mut both.reference, &code);
         begin_at_code(&mut both.translated, &code);
