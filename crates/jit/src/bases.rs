@@ -27,7 +27,7 @@ fn base(seg: Seg) -> Vec<Mem> {
 impl Translator<'_> {
     /// RDFSBASE, RDGSBASE.
     pub fn read_base(&mut self, i: &Instruction, seg: Seg) {
-        self.needs_fsgsbase();
+        self.needs_cr4(Cr4::FSGSBASE);
         let general = register_index(i.op0_register());
         let to = home(general).unwrap_or(A);
         let wide = i.op0_register().size() == 8;
@@ -39,7 +39,7 @@ impl Translator<'_> {
 
     /// WRFSBASE, WRGSBASE of an address that is canonical whatever the paging mode.
     pub fn write_base(&mut self, i: &Instruction, seg: Seg) {
-        self.needs_fsgsbase();
+        self.needs_cr4(Cr4::FSGSBASE);
         self.guest_register(A, register_index(i.op0_register()));
         if i.op0_register().size() == 8 {
             self.only_canonical();
@@ -47,14 +47,6 @@ impl Translator<'_> {
             self.e.mov32(A, A);
         }
         base(seg).into_iter().for_each(|place| self.e.store(place, A));
-    }
-
-    fn needs_fsgsbase(&mut self) {
-        self.host_flags = false;
-        self.e.rm(false, &[0xf7], 0, frame::control(4)); // test dword
-        self.e.raw(&(Cr4::FSGSBASE as u32).to_le_bytes());
-        let forbidden = self.e.jcc(cc::EQUAL);
-        self.slow(forbidden);
     }
 
     /// What is in [`A`]. Clobbers [`B`].

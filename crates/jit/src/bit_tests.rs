@@ -28,13 +28,13 @@ impl Translator<'_> {
     /// A bit of a string in memory, any distance from its address.
     pub fn bit_string(&mut self, i: &Instruction, op: &Op, live: bool) {
         let Some(bit) = home(register_index(i.op1_register())) else { return };
-        let (bytes, opcode) = match i.mnemonic() {
-            M::Bt => (width(i), 0xa3),
-            M::Bts => (width(i), 0xab),
-            M::Btr => (width(i), 0xb3),
-            _ => (width(i), 0xbb),
+        let (opcode, access) = match i.mnemonic() {
+            M::Bt => (0xa3, Access::Read),
+            M::Bts => (0xab, Access::Write),
+            M::Btr => (0xb3, Access::Write),
+            _ => (0xbb, Access::Write),
         };
-        let (wide, access) = (bytes == 8, if opcode == 0xa3 { Access::Read } else { Access::Write });
+        let (bytes, wide) = (width(i), width(i) == 8);
         self.host_flags = false;
         self.linear(&Address::of(op));
         // The word's distance in bytes.

@@ -160,16 +160,21 @@ impl Translator<'_> {
 
     /// RDPKRU with ECX and the upper halves as they should be.
     fn read_pkru(&mut self) {
-        self.host_flags = false;
-        self.e.rm(false, &[0xf7], 0, frame::control(4)); // test dword
-        self.e.raw(&(Cr4::PKE as u32).to_le_bytes());
-        let forbidden = self.e.jcc(cc::EQUAL);
-        self.slow(forbidden);
+        self.needs_cr4(Cr4::PKE);
         self.e.rr(false, &[0x85], RCX, RCX); // test
         let other = self.e.jcc(cc::NOT_EQUAL);
         self.slow(other);
         self.e.load32(GUEST_RAX, frame::pkru());
         self.e.mov_imm(RDX, 0);
+    }
+
+    /// What needs a bit of CR4 can fault without it.
+    pub fn needs_cr4(&mut self, bit: u64) {
+        self.host_flags = false;
+        self.e.rm(false, &[0xf7], 0, frame::control(4)); // test dword
+        self.e.raw(&(bit as u32).to_le_bytes());
+        let forbidden = self.e.jcc(cc::EQUAL);
+        self.slow(forbidden);
     }
 
     pub fn only_in_ring_0(&mut self) {
