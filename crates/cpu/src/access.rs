@@ -143,7 +143,7 @@ impl Core {
             return Some(off);
         }
         let fits = bytes <= PAGE_SIZE - (lin & (PAGE_SIZE - 1));
-        let addressable = if op.legacy { lin >> 32 == 0 } else { gva.is_canonical(self.s.linear_bits()) };
+        let addressable = if op.legacy { lin >> 32 == 0 } else { self.is_canonical(lin) };
         if !fits || !addressable || self.watch.guarded {
             return None;
         }
@@ -274,7 +274,7 @@ impl Core {
 
     fn system_place(&mut self, lin: u64, bytes: u64, kind: AccessKind) -> Result<Place, Stop> {
         let long = self.s.efer.lma();
-        if long && !Gva::new(lin).is_canonical(self.s.linear_bits()) {
+        if long && !self.is_canonical(lin) {
             return self.raise(Fault::GP0);
         }
         self.place_as(lin, bytes, Access::implicit(kind), !long)

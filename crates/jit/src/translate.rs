@@ -460,6 +460,7 @@ impl<'a> Translator<'a> {
         self.e.call(self.stubs.helper);
         self.host_flags = false;
         if self.ahead > 0 {
+            debug_assert!(op + 1 < self.block.ops.len(), "behind a block in a trace lies its branch");
             self.e.alu_mem_imm(Alu::Sub, frame_field!(budget), self.ahead as i32);
             let spent = self.e.jcc(cc::SIGN);
             self.by_function(op + 1, spent);

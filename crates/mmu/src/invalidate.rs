@@ -2,7 +2,7 @@
 
 use crate::adopt::UPPER;
 use crate::event::Event;
-use crate::mmu::{Mmu, MmuMode};
+use crate::mmu::Mmu;
 use crate::shadow::{Link, ShadowEntry};
 use crate::writers::Writer;
 use smallvec::SmallVec;
@@ -46,14 +46,16 @@ impl Mmu {
     /// As [`frame_written`](Self::frame_written) for a scalar, as far as little is to be done, which is nearly always.
     #[inline(always)]
     pub fn scalar_written(&mut self, off: RamOffset, bytes: u64) -> Written {
+        if self.drops_at_random() {
+            return Written::Unknown;
+        }
         let (first, last) = (off.raw() & 0xfff, (off.raw() & 0xfff) + bytes - 1);
         let Some(index) = self.shadow.first_of_frame(off) else { return Written::Unknown };
         let Some(page) = self.shadow.try_page_mut(index) else { return Written::Unknown };
         let shift = page.role.format.entry_bytes().trailing_zeros();
         let at = (first >> shift) as usize;
         let one = page.next().is_none() && bytes >= 4 && (first ^ last) >> shift == 0 && at < UPPER;
-        let at_random = matches!(self.options.mode, MmuMode::DropAtRandom(_));
-        if !one || page.idle_writes >= IDLE_WRITES_WHEN_EMPTY - 1 || at_random {
+        if !one || page.idle_writes >= IDLE_WRITES_WHEN_EMPTY - 1 {
             return Written::Unknown;
         }
         let Some(entry) = page.entries.get(at) else { return Written::Unknown };

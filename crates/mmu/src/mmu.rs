@@ -93,7 +93,7 @@ pub struct Mmu {
     pkrs: u32,
     /// Whether the fast data paths always miss.
     pub(crate) guarded: bool,
-    pub(crate) options: MmuOptions,
+    options: MmuOptions,
     random: u64,
     pub(crate) mem_generation: u64,
     /// Host address of RAM.

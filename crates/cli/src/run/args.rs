@@ -105,7 +105,8 @@ pub struct JitArgs {
     #[command(flatten)]
     pub without: JitOffArgs,
     /// Run the guest on the interpreter, too, and compare registers, flags, counts and time after every N blocks [default
-    /// N: 1], and memory now and then; the first difference ends the run with exit code 121
+    /// N: 1, or a trace of blocks that are translated together], and memory now and then; the first difference ends the run
+    /// with exit code 121
     #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "1",
         value_parser = clap::value_parser!(u64).range(1..), conflicts_with_all = ["serial_stdin", "clock", "trace"])]
     pub lockstep: Option<u64>,

@@ -18,11 +18,9 @@ fn bit(c: &mut Choice) -> Vec<u8> {
     let register = [0, 1, 2, 5, 6, 8, 9, 10, 15][c.take(9) as usize];
     let number = [c.take(1 << 16) as i32 - (1 << 15), -1, 63, 64, i32::MIN][[0, 0, 0, 1, 2, 3, 4][c.take(7) as usize]];
     let wide = c.take(2) as u8 * 8;
-    let mut bytes = if c.take(8) == 0 { vec![0xf0] } else { vec![] };
     let opcode = 0xa3 + 8 * c.take(4) as u8;
-    if opcode == 0xa3 {
-        bytes.clear();
-    }
+    // BT has no LOCK.
+    let mut bytes = if opcode != 0xa3 && c.take(8) == 0 { vec![0xf0] } else { vec![] };
     let indexed = c.take(3) == 0;
     bytes.extend([0x40 | wide | register >> 3 << 2 | if indexed { 2 } else { 0 }, 0x0f, opcode]);
     bytes.extend(if indexed { vec![0x84 | (register & 7) << 3, 0x63] } else { vec![0x83 | (register & 7) << 3] });
