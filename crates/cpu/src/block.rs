@@ -2,13 +2,13 @@
 //!
 //! A block starts at a control-flow target or resume point and ends at a branch, a serialising or I/O
 //! instruction, the page's end, or after [`MAX_OPS`] instructions. An instruction that crosses a page is a
-//! block of its own. Blocks are found by RAM offset and code mode, outside 64-bit mode by RIP, too: 64-bit code is
+//! block of its own. Blocks are found by RAM offset and code mode, in segments that aren't flat by RIP, too: flat code is
 //! the same wherever its page is mapped, as everything in it counts from [`CODE_BASE`](crate::op::CODE_BASE). RAM lines
 //! they were decoded from are marked, so that any store to such a line drops exactly the blocks on it.
 
 mod aging;
 
-use crate::core::{CodeSize, Core, code_bits};
+use crate::core::{CodeSize, Core, code_bits, is_flat_mode};
 use crate::decode::{DecodeError, decode_next, resolve};
 use crate::isa::{self, Ends};
 use crate::op::{Flow, Op, Stop};
@@ -125,6 +125,17 @@ impl Block {
         self.bits() != 64
     }
 
+    /// Whether its RIPs count from its page: 64-bit code, and 32-bit code in flat segments but for the last page, behind
+    /// which RIP wraps.
+    pub fn is_relative(&self) -> bool {
+        is_relative(self.mode, self.rip)
+    }
+
+    /// Whether it is relative 32-bit code: addresses, RIPs and the stack pointer have 32 bits.
+    pub fn is_narrow(&self) -> bool {
+        self.is_legacy() && self.is_relative()
+    }
+
     /// Whether its one instruction goes on in another page.
     pub fn crosses(&self) -> bool {
         self.second.is_some()
@@ -206,6 +217,7 @@ impl BlockCache {
     /// The block at `c.next_rip`, decoded if need be. Faults are those of the fetch.
     #[inline(always)]
     pub fn find(&mut self, c: &mut Core) -> Result<u32, Stop> {
+        debug_assert!(c.knows_segments(), "all that loads segment registers says so");
         let rip = c.next_rip;
         let jump = &self.jumps[slot_of(rip)];
         let known = jump.rip == rip && jump.stamp == c.mmu.fetch_stamp() && jump.mode == c.code_mode;
@@ -266,10 +278,10 @@ impl BlockCache {
         Ok(number)
     }
 
-    /// The block at `rip`, which counts as those of block `number` do, if that is 64-bit code and both lie in one page.
+    /// The block at `rip`, which counts as those of block `number` do, if that is from their page, which both lie in.
     pub fn in_page(&self, number: u32, rip: u64) -> Option<u32> {
         let block = self.block(number);
-        let same_page = !block.is_legacy() && !block.crosses() && rip >> 12 == block.rip >> 12;
+        let same_page = block.is_relative() && !block.crosses() && rip >> 12 == block.rip >> 12;
         let offset = block.offset.wrapping_add(rip.wrapping_sub(block.rip));
         let key = Key { offset, rip, mode: block.mode };
         self.number_of(&key).filter(|&other| same_page && !self.block(other).crosses())
@@ -551,8 +563,16 @@ fn page_behind(c: &Core, lin: u64) -> u64 {
 
 /// What [`CODE_BASE`](crate::op::CODE_BASE) is while the code at `rip` runs.
 fn code_base(c: &Core, rip: u64) -> u64 {
-    if c.code_size == CodeSize::Bits64 { rip & !(PAGE_SIZE - 1) } else { 0 }
+    if is_relative(c.code_mode, rip) { rip & !(PAGE_SIZE - 1) } else { 0 }
 }
+
+/// Whether RIPs of code of this mode at `rip`, or there from its page, count from that.
+pub fn is_relative(mode: u64, rip: u64) -> bool {
+    is_flat_mode(mode) && (code_bits(mode) == 64 || rip < LAST_PAGE)
+}
+
+/// The page that RIP wraps behind outside 64-bit mode.
+const LAST_PAGE: u64 = 0xffff_f000;
 
 fn raising(exec: crate::op::ExecFn) -> Op {
     Op { exec, ..isa::invalid_op() }

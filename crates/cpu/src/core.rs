@@ -51,6 +51,15 @@ pub const fn code_bits(mode: u64) -> u32 {
     (mode >> CODE_SIZE_AT) as u32 & 0x7f
 }
 
+/// Set in a [`Core::code_mode`] of 32-bit code in flat segments: CS, DS, ES and SS reach from 0 to 4 GiB, and data accesses
+/// through the latter three need no check. FS and GS may be anything.
+pub const FLAT: u64 = 1 << 47;
+
+/// Whether a [`Core::code_mode`] is that of 64-bit code or of 32-bit code in flat segments.
+pub const fn is_flat_mode(mode: u64) -> bool {
+    code_bits(mode) == 64 || mode & FLAT != 0
+}
+
 /// One virtual CPU as the engine sees it.
 pub struct Core {
     /// General registers 0..16; 16 is always 0, 17 is [`CODE_BASE`](crate::op::CODE_BASE); the rest pads to a power of
@@ -96,7 +105,7 @@ pub struct Core {
     pub code_writes: Vec<(u64, u32)>,
     /// Code size of CS.
     pub code_size: CodeSize,
-    /// What decoding depends on besides the bytes: CS base and code size.
+    /// What decoding depends on besides the bytes: CS base and code size; and [`FLAT`].
     pub code_mode: u64,
     /// Everything else; `gpr`, `rip` and RFLAGS' status bits in here are stale while running.
     pub s: CpuState,
@@ -126,6 +135,12 @@ pub struct Core {
     pub trace: Option<Box<crate::trace::Trace>>,
     /// Code bytes lines: which 64-byte lines of a RAM page hold decoded code.
     pub code_lines: hashbrown::HashMap<u64, u64>,
+}
+
+/// Whether accesses by a segment may be refused.
+fn asks_for_checks(seg: &Segment) -> bool {
+    let data = seg.attr.is_writable_data() && !seg.attr.is_expand_down() && !seg.attr.is_unusable();
+    seg.limit != u32::MAX || !data
 }
 
 impl Core {
@@ -421,7 +436,19 @@ impl Core {
             (_, true) => 0xffff_ffff,
             _ => 0xffff,
         };
-        self.code_mode = self.seg_base[Seg::Cs as usize] | (size as u64) << CODE_SIZE_AT;
+        let flat = if size == CodeSize::Bits32 && self.is_flat() { FLAT } else { 0 };
+        self.code_mode = self.seg_base[Seg::Cs as usize] | (size as u64) << CODE_SIZE_AT | flat;
+    }
+
+    /// Whether code and data segments but for FS and GS are [`FLAT`].
+    #[inline]
+    fn is_flat(&self) -> bool {
+        let bit = |seg: Seg| 1 << seg as u8;
+        let bases = [Seg::Cs, Seg::Ds, Seg::Es, Seg::Ss].iter().fold(0, |all, &seg| all | self.seg_base[seg as usize]);
+        self.seg_checked & (bit(Seg::Ds) | bit(Seg::Es) | bit(Seg::Ss)) == 0
+            && bases == 0
+            && self.s.segment(Seg::Cs).limit == u32::MAX
+            && self.stack_mask == 0xffff_ffff
     }
 
     /// 64-bit code: only FS and GS have bases, and nothing is checked against limits.
@@ -436,14 +463,16 @@ impl Core {
         self.seg_checked = 0;
         for (i, seg) in self.s.seg.iter().enumerate() {
             self.seg_base[i] = seg.base;
-            let unchecked = seg.limit == u32::MAX
-                && !seg.attr.is_unusable()
-                && seg.attr.is_writable_data()
-                && !seg.attr.is_expand_down();
-            if !unchecked {
-                self.seg_checked |= 1 << i;
-            }
+            self.seg_checked |= u8::from(asks_for_checks(seg)) << i;
         }
+    }
+
+    /// Whether what is derived from segment registers is what they say, outside 64-bit mode.
+    pub(crate) fn knows_segments(&self) -> bool {
+        let known = |(n, seg): (usize, &Segment)| {
+            self.seg_base[n] == seg.base && self.seg_checked >> n & 1 == asks_for_checks(seg).into()
+        };
+        self.s.is_64bit_code() || self.s.seg[..6].iter().enumerate().all(known)
     }
 
     /// Stops executing: [`Activity::Halted`] or [`Activity::Waiting`].

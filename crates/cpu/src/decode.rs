@@ -197,7 +197,12 @@ fn immediate(i: &Instruction) -> u64 {
     let branch = (0..i.op_count())
         .any(|n| matches!(i.op_kind(n), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64));
     if branch {
-        return i.near_branch_target();
+        // Sign-extended, as it counts from a page.
+        return if i.op0_kind() == OpKind::NearBranch32 {
+            i.near_branch32() as i32 as u64
+        } else {
+            i.near_branch_target()
+        };
     }
     (0..i.op_count()).find(|&n| loc(i, n) == Loc::Imm).map_or(0, |n| i.immediate(n))
 }
@@ -207,6 +212,12 @@ fn memory_operand(i: &Instruction, size: CodeSize, op: &mut Op) {
     if !(0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) {
         op.seg = string_segment(i);
         op.ea_mask = string_mask(i, size);
+        op.disp = match i.op0_kind() {
+            OpKind::NearBranch16 => 0xffff,
+            OpKind::NearBranch32 => 0xffff_ffff,
+            OpKind::NearBranch64 => u64::MAX,
+            _ => 0,
+        };
         return;
     }
     let (base, index) = (i.memory_base(), i.memory_index());

@@ -27,7 +27,8 @@ pub type ExecFn = fn(&mut Core, &mut dyn Bus, &Op) -> Flow;
 /// Index of the register that always reads 0, for absent base or index registers.
 pub const NO_REG: u8 = 16;
 /// Index of the register that RIP-relative operands and branch targets count from: in 64-bit mode the page of the
-/// running block, so that blocks don't depend on where their page is mapped; otherwise 0.
+/// running block, so that blocks don't depend on where their page is mapped, and in [flat](crate::core::FLAT) 32-bit code
+/// but for the last page; otherwise 0.
 pub const CODE_BASE: u8 = 17;
 /// Set in a register index: bits 15:8 of register 0..=3 (AH, CH, DH, BH).
 pub const HIGH_BYTE: u8 = 0x20;
@@ -40,7 +41,7 @@ pub struct Op {
     pub exec: ExecFn,
     /// Immediate (sign-extended), or a branch target's RIP from [`CODE_BASE`].
     pub imm: u64,
-    /// Displacement; from [`CODE_BASE`] where the operand is RIP-relative.
+    /// Displacement; from [`CODE_BASE`] where the operand is RIP-relative. The width of a near branch's target as a mask.
     pub disp: u64,
     /// Address-size mask of the effective address.
     pub ea_mask: u64,

@@ -45,7 +45,7 @@ impl Translator<'_> {
         }
         self.e.sar(true, B, 3);
         self.e.alu_imm(Alu::And, true, B, -(bytes as i32));
-        self.e.alu(Alu::Add, true, A, B);
+        self.e.alu(Alu::Add, !self.narrow, A, B);
         self.find_linear(bytes, access);
         self.e.rm(wide, &[0x8b], A, Self::AT_B);
         self.e.rr(wide, &[0x0f, opcode], bit, A);

@@ -5,7 +5,7 @@ use crate::frame::{code_base, frame_field};
 use crate::jumps::Slot;
 use crate::memory_path::{Access, Address};
 use crate::plan::Kind;
-use crate::registers::{A, B, GUEST_RSP, Reg, guest};
+use crate::registers::{A, B, Reg, guest, home};
 use crate::stubs::{compare_slot, go};
 use crate::translate::Translator;
 use iced_x86::{Instruction, OpKind};
@@ -55,14 +55,14 @@ impl Translator<'_> {
                 go(&mut self.e);
             }
             Kind::Ret => {
-                let top = self.lookup(&Address::above(guest::RSP, 0), 8, Access::Read);
-                self.e.load(A, top.mem);
-                let bytes = 8 + (op.imm as usize & 0xffff);
+                let top = self.lookup(&Address::above(guest::RSP, 0), self.slot(), Access::Read);
+                self.load_slot(A, top.mem);
+                let bytes = self.slot() as i32 + (op.imm as i32 & 0xffff);
                 if self.predicts_returns {
                     self.ret(bytes);
                 } else {
                     self.find();
-                    self.e.lea(GUEST_RSP, Mem::at(GUEST_RSP, bytes));
+                    self.move_stack(bytes);
                     go(&mut self.e);
                 }
             }
@@ -80,8 +80,10 @@ impl Translator<'_> {
     /// The target RIP to [`A`].
     fn indirect_target(&mut self, i: &Instruction, op: &Op) {
         if i.op0_kind() == OpKind::Memory {
-            let place = self.lookup(&Address::of(op), 8, Access::Read);
-            self.e.load(A, place.mem);
+            let place = self.lookup(&Address::of(op), self.slot(), Access::Read);
+            self.load_slot(A, place.mem);
+        } else if self.narrow {
+            self.e.mov32(A, home(op.dst).unwrap_or(A));
         } else {
             self.guest_register(A, op.dst);
         }
@@ -108,15 +110,16 @@ impl Translator<'_> {
     /// A RIP of the block's to a register, from where it counts from.
     pub fn rip(&mut self, to: Reg, rip: u64) {
         self.e.load(to, code_base());
-        self.e.lea(to, Mem { base: Some(to), index: None, disp: rip as i32 });
+        self.e.rm(!self.narrow, &[0x8d], to, Mem { base: Some(to), index: None, disp: rip as i32 }); // lea
     }
 
     /// Pushes a RIP of the block's, which is in the register then.
     fn push_return(&mut self, rip: u64) -> Reg {
-        let top = self.lookup(&Address::above(guest::RSP, -8), 8, Access::Write);
+        let down = -(self.slot() as i32);
+        let top = self.lookup(&Address::above(guest::RSP, down), self.slot(), Access::Write);
         self.rip(top.free, rip);
-        self.e.store(top.mem, top.free);
-        self.e.lea(GUEST_RSP, Mem { base: Some(GUEST_RSP), index: None, disp: -8 });
+        self.store_slot(top.mem, top.free);
+        self.move_stack(down);
         top.free
     }
 }

@@ -191,6 +191,11 @@ impl Emitter {
         self.rm(true, &[0x8d], to, mem);
     }
 
+    /// The address' low half.
+    pub fn lea32(&mut self, to: Reg, mem: Mem) {
+        self.rm(false, &[0x8d], to, mem);
+    }
+
     pub fn alu(&mut self, op: Alu, wide: bool, to: Reg, from: Reg) {
         self.rr(wide, &[op as u8], to, from);
     }

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use translations::{Kept, Runs, Translation};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Bus, CpuState, Exit, Gva, Slice, Stopped, Vcpu, VirtualTime};
-use umbra_cpu::core::CodeSize;
+use umbra_cpu::core::{code_bits, is_flat_mode};
 use umbra_cpu::op::CODE_BASE;
 use umbra_cpu::{EngineError, EngineOptions, Interpreter};
 use umbra_hostexec::{CodeMemory, HostExecError};
@@ -52,8 +52,8 @@ pub struct JitOptions {
     pub hot_after: u8,
     /// Bytes of host code kept.
     pub code_bytes: usize,
-    /// Translate 16- and 32-bit code, too. None of its operations has host code yet, so that interpreting it
-    /// is faster; for tests.
+    /// Translate 16-bit code, too, and 32-bit code in segments that aren't flat. None of its operations has host code, so
+    /// that interpreting it is faster; for tests.
     pub legacy: bool,
     /// Blocks translated at most, to find by bisection one that is wrong.
     pub limit: u64,
@@ -295,7 +295,7 @@ impl Engine {
             return Some(exit);
         }
         self.forget_dropped();
-        if !alone && !self.options.legacy && self.interp.core().code_size != CodeSize::Bits64 {
+        if !alone && !self.options.legacy && !is_flat_mode(self.interp.core().code_mode) {
             self.pending = None;
             self.look_up = true;
             return self.interp.run_chain(bus, until);
@@ -478,7 +478,7 @@ impl Engine {
                 self.stats.left_by_link += 1;
                 self.pending = Some((site as usize, base));
                 self.frame.relink = RELINK;
-                base.wrapping_add(self.exits[site as usize].exit.target)
+                base.wrapping_add(self.exits[site as usize].exit.target) & rip_mask(self.interp.core().code_mode)
             }
             Reason::Miss => {
                 self.stats.left_by_miss += 1;
@@ -487,4 +487,9 @@ impl Engine {
         };
         self.interp.ran_blocks(bus, ops, clock, rip)
     }
+}
+
+/// RIPs of code of this mode, as a mask.
+fn rip_mask(mode: u64) -> u64 {
+    if code_bits(mode) == 64 { u64::MAX } else { 0xffff_ffff }
 }

@@ -80,11 +80,14 @@ pub const PLACES: usize = 1 << 16;
 /// log2 of a pair's size.
 pub const PAIR_SHIFT: u8 = 5;
 
+/// This bit of a place's offset says that its translation is one of 32-bit code.
+pub const NARROW_AT: u8 = 62;
+
 /// A slot of [`Places`].
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Place {
-    /// RAM offset of the block.
+    /// RAM offset of the block, and [`NARROW_AT`].
     pub offset: u64,
     /// Host address.
     pub code: u64,
@@ -97,7 +100,7 @@ const NOWHERE: Place = Place { offset: u64::MAX, code: 0 };
 #[repr(C, align(32))]
 pub struct Pair(pub [Place; 2]);
 
-/// Translations of 64-bit code that lies in one page, by RAM offset: they hold in whatever context.
+/// Translations of flat code that lies in one page, by RAM offset, and [`NARROW_AT`]: they hold in whatever context.
 pub struct Places(Box<[Pair]>);
 
 impl Places {

@@ -29,6 +29,7 @@ mod listing;
 mod mechanisms;
 mod memory_path;
 mod mmx;
+mod narrow;
 mod native;
 mod plan;
 mod ranges;

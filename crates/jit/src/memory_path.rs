@@ -14,10 +14,10 @@ use umbra_mmu::Entry;
 /// A linear address: base register, index register and its shift count, displacement, segment.
 #[derive(Clone, Copy)]
 pub struct Address {
-    base: Option<u8>,
-    index: Option<(u8, u8)>,
-    disp: u64,
-    seg: Option<u8>,
+    pub base: Option<u8>,
+    pub index: Option<(u8, u8)>,
+    pub disp: u64,
+    pub seg: Option<u8>,
 }
 
 /// Where an access goes on the host, and which scratch register isn't part of that.
@@ -68,7 +68,7 @@ impl Address {
         Self {
             base: (op.base != NO_REG).then_some(op.base),
             index: (op.index != NO_REG).then_some((op.index, op.scale)),
-            disp: op.disp,
+            disp: if op.legacy { op.disp as i32 as u64 } else { op.disp },
             seg: has_base.then_some(op.seg),
         }
     }
@@ -183,7 +183,7 @@ impl Translator<'_> {
         }
         let missed = self.compare_range(address, access);
         let addend = ranges::addend(address.range(), access);
-        let place = match address.base.filter(|_| address.is_direct()).and_then(home) {
+        let place = match address.base.filter(|_| self.is_direct(address)).and_then(home) {
             Some(base) => {
                 self.e.load(A, addend);
                 Place { mem: Mem { base: Some(base), index: Some((A, 0)), disp: address.disp as i32 }, free: B }
@@ -212,7 +212,7 @@ impl Translator<'_> {
     fn compare_range(&mut self, address: &Address, access: Access) -> Jump {
         let name = address.range();
         self.linear(address);
-        let compared = if address.is_direct() {
+        let compared = if self.is_direct(address) {
             A
         } else {
             self.e.mov(B, A);
@@ -226,6 +226,11 @@ impl Translator<'_> {
     /// As [`find_one`](Self::find_one) where a range is no good.
     fn lookup_in_table(&mut self, address: &Address, bytes: u32, access: Access) -> Place {
         self.table_addend(address, bytes, access);
+        if self.narrow {
+            self.narrow_linear(address);
+            self.e.alu(Alu::Add, true, A, B);
+            return Place::SCRATCH;
+        }
         if address.index.is_some_and(|(n, _)| home(n).is_none()) {
             self.e.load(A, frame_field!(linear));
             self.e.alu(Alu::Add, true, A, B);
@@ -297,7 +302,7 @@ impl Translator<'_> {
             self.e.rm(false, &[0xff], 1, ranges::counter(site)); // dec
             let struck = self.e.jcc(cc::EQUAL);
             let counted = self.e.here();
-            let direct = cold.address.is_direct();
+            let direct = self.is_direct(&cold.address);
             if direct {
                 self.linear(&cold.address);
             }
@@ -319,8 +324,18 @@ impl Translator<'_> {
         self.cold = all;
     }
 
-    /// Linear address to [`A`]; clobbers [`B`] only if the index register is in memory.
+    /// Whether the host's address needs no other register than the guest's, which is the linear address as it is.
+    fn is_direct(&self, address: &Address) -> bool {
+        !self.narrow && address.is_direct()
+    }
+
+    /// Linear address to [`A`]; clobbers [`B`] only if the index register is in memory. The operation's function does it all
+    /// if the segment's limit or type has to be looked at.
     pub fn linear(&mut self, address: &Address) {
+        if self.narrow {
+            self.unchecked_segment(address);
+            return self.narrow_linear(address);
+        }
         let e = &mut self.e;
         if address.base.is_none() && address.index.is_none() {
             e.mov_imm(A, address.disp);

@@ -5,7 +5,7 @@ use crate::emitter::{Alu, Mem, cc};
 use crate::frame::{code_base, frame_field, gpr};
 use crate::memory_path::{Access, Address, Place};
 use crate::plan::{Kind, Step, has_memory, reads_flags, width};
-use crate::registers::{A, B, FLAGS, GUEST_RAX, GUEST_RSP, RDX, Reg, guest, home};
+use crate::registers::{A, B, FLAGS, GUEST_RAX, RDX, Reg, guest, home};
 use crate::translate::Translator;
 use iced_x86::{Code, Instruction, Mnemonic as M, OpKind, Register};
 use smallvec::SmallVec;
@@ -189,7 +189,13 @@ impl Translator<'_> {
 
     /// LEA's address on host registers: its base or index is loaded if it lives in memory.
     fn plain_address(&mut self, host: &mut Instruction, op: &Op) {
-        let wide = |r: Register| r.size();
+        let narrow = self.narrow;
+        let wide = |r: Register| if narrow { 8 } else { r.size() };
+        if narrow {
+            // The host's address may have any upper half.
+            host.set_memory_displacement64(i64::from(op.disp as i32) as u64);
+            host.set_memory_displ_size(if host.memory_displ_size() > 1 { 8 } else { host.memory_displ_size() });
+        }
         let (base, index) = (host.memory_base(), host.memory_index());
         if host.is_ip_rel_memory_operand() {
             self.e.load(A, code_base());
@@ -318,30 +324,33 @@ impl Translator<'_> {
     fn push(&mut self, i: &Instruction, op: &Op) {
         if has_memory(i) {
             // The stack's place needs both scratch registers.
-            let place = self.lookup(&Address::of(op), 8, Access::Read);
-            self.e.load(A, place.mem);
+            let place = self.lookup(&Address::of(op), self.slot(), Access::Read);
+            self.load_slot(A, place.mem);
             self.e.store(frame_field!(scratch), A);
         }
-        let top = self.lookup(&Address::above(guest::RSP, -8), 8, Access::Write);
+        let down = -(self.slot() as i32);
+        let top = self.lookup(&Address::above(guest::RSP, down), self.slot(), Access::Write);
         if i.op0_kind() == OpKind::Register {
             let value = home(op.dst).unwrap_or_else(|| {
                 self.e.load(top.free, gpr(op.dst));
                 top.free
             });
-            self.e.store(top.mem, value);
+            self.store_slot(top.mem, value);
         } else if has_memory(i) {
             self.e.load(top.free, frame_field!(scratch));
-            self.e.store(top.mem, top.free);
+            self.store_slot(top.mem, top.free);
+        } else if self.narrow {
+            self.e.store_imm32(top.mem, op.imm as u32);
         } else {
             self.e.store_imm(top.mem, op.imm as i32);
         }
-        self.e.lea(GUEST_RSP, Mem { base: Some(GUEST_RSP), index: None, disp: -8 });
+        self.move_stack(down);
     }
 
     fn pop(&mut self, op: &Op) {
-        let top = self.lookup(&Address::above(guest::RSP, 0), 8, Access::Read);
-        self.e.load(A, top.mem);
-        self.e.lea(GUEST_RSP, Mem::at(GUEST_RSP, 8));
+        let top = self.lookup(&Address::above(guest::RSP, 0), self.slot(), Access::Read);
+        self.load_slot(A, top.mem);
+        self.move_stack(self.slot() as i32);
         match home(op.dst) {
             Some(r) => self.e.mov(r, A),
             None => self.e.store(gpr(op.dst), A),
@@ -349,10 +358,10 @@ impl Translator<'_> {
     }
 
     fn leave(&mut self) {
-        let saved = self.lookup(&Address::above(guest::RBP, 0), 8, Access::Read);
-        self.e.load(A, saved.mem);
+        let saved = self.lookup(&Address::above(guest::RBP, 0), self.slot(), Access::Read);
+        self.load_slot(A, saved.mem);
         // Guest RBP lives in the register of that name.
-        self.e.lea(GUEST_RSP, Mem::at(guest::RBP, 8));
+        self.set_stack_from(guest::RBP, self.slot() as i32);
         self.e.mov(guest::RBP, A);
     }
 }
@@ -450,6 +459,10 @@ fn general_form(code: Code) -> Code {
         Mov_RAX_moffs64 => Mov_r64_rm64,
         Mov_moffs8_AL => Mov_rm8_r8, Mov_moffs16_AX => Mov_rm16_r16, Mov_moffs32_EAX => Mov_rm32_r32,
         Mov_moffs64_RAX => Mov_rm64_r64,
+        Add_rm8_imm8_82 => Add_rm8_imm8, Or_rm8_imm8_82 => Or_rm8_imm8, Adc_rm8_imm8_82 => Adc_rm8_imm8,
+        Sbb_rm8_imm8_82 => Sbb_rm8_imm8, And_rm8_imm8_82 => And_rm8_imm8, Sub_rm8_imm8_82 => Sub_rm8_imm8,
+        Xor_rm8_imm8_82 => Xor_rm8_imm8, Cmp_rm8_imm8_82 => Cmp_rm8_imm8,
+        Inc_r16 => Inc_rm16, Inc_r32 => Inc_rm32, Dec_r16 => Dec_rm16, Dec_r32 => Dec_rm32,
         Xchg_r16_AX => Xchg_rm16_r16, Xchg_r32_EAX => Xchg_rm32_r32, Xchg_r64_RAX => Xchg_rm64_r64,
     }
 }

@@ -10,9 +10,10 @@ use crate::system::System;
 use crate::turns::Turn;
 use crate::{vector, x87};
 use iced_x86::{
-    ConditionCode, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M, OpAccess, OpKind,
+    Code, ConditionCode, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M, OpAccess, OpKind,
     Register, UsedRegister,
 };
+use umbra_arch::segment::Seg;
 use umbra_cpu::decode::register_index;
 use umbra_cpu::op::Op;
 
@@ -230,7 +231,7 @@ fn any_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
     if op.row == u16::MAX {
         return Kind::Helper;
     }
-    if is_plain(i) && operands_fit(i, op) { data(i, live) } else { other_kind(i, op, live) }
+    if is_plain(i) && operands_fit(i, op) { data(i, live, slot(op)) } else { other_kind(i, op, live) }
 }
 
 /// What there is most of, and nothing else with general registers and memory.
@@ -241,7 +242,9 @@ fn is_plain(i: &Instruction) -> bool {
 }
 
 fn other_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
-    if vector::fits(i) && (!has_memory(i) || address_fits(i, op)) {
+    // 32-bit code has eight vector registers: the others stay as they are.
+    let all = op.legacy && matches!(i.mnemonic(), M::Vzeroupper | M::Vzeroall);
+    if vector::fits(i) && !all && (!has_memory(i) || address_fits(i, op)) {
         return Kind::Vector;
     }
     if x87::fits(i) && (!has_memory(i) || address_fits(i, op)) {
@@ -250,7 +253,8 @@ fn other_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
     if let Some(repeated) = Repeated::of(i, op) {
         return Kind::Repeated(repeated);
     }
-    if let Some(system) = System::of(i).filter(|_| !has_memory(i) || address_fits(i, op)) {
+    let fits = |system: &System| (!has_memory(i) || address_fits(i, op)) && (!op.legacy || system.is_narrow());
+    if let Some(system) = System::of(i).filter(fits) {
         return Kind::System(system);
     }
     if is_nop(i) {
@@ -262,10 +266,15 @@ fn other_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
     if let Some(bits) = Bits::of(i) {
         return Kind::Bits(bits);
     }
-    data(i, live)
+    data(i, live, slot(op))
 }
 
-fn data(i: &Instruction, live: bool) -> Kind {
+fn slot(op: &Op) -> u32 {
+    if op.legacy { 4 } else { 8 }
+}
+
+/// `slot` is the width of what CALL pushes.
+fn data(i: &Instruction, live: bool, slot: u32) -> Kind {
     match i.mnemonic() {
         M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Not => Kind::Move,
         M::Bswap | M::Lea if width(i) >= 4 => Kind::Move,
@@ -289,10 +298,10 @@ fn data(i: &Instruction, live: bool) -> Kind {
         M::Xadd => Kind::Arithmetic,
         M::Cmpxchg if has_memory(i) && width(i) >= 4 => Kind::CompareExchange,
         M::Cmpxchg16b => Kind::CompareExchange16,
-        M::Push if pushes_64(i) => Kind::Push,
-        M::Pop if i.op0_kind() == OpKind::Register && i.op0_register().size() == 8 => Kind::Pop,
-        M::Leave if i.code() == iced_x86::Code::Leaveq => Kind::Leave,
-        _ => branch(i),
+        M::Push if pushes(i, slot) => Kind::Push,
+        M::Pop if i.op0_kind() == OpKind::Register && i.op0_register().is_gpr() && width(i) == slot => Kind::Pop,
+        M::Leave if matches!((i.code(), slot), (Code::Leaveq, 8) | (Code::Leaved, 4)) => Kind::Leave,
+        _ => branch(i, slot),
     }
 }
 
@@ -304,15 +313,17 @@ fn is_nop(i: &Instruction) -> bool {
     nop || prefetch || matches!(i.mnemonic(), M::Lfence | M::Mfence | M::Sfence)
 }
 
-fn branch(i: &Instruction) -> Kind {
-    let near = i.op_count() == 1 && i.op0_kind() == OpKind::NearBranch64;
+fn branch(i: &Instruction, slot: u32) -> Kind {
+    let kind = if slot == 8 { OpKind::NearBranch64 } else { OpKind::NearBranch32 };
+    let near = i.op_count() == 1 && i.op0_kind() == kind;
     let indirect = i.is_jmp_near_indirect() || i.is_call_near_indirect();
     match i.mnemonic() {
         M::Jmp if near => Kind::Jmp,
         M::Call if near => Kind::Call,
-        M::Jmp if indirect && width(i) == 8 => Kind::JmpIndirect,
-        M::Call if indirect && width(i) == 8 => Kind::CallIndirect,
-        M::Ret if matches!(i.code(), iced_x86::Code::Retnq | iced_x86::Code::Retnq_imm16) => Kind::Ret,
+        M::Jmp if indirect && width(i) == slot => Kind::JmpIndirect,
+        M::Call if indirect && width(i) == slot => Kind::CallIndirect,
+        M::Ret if slot == 8 && matches!(i.code(), Code::Retnq | Code::Retnq_imm16) => Kind::Ret,
+        M::Ret if slot == 4 && matches!(i.code(), Code::Retnd | Code::Retnd_imm16) => Kind::Ret,
         _ if i.is_jcc_short_or_near() && near => Kind::Jcc,
         _ if is_setcc_or_cmovcc(i) => Kind::Move,
         _ => Kind::Helper,
@@ -329,12 +340,12 @@ pub fn width(i: &Instruction) -> u32 {
     if i.op0_kind() == OpKind::Register { i.op0_register().size() as u32 } else { i.memory_size().size() as u32 }
 }
 
-fn pushes_64(i: &Instruction) -> bool {
+fn pushes(i: &Instruction, slot: u32) -> bool {
     let operand = match i.op0_kind() {
         OpKind::Register => i.op0_register().is_gpr(),
         _ => true,
     };
-    operand && i.stack_pointer_increment() == -8
+    operand && i.stack_pointer_increment() == -(slot as i32)
 }
 
 /// Shifts by CL may leave flags alone, and those beyond the width have other rules.
@@ -371,6 +382,10 @@ fn address_fits(i: &Instruction, op: &Op) -> bool {
     let absolute = op.base == umbra_cpu::op::NO_REG && op.index == umbra_cpu::op::NO_REG;
     let index = i.memory_index();
     let plain = index == Register::None || index.is_gpr();
+    if op.legacy {
+        // Through CS it may be refused.
+        return op.ea_mask == 0xffff_ffff && plain && op.seg != Seg::Cs as u8;
+    }
     op.ea_mask == u64::MAX && plain && (absolute || i32::try_from(op.disp as i64).is_ok())
 }
 

@@ -9,7 +9,7 @@
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::{code_base, frame_field};
 use crate::jumps::Slot;
-use crate::registers::{A, B, GUEST_RSP, RSP, Reg};
+use crate::registers::{A, B, RSP, Reg};
 use crate::stubs::{compare_slot, go, pop, push, take_base};
 use crate::translate::Translator;
 use std::mem::offset_of;
@@ -23,7 +23,7 @@ const PAIR: i32 = 16;
 pub struct Elsewhere {
     jump: Jump,
     /// What the operation takes from the stack.
-    bytes: usize,
+    bytes: i32,
     /// Its slow path.
     slow: usize,
 }
@@ -90,11 +90,11 @@ impl Translator<'_> {
     }
 
     /// RET to the RIP in [`A`], taking so many `bytes` from the stack.
-    pub fn ret(&mut self, bytes: usize) {
+    pub fn ret(&mut self, bytes: i32) {
         self.e.alu_mem(Alu::Cmp, true, A, Mem::at(RSP, 8));
         let jump = self.e.jcc(cc::NOT_EQUAL);
         self.elsewhere.push(Elsewhere { jump, bytes, slow: self.slow_number() });
-        self.e.lea(GUEST_RSP, Mem::at(GUEST_RSP, bytes));
+        self.move_stack(bytes);
         self.e.raw(&[0xc3]);
     }
 
@@ -110,7 +110,7 @@ impl Translator<'_> {
             empty(&mut self.e);
             let unknown = compare_slot(&mut self.e, self.half);
             let found = self.e.here();
-            self.e.lea(GUEST_RSP, Mem::at(GUEST_RSP, bytes));
+            self.move_stack(bytes);
             go(&mut self.e);
             self.e.bind(unknown);
             self.e.call(self.stubs.find);

@@ -88,6 +88,11 @@ fn state(mode: SampleMode) -> CpuState {
     s.cr4 = Cr4::new(cr4);
     s.efer = Efer::new(efer);
     s.xcr0 = 7;
+    if mode == SampleMode::Bits32 {
+        for seg in [Seg::Ds, Seg::Es, Seg::Ss] {
+            s.seg[seg as usize] = Segment::flat_data(0x10, 0);
+        }
+    }
     s.seg[Seg::Cs as usize] = Segment { selector: 8, base: 0, limit: u32::MAX, attr: Attr(attr) };
     s.rip = CODE;
     s

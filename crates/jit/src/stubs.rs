@@ -36,13 +36,15 @@ pub struct Stubs {
     pub lookup: usize,
     /// As `lookup` for an exit, its number in [`B`], whose guard fails: now and then leaves so that it is linked anew.
     pub other: usize,
+    /// Likewise where RIPs have 32 bits.
+    pub other_narrow: usize,
     /// Called with a RIP in [`A`], which stays there, that isn't in the jump table's slot at [`B`]: if its translation is
     /// found, in the pair's other slot or by where its code is, ZF set and its slot at [`B`].
     pub find: usize,
     /// Called by what remains of a dropped translation, `LOOKUP_BYTES` of it: as `lookup`, but by where the
     /// code is alone.
     pub elsewhere: usize,
-    /// As `elsewhere` for code that isn't 64-bit.
+    /// As `elsewhere` for code whose RIPs don't count from its page.
     pub elsewhere_legacy: usize,
     /// As `lookup` for the RIP in the core.
     pub dispatch: usize,
@@ -128,7 +130,7 @@ pub fn emit(e: &mut Emitter, functions: &Functions) -> Stubs {
     e.load(A, next_rip());
     let to_absolute = e.jmp();
     let (find, by_place) = find(e);
-    let (lookup, absolute) = lookup(e, find, miss, to_absolute);
+    let ([lookup, lookup_narrow], absolute) = lookup(e, find, miss, to_absolute);
     let (elsewhere, elsewhere_legacy) = elsewhere(e, by_place, miss);
     let [helper, rest, tail] = [functions.helper, functions.rest, functions.tail]
         .map(|function| call_helper(e, function, leave_spilled, dispatch));
@@ -152,6 +154,7 @@ pub fn emit(e: &mut Emitter, functions: &Functions) -> Stubs {
         link,
         lookup,
         other: other(e, lookup, link),
+        other_narrow: other(e, lookup_narrow, link),
         find,
         elsewhere,
         elsewhere_legacy,

@@ -1,10 +1,10 @@
 //! Operations of system code: the interrupt flag, selectors.
 
-use crate::emitter::{Alu, Mem, cc};
+use crate::emitter::{Alu, cc};
 use crate::engine::ROOM;
 use crate::frame::{self, frame_field, gpr, selected};
 use crate::memory_path::{Access, Address};
-use crate::registers::{A, B, GUEST_RAX, GUEST_RSP, RCX, RDX, guest, home};
+use crate::registers::{A, B, GUEST_RAX, RCX, RDX, guest, home};
 use crate::system_calls::{jump_if_any, set_status, unless_byte, whole_flags};
 use crate::translate::Translator;
 use crate::views::{AC_STEP, WP_STEP, offset_of_view};
@@ -26,9 +26,9 @@ pub enum System {
     Pause,
     /// RDTSC or RDTSCP.
     TimeStamp { aux: bool },
-    /// PUSHFQ.
+    /// PUSHFQ, PUSHFD in 32-bit code.
     PushFlags,
-    /// POPFQ.
+    /// POPFQ, POPFD in 32-bit code.
     PopFlags,
     /// MOV from a segment register to a general one of at least 32 bits.
     Selector,
@@ -75,8 +75,8 @@ impl System {
             M::Pause if i.len() == 2 => Some(Self::Pause),
             M::Rdtsc => Some(Self::TimeStamp { aux: false }),
             M::Rdtscp => Some(Self::TimeStamp { aux: true }),
-            M::Pushfq => Some(Self::PushFlags),
-            M::Popfq => Some(Self::PopFlags),
+            M::Pushfq | M::Pushfd => Some(Self::PushFlags),
+            M::Popfq | M::Popfd => Some(Self::PopFlags),
             M::Swapgs => Some(Self::SwapGs),
             M::Rdfsbase => Some(Self::ReadBase(Seg::Fs)),
             M::Rdgsbase => Some(Self::ReadBase(Seg::Gs)),
@@ -110,6 +110,14 @@ impl System {
     /// Whether it goes on somewhere else.
     pub fn is_branch(self) -> bool {
         matches!(self, Self::Syscall | Self::Sysret | Self::Interrupt(_) | Self::InterruptReturn)
+    }
+
+    /// Whether 32-bit code can do it.
+    pub fn is_narrow(self) -> bool {
+        let plain =
+            matches!(self, Self::Cli | Self::Sti | Self::Direction { .. } | Self::Pause | Self::TimeStamp { .. });
+        let flags = matches!(self, Self::PushFlags | Self::PopFlags);
+        plain || flags || matches!(self, Self::Selector | Self::ReadPkru | Self::ReadControl(_))
     }
 
     /// Whether it changes what memory may be accessed.
@@ -239,7 +247,7 @@ impl Translator<'_> {
         self.only_in_ring_0();
         let general = register_index(i.op0_register());
         let to = home(general).unwrap_or(A);
-        self.e.load(to, frame::control(number));
+        self.load_slot(to, frame::control(number));
         if home(general).is_none() {
             self.e.store(gpr(general), A);
         }
@@ -348,10 +356,11 @@ impl Translator<'_> {
         self.host_flags = false;
         whole_flags(&mut self.e, A, B);
         self.e.store(frame_field!(scratch), A);
-        let top = self.lookup(&Address::above(guest::RSP, -8), 8, Access::Write);
+        let down = -(self.slot() as i32);
+        let top = self.lookup(&Address::above(guest::RSP, down), self.slot(), Access::Write);
         self.e.load(top.free, frame_field!(scratch));
-        self.e.store(top.mem, top.free);
-        self.e.lea(GUEST_RSP, Mem { base: Some(GUEST_RSP), index: None, disp: -8 });
+        self.store_slot(top.mem, top.free);
+        self.move_stack(down);
     }
 
     /// POPFQ with CPL 0 that leaves TF clear and AC as it is.
@@ -359,8 +368,8 @@ impl Translator<'_> {
         const LOADED: u64 =
             rflags::STATUS | rflags::TF | rflags::IF | rflags::DF | rflags::IOPL | rflags::NT | rflags::ID;
         self.only_in_ring_0();
-        let top = self.lookup(&Address::above(guest::RSP, 0), 8, Access::Read);
-        self.e.load(A, top.mem);
+        let top = self.lookup(&Address::above(guest::RSP, 0), self.slot(), Access::Read);
+        self.load_slot(A, top.mem);
         let traps = jump_if_any(&mut self.e, A, rflags::TF);
         self.slow(traps);
         self.e.mov(B, A);
@@ -380,7 +389,7 @@ impl Translator<'_> {
         self.e.alu(Alu::Or, true, A, B);
         self.e.store(frame::rflags(), A);
         set_status(&mut self.e);
-        self.e.lea(GUEST_RSP, Mem::at(GUEST_RSP, 8));
+        self.move_stack(self.slot() as i32);
     }
 
     fn selector(&mut self, i: &Instruction) {

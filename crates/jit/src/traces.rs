@@ -53,7 +53,7 @@ struct Branch {
 }
 
 fn branch(block: &Block, mem: &GuestMemory) -> Option<Branch> {
-    let op = block.ops.last().filter(|_| !block.is_legacy() && !block.crosses())?;
+    let op = block.ops.last().filter(|_| block.is_relative() && !block.crosses())?;
     let mut bytes = [0; 2];
     let len = usize::from(op.len).min(bytes.len());
     mem.load_bytes(RamOffset::new(block.offset() + u64::from(op.start)), &mut bytes[..len]);
@@ -112,7 +112,7 @@ fn charge(parts: &mut [Part<'_>]) {
 
 /// Plans which accesses are checked together: through all parts unless the last one is come to from itself, too.
 fn plan_groups(parts: &mut [Part<'_>], loops: bool, off: Mechanisms, info: &mut InstructionInfoFactory) {
-    if off.has(Mechanism::Groups) {
+    if off.has(Mechanism::Groups) || parts[0].block().is_narrow() {
         return;
     }
     let mut next = 0;

@@ -67,6 +67,8 @@ pub struct Code {
 pub struct Translator<'a> {
     pub e: Emitter,
     pub block: &'a Block,
+    /// It is 32-bit code: addresses, RIPs and the stack pointer have 32 bits.
+    pub narrow: bool,
     /// The host's status flags are the guest's.
     pub host_flags: bool,
     pub vectors: vector::Place,
@@ -296,14 +298,13 @@ fn emit(
     Ok(code)
 }
 
-/// Appends the block's instructions, and says how many: none where operations aren't those of 64-bit mode or the bytes don't
-/// say the same.
+/// Appends the block's instructions, and says how many: none where segments aren't flat or the bytes don't say the same.
 fn decode(block: &Block, bytes: &[u8], instructions: &mut Vec<Instruction>) -> usize {
-    if block.is_legacy() {
+    if !block.is_relative() {
         return 0;
     }
     let first = instructions.len();
-    let mut decoder = Decoder::with_ip(64, bytes, block.rip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(block.bits(), bytes, block.rip, DecoderOptions::NONE);
     for op in &block.ops {
         let i = decoder.decode();
         if i.is_invalid() || i.len() != usize::from(op.len) {
@@ -331,6 +332,7 @@ impl<'a> Translator<'a> {
         Self {
             e,
             block,
+            narrow: block.is_narrow(),
             host_flags: false,
             vectors: vector::Place::default(),
             x87: x87::Place::default(),
@@ -365,7 +367,7 @@ impl<'a> Translator<'a> {
     fn run(&mut self, part: &Part<'_>, starts: &mut Vec<(usize, Option<Kind>)>) -> Result<(), Unencodable> {
         let (instructions, steps) = (part.instructions, &*part.steps);
         self.head = self.e.here();
-        if self.block.is_legacy() {
+        if !self.block.is_relative() {
             // Its RIPs aren't those of a page, which the jump table's count from.
             self.e.store_imm(code_base(), 0);
         }

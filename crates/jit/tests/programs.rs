@@ -7,6 +7,8 @@ mod events;
 mod gates;
 #[path = "programs/groups.rs"]
 mod groups;
+#[path = "programs/narrow.rs"]
+mod narrow;
 #[path = "programs/places.rs"]
 mod places;
 #[path = "programs/returns.rs"]
@@ -535,8 +537,13 @@ fn run(engine: &mut dyn Vcpu, mem: &GuestMemory, start: &CpuState, stops: &[u64]
             }
         }
     }
-    let mut memory = vec![0; 0x4_2000];
-    mem.read(Gpa::new(DATA), &mut memory);
+    let read = |(at, bytes)| {
+        let mut part = vec![0; bytes];
+        mem.read(Gpa::new(at), &mut part);
+        part
+    };
+    let memory =
+        [(DATA, 0x4_2000), (0, 0x400), (narrow::HIGH, 0x400), (narrow::HIGH_END - 0x400, 0x400)].map(read).concat();
     Seen { state: engine.state(), retired: engine.retired(), now: now.0, memory }
 }
 

@@ -35,7 +35,7 @@ impl Generator {
     /// Names of all generators, with what they make.
     pub const NAMES: [(&str, &str); 5] = [
         ("rows", "one ring-3 instruction of any row, with edge values, in 16-, 32- and 64-bit code"),
-        ("programs", "loops of random 64-bit ring-3 instructions, for engines that do several at once"),
+        ("programs", "loops of random 32- and 64-bit ring-3 instructions, for engines that do several at once"),
         ("control", "ring-0 sequences of control-register and EFER writes, page-table edits and accesses"),
         (
             "control-plain",

@@ -54,7 +54,7 @@ impl Core {
     /// RIP of a near branch's target.
     #[inline(always)]
     fn branch_target(&self, op: &Op) -> u64 {
-        self.gpr[CODE_BASE as usize].wrapping_add(op.imm)
+        self.gpr[CODE_BASE as usize].wrapping_add(op.imm) & op.disp
     }
 
     /// Goes to a near branch's target.

@@ -1,10 +1,11 @@
 //! Jumps from a translation straight to another.
 
-use super::Engine;
 use super::translations::Translation;
+use super::{Engine, rip_mask};
 use crate::contexts::Half;
 use crate::emitter::displacement;
 use crate::translate::{Exit, other_code};
+use umbra_cpu::core::code_bits;
 
 /// A direct exit, and the translation it belongs to.
 pub(super) struct KnownExit {
@@ -20,13 +21,15 @@ impl Engine {
         let Some(known) = self.exits.get(number) else { return };
         let (exit, from) = (known.exit, known.entry);
         let source = self.translations.get(known.number as usize).and_then(Option::as_ref);
-        let Some(source) = source.filter(|_| base.wrapping_add(exit.target) == rip) else { return };
+        let Some(source) = source.filter(|it| base.wrapping_add(exit.target) & rip_mask(it.mode) == rip) else {
+            return;
+        };
         let half = Half::of(source.seen_at);
         if source.entry != from || half != Half::of(base) || half != Half::of(rip) {
             return;
         }
         let same_page = source.offset >> 12 == to.offset >> 12 && source.mode == to.mode && !to.crosses;
-        let other = other_code(exit.unlinked, number as u32, exit.target, &self.stubs);
+        let other = other_code(exit.unlinked, number as u32, exit.target, code_bits(source.mode), &self.stubs);
         match exit.guard {
             Some(guard) => {
                 self.patch(guard.context, &context.to_le_bytes());

@@ -3,13 +3,13 @@
 use super::links::KnownExit;
 use super::{Engine, LARGEST};
 use crate::contexts::Half;
-use crate::jumps::Place;
+use crate::jumps::{NARROW_AT, Place};
 use crate::listing::{self, Translated};
 use crate::mechanisms::Mechanism;
 use crate::traces::{Each, trace};
 use crate::translate::{Code, Offsets, Settings, Source, Tools, dropped_code, jump, translate};
 use smallvec::smallvec;
-use umbra_cpu::block::Block;
+use umbra_cpu::block::{Block, is_relative};
 use umbra_cpu::core::code_bits;
 use umbra_memory::RamOffset;
 
@@ -50,7 +50,16 @@ pub(super) struct Kept {
 impl Translation {
     /// Whether it can be found by where its code is.
     pub(super) fn is_placed(&self) -> bool {
-        !self.crosses && code_bits(self.mode) == 64
+        !self.crosses && self.is_relative()
+    }
+
+    fn is_relative(&self) -> bool {
+        is_relative(self.mode, self.rip)
+    }
+
+    /// What it is found by there.
+    fn place(&self) -> u64 {
+        self.offset | u64::from(code_bits(self.mode) != 64) << NARROW_AT
     }
 }
 
@@ -80,13 +89,13 @@ impl Engine {
         let Some(runs) = self.runs.get_mut(number as usize) else { return false };
         runs.count = if again { self.options.threshold } else { 0 };
         let Some(old) = self.translations[number as usize].take() else { return false };
-        let code = dropped_code(old.entry, old.rip, code_bits(old.mode), &self.stubs);
+        let code = dropped_code(old.entry, old.rip, old.is_relative(), &self.stubs);
         self.patch(old.entry, &code);
         if again {
             self.moved.entry(number).or_default().push((old.entry, Half::of(old.seen_at)));
         }
         self.fetches.forget(old.offset);
-        self.places.forget(old.offset, self.code.address() + old.entry as u64);
+        self.places.forget(old.place(), self.code.address() + old.entry as u64);
         true
     }
 
@@ -122,7 +131,7 @@ impl Engine {
         if block.cost as usize != block.ops.len() {
             return None;
         }
-        if !self.options.legacy && block.is_legacy() {
+        if !self.options.legacy && !block.is_relative() {
             return None;
         }
         let (at, rip) = (self.next(), self.interp.core().next_rip);
@@ -154,7 +163,7 @@ impl Engine {
         };
         if translation.is_placed() && !self.options.off.has(Mechanism::Jumps) {
             let code = self.code.address() + entry as u64;
-            self.places.enter(Place { offset: block.offset(), code });
+            self.places.enter(Place { offset: translation.place(), code });
         }
         for (old, half) in self.moved.remove(&number).unwrap_or_default() {
             if half == Half::of(rip) {

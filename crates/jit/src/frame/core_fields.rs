@@ -33,6 +33,11 @@ pub fn seg_base(seg: u8) -> Mem {
     Mem::at(ENGINE, CORE + offset_of!(Core, seg_base) + 8 * usize::from(seg))
 }
 
+/// The segments whose accesses may be refused, by bits, a byte.
+pub fn seg_checked() -> Mem {
+    Mem::at(ENGINE, CORE + offset_of!(Core, seg_checked))
+}
+
 /// A field of the guest's state.
 fn state(offset: usize) -> Mem {
     Mem::at(ENGINE, CORE + offset_of!(Core, s) + offset)

@@ -5,15 +5,17 @@ use super::pop;
 use crate::contexts::Half;
 use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::{code_base, code_mode, context, frame_field, jumps, next_rip, selected};
-use crate::jumps::{FETCHES, FOLD, Fetch, OTHER, PAIR_SHIFT, PLACES, Place, SLOT_MASK, SPREAD, Slot};
+use crate::jumps::{FETCHES, FOLD, Fetch, NARROW_AT, OTHER, PAIR_SHIFT, PLACES, Place, SLOT_MASK, SPREAD, Slot};
 use crate::memory_path::{in_slot, to_slot};
 use crate::registers::{A, B};
 use std::mem::offset_of;
-use umbra_cpu::core::CODE_SIZE_AT;
+use umbra_cpu::core::{CODE_SIZE_AT, FLAT};
 use umbra_mmu::Entry;
 
 /// The upper half of a code mode of 64-bit code.
 const MODE_64: u32 = 64 << (CODE_SIZE_AT - 32);
+/// Likewise of 32-bit code in flat segments.
+const MODE_NARROW: u32 = 32 << (CODE_SIZE_AT - 32) | (FLAT >> 32) as u32;
 
 /// The jump table's slot of the RIP in [`A`]: its address to [`B`].
 fn slot(e: &mut Emitter, half: Half) {
@@ -33,10 +35,9 @@ pub(super) fn find(e: &mut Emitter) -> (usize, usize) {
     e.bind(other);
     let by_place = e.here();
     e.store(next_rip(), A);
-    // Places are those of 64-bit code.
     let upper_mode = Mem { disp: code_mode().disp + 4, ..code_mode() };
     e.cmp_mem_imm(upper_mode, MODE_64);
-    let legacy = e.jcc(cc::NOT_EQUAL);
+    let not_64 = e.jcc(cc::NOT_EQUAL);
     e.mov(B, A);
     e.shr(true, B, 32);
     let edges = frame_field!(edges);
@@ -44,11 +45,16 @@ pub(super) fn find(e: &mut Emitter) -> (usize, usize) {
         e.alu_mem(Alu::Cmp, false, B, edge);
         e.jcc(cc::EQUAL)
     });
-    let mut unknown = vec![legacy];
+    let mut unknown = Vec::new();
     by_half(e, |e, half| {
-        unknown.extend(find_in(e, half));
+        unknown.extend(find_in(e, half, false));
         e.raw(&[0xc3]);
     });
+    e.bind(not_64);
+    e.cmp_mem_imm(upper_mode, MODE_NARROW);
+    unknown.push(e.jcc(cc::NOT_EQUAL));
+    unknown.extend(find_in(e, Half::Lower, true));
+    e.raw(&[0xc3]);
     at_edge.into_iter().for_each(|jump| e.bind(jump));
     e.alu(Alu::Or, false, B, B);
     unknown.into_iter().for_each(|jump| e.bind(jump));
@@ -58,11 +64,15 @@ pub(super) fn find(e: &mut Emitter) -> (usize, usize) {
 
 /// The RIP in [`A`], which is that in the core, by its place: ZF set and the jump table's slot at [`B`]; or one of the
 /// jumps is taken, with ZF clear.
-fn find_in(e: &mut Emitter, half: Half) -> Vec<Jump> {
+fn find_in(e: &mut Emitter, half: Half, narrow: bool) -> Vec<Jump> {
     let unmapped = match half {
         Half::Lower => find_page(e),
         Half::Upper => find_upper_page(e),
     };
+    if narrow {
+        e.rr(true, &[0x0f, 0xba], 5, A); // bts
+        e.raw(&[NARROW_AT]);
+    }
     // The translation of what is there.
     e.mov(B, A);
     e.shr(true, B, FOLD);
@@ -167,11 +177,16 @@ fn search(e: &mut Emitter, unknown: Jump, find: usize, miss: usize) {
     e.point(nothing, miss);
 }
 
-/// See [`Stubs::lookup`](super::Stubs::lookup); `absolute` comes with the RIP itself, to the second place.
-pub(super) fn lookup(e: &mut Emitter, find: usize, miss: usize, absolute: Jump) -> (usize, usize) {
+/// See [`Stubs::lookup`](super::Stubs::lookup), for RIPs of 64 and of 32 bits; `absolute` comes with the RIP itself, to the
+/// last place.
+pub(super) fn lookup(e: &mut Emitter, find: usize, miss: usize, absolute: Jump) -> ([usize; 2], usize) {
+    let narrow = e.here();
+    e.alu_mem(Alu::Add, false, A, code_base());
+    let added = e.jmp();
     let here = e.here();
     e.alu_mem(Alu::Add, true, A, code_base());
     let at_absolute = e.here();
+    e.bind(added);
     e.bind(absolute);
     by_half(e, |e, half| {
         let unknown = compare_slot(e, half);
@@ -179,7 +194,7 @@ pub(super) fn lookup(e: &mut Emitter, find: usize, miss: usize, absolute: Jump) 
         search(e, unknown, find, miss);
         go(e);
     });
-    (here, at_absolute)
+    ([here, narrow], at_absolute)
 }
 
 /// See [`Stubs::other`](super::Stubs::other).

@@ -33,20 +33,20 @@ pub struct Guard {
     pub base: usize,
 }
 
-/// Code of an exit, by its number, to `rip` where its guard fails.
-pub fn other_code(at: usize, number: u32, rip: u64, stubs: &Stubs) -> Vec<u8> {
+/// Code of an exit, by its number, to `rip` where its guard fails; RIPs there have so many `bits`.
+pub fn other_code(at: usize, number: u32, rip: u64, bits: u32, stubs: &Stubs) -> Vec<u8> {
     let mut e = Emitter::new(at);
     e.mov_imm64(A, rip);
     e.mov_imm32(B, number);
-    e.jmp_to(stubs.other);
+    e.jmp_to(if bits == 64 { stubs.other } else { stubs.other_narrow });
     e.bytes
 }
 
-/// What a dropped translation of `rip` becomes, code of that many bits: always [`LOOKUP_BYTES`].
-pub fn dropped_code(at: usize, rip: u64, bits: u32, stubs: &Stubs) -> Vec<u8> {
+/// What a dropped translation of `rip` becomes, which may count from its page: always [`LOOKUP_BYTES`].
+pub fn dropped_code(at: usize, rip: u64, is_relative: bool, stubs: &Stubs) -> Vec<u8> {
     let mut e = Emitter::new(at);
     e.mov_imm64(A, rip);
-    e.call(if bits == 64 { stubs.elsewhere } else { stubs.elsewhere_legacy });
+    e.call(if is_relative { stubs.elsewhere } else { stubs.elsewhere_legacy });
     e.bytes
 }
 
@@ -95,8 +95,8 @@ impl Translator<'_> {
             let base = self.e.here() - 8;
             self.e.alu_mem(Alu::Cmp, true, A, code_base());
             others = Some([other_context, self.e.jcc(cc::NOT_EQUAL)]);
-            if !self.block.is_legacy() {
-                self.e.lea(A, Mem { base: Some(A), index: None, disp: page });
+            if self.block.is_relative() {
+                self.e.rm(!self.narrow, &[0x8d], A, Mem { base: Some(A), index: None, disp: page }); // lea
                 self.e.store(code_base(), A);
             }
             Guard { context: number, base }

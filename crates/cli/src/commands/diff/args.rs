@@ -17,7 +17,7 @@ Engines:
 
 Generators:
   rows              one ring-3 instruction of any row, with edge values, in 16-, 32- and 64-bit code
-  programs          loops of random 64-bit ring-3 instructions, for engines that do several at once
+  programs          loops of random 32- and 64-bit ring-3 instructions, for engines that do several at once
   control           ring-0 sequences of control-register and EFER writes, page-table edits and accesses
   control-plain     the same in 64-bit mode, without SMEP, SMAP and protection keys: what poor backends have too
   shapes            one access through page tables of any shape, under any rights
