@@ -139,11 +139,15 @@ impl Core {
             AccessKind::Write => c.mmu.lookup_write(gva, bytes),
             _ => c.mmu.lookup_read(gva, bytes),
         };
+        // Linear addresses wrap there, which the table doesn't know.
+        if op.legacy && lin >> 32 != 0 {
+            return None;
+        }
         if let Some(off) = lookup(self) {
             return Some(off);
         }
         let fits = bytes <= PAGE_SIZE - (lin & (PAGE_SIZE - 1));
-        let addressable = if op.legacy { lin >> 32 == 0 } else { self.is_canonical(lin) };
+        let addressable = op.legacy || self.is_canonical(lin);
         if !fits || !addressable || self.watch.guarded {
             return None;
         }

@@ -4,7 +4,7 @@
 
 use crate::memory_path::Access;
 use crate::native::writes_first;
-use crate::plan::{Kind, Step, has_memory, width, written_registers};
+use crate::plan::{Kind, Step, has_memory, slot, width, written_registers};
 use crate::ranges::MARGIN;
 use crate::registers::guest;
 use crate::traces::Each;
@@ -234,12 +234,12 @@ impl Planner {
         match kind {
             Kind::Helper | Kind::Repeated(_) => (0..BASES).for_each(|base| self.close(base)),
             Kind::System(system) if system.changes_view() => (0..BASES).for_each(|base| self.close(base)),
-            Kind::Push => self.moved[RSP] = self.moved[RSP].saturating_sub(8),
+            Kind::Push => self.moved[RSP] = self.moved[RSP].saturating_sub(slot(op) as i32),
             Kind::Pop if op.dst != guest::RSP => {
-                self.moved[RSP] = self.moved[RSP].saturating_add(8);
+                self.moved[RSP] = self.moved[RSP].saturating_add(slot(op) as i32);
                 self.close(op.dst as usize);
             }
-            _ => match moves_stack(i) {
+            _ => match moves_stack(i, op) {
                 Some(by) => self.moved[RSP] = self.moved[RSP].saturating_add(by),
                 None => self.close_written(i, info),
             },
@@ -251,34 +251,42 @@ impl Planner {
     }
 }
 
-/// What ADD, SUB or LEA moves RSP by.
-fn moves_stack(i: &Instruction) -> Option<i32> {
-    if i.op0_kind() != OpKind::Register || i.op0_register() != Register::RSP {
+/// What ADD, SUB or LEA moves RSP by, all of it.
+fn moves_stack(i: &Instruction, op: &Op) -> Option<i32> {
+    let stack = if op.legacy { Register::ESP } else { Register::RSP };
+    if i.op0_kind() != OpKind::Register || i.op0_register() != stack {
         return None;
     }
-    let immediate = matches!(i.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64);
+    let wide = matches!(i.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64);
+    let immediate = wide || op.legacy && matches!(i.op1_kind(), OpKind::Immediate8to32 | OpKind::Immediate32);
     match i.mnemonic() {
-        M::Add if immediate => i32::try_from(i.immediate(1) as i64).ok(),
-        M::Sub if immediate => i32::try_from(i.immediate(1) as i64).ok()?.checked_neg(),
-        M::Lea if i.memory_base() == Register::RSP && i.memory_index() == Register::None => {
-            i32::try_from(i.memory_displacement64() as i64).ok()
+        M::Add if immediate => distance(i.immediate(1), op),
+        M::Sub if immediate => distance(i.immediate(1), op)?.checked_neg(),
+        M::Lea if i.memory_base() == stack && i.memory_index() == Register::None => {
+            distance(i.memory_displacement64(), op)
         }
         _ => None,
     }
 }
 
+/// A number that is added to a register as wide as addresses are.
+fn distance(value: u64, op: &Op) -> Option<i32> {
+    if op.legacy { Some(value as i32) } else { i32::try_from(value as i64).ok() }
+}
+
 /// The lookups of an operation in their order, and what they concern if a group is any good for them.
 fn reaches(i: &Instruction, op: &Op, kind: Kind) -> [Option<Option<Reach>>; LOOKUPS] {
-    let stack = |disp, access| Some(Some(Reach { base: guest::RSP, disp, bytes: 8, access }));
+    let (bytes, down) = (slot(op), -(slot(op) as i32));
+    let stack = |disp, access| Some(Some(Reach { base: guest::RSP, disp, bytes, access }));
     let operand = |bytes, access| Some(operand(op, bytes, access));
     match kind {
         Kind::Helper | Kind::Nop | Kind::Jcc | Kind::Jmp | Kind::System(_) | Kind::Repeated(_) => [None; LOOKUPS],
-        Kind::JmpIndirect if has_memory(i) => [operand(8, Access::Read), None],
-        Kind::Push if has_memory(i) => [operand(8, Access::Read), stack(-8, Access::Write)],
-        Kind::CallIndirect if has_memory(i) => [operand(8, Access::Read), stack(-8, Access::Write)],
-        Kind::Push | Kind::Call | Kind::CallIndirect => [stack(-8, Access::Write), None],
+        Kind::JmpIndirect if has_memory(i) => [operand(bytes, Access::Read), None],
+        Kind::Push if has_memory(i) => [operand(bytes, Access::Read), stack(down, Access::Write)],
+        Kind::CallIndirect if has_memory(i) => [operand(bytes, Access::Read), stack(down, Access::Write)],
+        Kind::Push | Kind::Call | Kind::CallIndirect => [stack(down, Access::Write), None],
         Kind::Pop | Kind::Ret => [stack(0, Access::Read), None],
-        Kind::Leave => [Some(Some(Reach { base: guest::RBP, disp: 0, bytes: 8, access: Access::Read })), None],
+        Kind::Leave => [Some(Some(Reach { base: guest::RBP, disp: 0, bytes, access: Access::Read })), None],
         // It may be anywhere.
         Kind::BitString => [None; LOOKUPS],
         Kind::CompareExchange | Kind::CompareExchange16 => [operand(width(i), Access::Write), None],
@@ -293,6 +301,6 @@ fn reaches(i: &Instruction, op: &Op, kind: Kind) -> [Option<Option<Reach>>; LOOK
 
 fn operand(op: &Op, bytes: u32, access: Access) -> Option<Reach> {
     let plain = op.index == NO_REG && op.base != NO_REG && op.seg != Seg::Fs as u8 && op.seg != Seg::Gs as u8;
-    let disp = i32::try_from(op.disp as i64).ok()?;
+    let disp = distance(op.disp, op)?;
     (plain && bytes as i32 <= WIDEST).then_some(Reach { base: op.base, disp, bytes, access })
 }

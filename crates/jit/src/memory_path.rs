@@ -139,6 +139,12 @@ impl Translator<'_> {
 
     /// An address in a group that has been checked.
     fn in_group(&mut self, address: &Address, base: u8) -> Place {
+        if self.narrow {
+            self.host_flags = false;
+            self.narrow_linear(address);
+            self.e.alu_mem(Alu::Add, true, A, frame::addend(base));
+            return Place::SCRATCH;
+        }
         if let Some(home) = home(base) {
             self.e.load(A, frame::addend(base));
             return Place { mem: Mem { base: Some(home), index: Some((A, 0)), disp: address.disp as i32 }, free: B };
@@ -155,10 +161,15 @@ impl Translator<'_> {
         let slow = self.slow_number();
         let start = Address { disp: all.disp as i64 as u64, ..*address };
         let into = (address.disp as i32).wrapping_sub(all.disp);
-        let resident = home(all.base);
+        let resident = home(all.base).filter(|_| !self.narrow);
         if !self.is_ranged(address, slow) {
             self.table_addend(&start, all.bytes, all.access);
             self.e.store(frame::addend(all.base), B);
+            if self.narrow {
+                self.narrow_linear(address);
+                self.e.alu(Alu::Add, true, A, B);
+                return Place::SCRATCH;
+            }
             return self.beyond_addend(address);
         } else {
             let missed = self.compare_range(&start, all.access);

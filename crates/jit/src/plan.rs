@@ -269,7 +269,8 @@ fn other_kind(i: &Instruction, op: &Op, live: bool) -> Kind {
     data(i, live, slot(op))
 }
 
-fn slot(op: &Op) -> u32 {
+/// Bytes of what CALL pushes.
+pub fn slot(op: &Op) -> u32 {
     if op.legacy { 4 } else { 8 }
 }
 

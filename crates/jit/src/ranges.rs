@@ -293,12 +293,13 @@ impl Misses {
         ) else {
             return;
         };
+        let (first, pages) = below_4_gib(first.raw(), pages, gva.raw());
         let long = pages >= FIXED_PAGES;
         let patience = &mut self.patience[usize::from(write)][name];
         let worth_it = long && since > SELDOM * u64::from(*patience);
         *patience = if worth_it { PATIENCE } else { (*patience * 4).min(MOST_PATIENCE) };
         *range = Range {
-            first: first.raw(),
+            first,
             limit: (pages << 12) - MARGIN,
             addend: ram.wrapping_add(offset.raw()).wrapping_sub(gva.raw()),
             patience: *patience,
@@ -318,5 +319,16 @@ impl Misses {
             *self.operations.entry(number).or_default() |= 1 << op;
             self.again.push(number);
         }
+    }
+}
+
+/// The part of a run that is on the same side of 4 GiB as `gva`: 32-bit addresses wrap there.
+fn below_4_gib(first: u64, pages: u64, gva: u64) -> (u64, u64) {
+    const EDGE: u64 = 1 << 32;
+    let end = first.wrapping_add(pages << 12);
+    match (first < EDGE && end > EDGE, gva < EDGE) {
+        (false, _) => (first, pages),
+        (true, true) => (first, (EDGE - first) >> 12),
+        (true, false) => (EDGE, (end - EDGE) >> 12),
     }
 }

@@ -43,9 +43,10 @@ impl Repeated {
         Self { moves: false, size }
     }
 
-    /// Which one `i` is, without a segment's base or narrow addresses.
+    /// Which one `i` is, without a segment's base or addresses narrower than its code's.
     pub fn of(i: &Instruction, op: &Op) -> Option<Self> {
-        if !i.is_string_instruction() || !(i.has_rep_prefix() || i.has_repne_prefix()) || op.ea_mask != u64::MAX {
+        let mask = if op.legacy { 0xffff_ffff } else { u64::MAX };
+        if !i.is_string_instruction() || !(i.has_rep_prefix() || i.has_repne_prefix()) || op.ea_mask != mask {
             return None;
         }
         let found = match i.mnemonic() {
@@ -59,7 +60,7 @@ impl Repeated {
             M::Stosq => Self::stos(3),
             _ => return None,
         };
-        let has_base = op.seg == Seg::Fs as u8 || op.seg == Seg::Gs as u8;
+        let has_base = op.seg == Seg::Fs as u8 || op.seg == Seg::Gs as u8 || op.legacy && op.seg == Seg::Cs as u8;
         (!found.moves || !has_base).then_some(found)
     }
 
@@ -88,9 +89,28 @@ impl Translator<'_> {
     /// MOVS or STOS with REP. Its slow path is open.
     pub fn repeated(&mut self, which: Repeated) {
         self.host_flags = false;
+        if self.narrow {
+            self.only_below_4_gib(which);
+        }
         self.e.call(which.stub(&self.stubs.repeated));
         let left = self.e.jcc(cc::NOT_EQUAL);
         self.slow(left);
+    }
+}
+
+impl Translator<'_> {
+    /// The function does what wraps, and where registers have upper halves.
+    fn only_below_4_gib(&mut self, which: Repeated) {
+        let pointers = if which.moves { &[RDI, RSI][..] } else { &[RDI] };
+        self.e.mov(A, RCX);
+        for &pointer in pointers {
+            self.e.alu(Alu::Or, true, A, pointer);
+            self.e.lea(B, Mem { base: Some(pointer), index: Some((RCX, which.size)), disp: 0 });
+            self.e.alu(Alu::Or, true, A, B);
+        }
+        self.e.shr(true, A, 32);
+        let beyond = self.e.jcc(cc::NOT_EQUAL);
+        self.slow(beyond);
     }
 }
 

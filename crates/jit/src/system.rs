@@ -7,7 +7,7 @@ use crate::memory_path::{Access, Address};
 use crate::registers::{A, B, GUEST_RAX, RCX, RDX, guest, home};
 use crate::system_calls::{jump_if_any, set_status, unless_byte, whole_flags};
 use crate::translate::Translator;
-use crate::views::{AC_STEP, WP_STEP, offset_of_view};
+use crate::views::{AC_STEP, NARROW_STEP, WP_STEP, offset_of_view};
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 use umbra_arch::control::{Cr0, Cr4};
 use umbra_arch::rflags;
@@ -117,7 +117,8 @@ impl System {
         let plain =
             matches!(self, Self::Cli | Self::Sti | Self::Direction { .. } | Self::Pause | Self::TimeStamp { .. });
         let flags = matches!(self, Self::PushFlags | Self::PopFlags);
-        plain || flags || matches!(self, Self::Selector | Self::ReadPkru | Self::ReadControl(_))
+        let views = matches!(self, Self::AccessFlag { .. } | Self::ControlRegister | Self::InvalidatePage);
+        plain || flags || views || matches!(self, Self::Selector | Self::ReadPkru | Self::ReadControl(_))
     }
 
     /// Whether it changes what memory may be accessed.
@@ -221,7 +222,8 @@ impl Translator<'_> {
         self.only_in_ring_0();
         self.e.load(A, frame::cr0());
         self.supervisor_view(0);
-        self.e.alu_imm(Alu::Add, true, B, offset_of_view(false, set, false) as i32);
+        let narrow = if self.narrow { NARROW_STEP } else { 0 };
+        self.e.alu_imm(Alu::Add, true, B, offset_of_view(false, set, false) as i32 + narrow);
         self.change_view();
         self.flag(rflags::AC, set);
     }
@@ -262,6 +264,7 @@ impl Translator<'_> {
         self.slow(forbidden);
         let from = register_index(i.op1_register());
         match home(from) {
+            Some(register) if self.narrow => self.e.mov32(A, register),
             Some(register) => self.e.mov(A, register),
             None => self.e.load(A, gpr(from)),
         }
@@ -271,7 +274,8 @@ impl Translator<'_> {
         let other = self.e.jcc(cc::NOT_EQUAL);
         self.slow(other);
         self.supervisor_view(rflags::AC);
-        self.e.alu_imm(Alu::Add, true, B, offset_of_view(false, false, false) as i32);
+        let narrow = if self.narrow { NARROW_STEP } else { 0 };
+        self.e.alu_imm(Alu::Add, true, B, offset_of_view(false, false, false) as i32 + narrow);
         self.change_view();
         self.e.rm(false, &[0x81], 6, frame::cr0()); // xor dword
         self.e.raw(&(Cr0::WP as u32).to_le_bytes());

@@ -112,7 +112,7 @@ fn charge(parts: &mut [Part<'_>]) {
 
 /// Plans which accesses are checked together: through all parts unless the last one is come to from itself, too.
 fn plan_groups(parts: &mut [Part<'_>], loops: bool, off: Mechanisms, info: &mut InstructionInfoFactory) {
-    if off.has(Mechanism::Groups) || parts[0].block().is_narrow() {
+    if off.has(Mechanism::Groups) {
         return;
     }
     let mut next = 0;

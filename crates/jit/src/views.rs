@@ -12,7 +12,7 @@ use std::mem::offset_of;
 use umbra_arch::control::Cr0;
 use umbra_arch::rflags;
 use umbra_cpu::Core;
-use umbra_cpu::core::CodeSize;
+use umbra_cpu::core::{FLAT, code_bits};
 
 /// What generated code needs of a view.
 #[derive(Clone, Copy)]
@@ -64,9 +64,11 @@ const NEVER: u64 = u64::MAX;
 /// Nor this one, of views that aren't known.
 const UNTAKEN: u64 = u64::MAX - 1;
 const UNKNOWN: View = View { epoch: NEVER, root: 0, selected: Selected::NONE, withdrawals: 0, stack: [EMPTY; 2] };
-/// In 64-bit mode: ring 3 with RFLAGS.AC clear, the supervisor's four by AC and CR0.WP; whatever else there is, which is
-/// never known.
-const VIEWS: usize = 6;
+/// In 64-bit mode: ring 3 with RFLAGS.AC clear, the supervisor's four by AC and CR0.WP. As many of 32-bit code in flat
+/// segments. Whatever else there is, which is never known.
+const VIEWS: usize = 2 * NARROW + 1;
+/// The first one of 32-bit code.
+const NARROW: usize = 5;
 const ELSEWHERE: usize = VIEWS - 1;
 /// Roots whose views are kept, by their slots' last bits.
 const ROOTS: usize = 4;
@@ -83,6 +85,8 @@ pub const fn offset_of_view(user: bool, ac: bool, wp: bool) -> usize {
     number * size_of::<View>()
 }
 
+/// From a view of 64-bit code to that of 32-bit code.
+pub const NARROW_STEP: i32 = (NARROW * size_of::<View>()) as i32;
 /// From a supervisor's view with CR0.WP clear to that with CR0.WP set.
 pub const WP_STEP: i32 = 2 * size_of::<View>() as i32;
 /// Likewise for RFLAGS.AC.
@@ -90,11 +94,15 @@ pub const AC_STEP: i32 = size_of::<View>() as i32;
 
 fn number(core: &Core) -> usize {
     let (ac, wp) = (core.s.rflags & rflags::AC != 0, core.s.cr0.raw() & Cr0::WP != 0);
+    // The numbers of contexts say what code is decoded as.
+    let first = match core.code_mode {
+        mode if code_bits(mode) == 64 => 0,
+        mode if mode & FLAT != 0 => NARROW,
+        _ => return ELSEWHERE,
+    };
     match core.s.cpl {
-        // The numbers of contexts say what code is decoded as.
-        _ if core.code_size != CodeSize::Bits64 => ELSEWHERE,
-        0 => offset_of_view(false, ac, wp) / size_of::<View>(),
-        3 if !ac => 0,
+        0 => first + offset_of_view(false, ac, wp) / size_of::<View>(),
+        3 if !ac => first,
         _ => ELSEWHERE,
     }
 }
