@@ -8,11 +8,13 @@ pub const HIGH: u64 = 0x20_0000;
 pub const HIGH_END: u64 = HIGH + 0x20_0000;
 /// Linear address of the former.
 const TOP: u64 = 0xffe0_0000;
-/// Selectors: flat 32-bit code; such code with a limit; data with a limit; data with a base.
+/// Selectors: flat 32-bit code; such code with a limit; data down to address 1; data with a base.
 const CODE32: u16 = 24;
 const LIMITED_CODE: u16 = 32;
 const LIMITED: u16 = 40;
 const BASED: u16 = 48;
+/// Data of 512 bytes.
+const SMALL_DATA: u16 = 56;
 const DATA32: u16 = 16;
 const CODE64: u16 = 8;
 /// What [`BASED`] adds.
@@ -23,8 +25,9 @@ fn prepared(code: &[u8], data: u64) -> Arc<GuestMemory> {
     let put = |at: u64, value: u64| mem.write(Gpa::new(at), &value.to_le_bytes());
     put(GDT + u64::from(CODE32), descriptor::encode(0, u32::MAX, Attr(0xc09b)));
     put(GDT + u64::from(LIMITED_CODE), descriptor::encode(0, 0xfff_ffff, Attr(0xc09b)));
-    put(GDT + u64::from(LIMITED), descriptor::encode(0, 0xffff_efff, Attr(0xc093)));
+    put(GDT + u64::from(LIMITED), descriptor::encode(0, 0, Attr(0x4097)));
     put(GDT + u64::from(BASED), descriptor::encode(BASE as u32, u32::MAX, Attr(0xc093)));
+    put(GDT + u64::from(SMALL_DATA), descriptor::encode(0, 0x1ff, Attr(0x4093)));
     put(TABLES + 0x1000 + 8 * 3, TABLES + 0x3003);
     put(TABLES + 0x1000 + 8 * 4, TABLES + 0x4003);
     put(TABLES + 0x3000 + 8 * 511, HIGH | 0x83);
@@ -43,6 +46,7 @@ fn state(data: u64) -> CpuState {
     s.seg[Seg::Cs as usize] = Segment { selector: CODE32, base: 0, limit: u32::MAX, attr: Attr(0xc09b) };
     s.seg[Seg::Gs as usize] = Segment { selector: BASED, base: BASE, limit: u32::MAX, attr: Attr(0xc093) };
     s.fp.mxcsr = 0x1f80;
+    (s.fp.fcw, s.fp.fsw) = (0x37f, 0);
     // Near address 0 it wraps.
     if data & 0x100 != 0 {
         s.gpr[4] = 8 * (data >> 16 & 3) + (data >> 20 & 3);
@@ -62,7 +66,7 @@ fn register(c: &mut Choice) -> u8 {
 fn operand(c: &mut Choice, opcode: &[u8], reg: u8) -> Vec<u8> {
     let mut bytes = Vec::new();
     if c.take(5) == 0 {
-        bytes.push([0x64, 0x65, 0x65, 0x36, 0x2e][c.take(5) as usize]);
+        bytes.push([0x64, 0x65, 0x65, 0x36, 0x3e][c.take(5) as usize]);
     }
     bytes.extend(opcode);
     let near = c.take(64) as i8 - 40;
@@ -101,10 +105,10 @@ fn switch(c: &mut Choice, at: u64) -> Vec<u8> {
     match c.take(8) {
         0..=3 => {
             let (number, selectors): (u8, &[u16]) = match c.take(4) {
-                0 => (0, &[0, DATA32, LIMITED, BASED]),
-                1 => (3, &[LIMITED, DATA32]),
+                0 => (0, &[DATA32, LIMITED, BASED]),
+                1 => (3, &[LIMITED, BASED, DATA32, DATA32]),
                 2 => (2, &[LIMITED, DATA32]),
-                _ => (4, &[0, BASED, DATA32]),
+                _ => (4, &[LIMITED, BASED, DATA32]),
             };
             let selector = selectors[c.take(selectors.len() as u64) as usize];
             if number == 2 || c.take(2) == 0 {
@@ -153,10 +157,14 @@ fn instruction(number: u64, at: u64) -> Vec<u8> {
         16 => {
             [&[0xa0 | group & 3][..], &[DATA as u32 + 9, 0x21, 0xffff_fffa][c.take(3) as usize].to_le_bytes()].concat()
         }
-        17 => operand(&mut c, &[0x0f, [0xab, 0xa3, 0xb3, 0xbb][usize::from(group & 3)]], reg),
+        // and reg, 0x3ff before
+        17 => {
+            let bits = operand(&mut c, &[0x0f, [0xab, 0xa3, 0xb3, 0xbb][usize::from(group & 3)]], reg);
+            [&[0x81, 0xe0 | reg, 0xff, 3, 0, 0][..], &bits].concat()
+        }
         18 => [operand(&mut c, &[0x0f, 0xba], 4 | group & 3), vec![group * 5]].concat(),
         19 => operand(&mut c, &[0x0f, [0xb1, 0xc1, 0xaf, 0x44][usize::from(group & 3)]], reg),
-        20 => operand(&mut c, &[0x0f, [0x10, 0x11, 0x58, 0x28][usize::from(group & 3)]], reg & 3),
+        20 => operand(&mut c, &[0x0f, [0x10, 0x11][usize::from(group & 1)]], reg & 3),
         21 => {
             operand(&mut c, &[[0xd9, 0xdd, 0xd9, 0xdb][usize::from(group & 3)]], [0, 0, 3, 3][usize::from(group & 3)])
         }
@@ -210,6 +218,22 @@ fn program(body: &[u64], data: u64) -> Vec<u8> {
 
 fn compare_narrow(code: &[u8], data: u64, options: JitOptions, stops: &[u64]) -> Result<JitStats, TestCaseError> {
     compare_from(|| prepared(code, data), &state(data), code, options, stops)
+}
+
+#[test]
+fn most_programs_come_to_their_end() {
+    let ended = |seed: u64| {
+        let mut numbers = Choice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let body: Vec<_> = (0..15).map(|n: u64| numbers.take(u64::MAX).wrapping_mul(2 * n + 1)).collect();
+        let code = program(&body, seed << 8);
+        let mem = prepared(&code, seed << 8);
+        let mut interp =
+            Interpreter::new(Arc::clone(&mem), &CpuidProfile::default(), 0, &EngineOptions::default()).unwrap();
+        let seen = run(&mut interp, &mem, &state(seed << 8), &[TICKS]);
+        seen.state.rip == CODE + code.len() as u64
+    };
+    let ended = (0..200).filter(|&seed| ended(seed)).count();
+    assert!(ended > 100, "{ended} of 200");
 }
 
 proptest! {
@@ -301,4 +325,47 @@ fn narrow_loops_have_host_code() {
     let stats = compare_narrow(&code(0), 0, options, &[100_000]).unwrap();
     assert!(stats.ops_translated > 5 * stats.ops_interpreted, "{stats}");
     assert!(stats.ops_by_helper * 10 < stats.ops_translated, "{stats}");
+}
+
+/// Back to the start as often as the counter says; HLT.
+fn again(mut code: Vec<u8>) -> Vec<u8> {
+    code.extend([0xff, 0x0d]);
+    code.extend((DATA as u32 + 0x1800).to_le_bytes());
+    let back = -(code.len() as i32 + 6);
+    code.extend([0x0f, 0x85]);
+    code.extend(back.to_le_bytes());
+    code.push(0xf4);
+    code
+}
+
+/// The page above 4 GiB is one that the table knows, and nothing of a string goes there.
+#[test]
+fn strings_wrap() {
+    // mov rcx, 4 GiB; inc byte [rcx]
+    let mut code = [&[0xea][..], &(CODE as u32 + 7).to_le_bytes(), &CODE64.to_le_bytes()].concat();
+    code.extend([0x48, 0xb9, 0, 0, 0, 0, 1, 0, 0, 0, 0xfe, 0x01, 0x6a, CODE32 as u8, 0x68]);
+    let next = CODE as u32 + code.len() as u32 + 4 + 2;
+    code.extend(next.to_le_bytes());
+    code.extend([0x48, 0xcb]);
+    for string in [0xab, 0xaa, 0xa5] {
+        code.extend([load(7, 0xffff_fff0), load(6, 0xffff_fe00), load(1, 24), vec![0xf3, string]].concat());
+    }
+    let code = again(code);
+    let stats = compare_narrow(&code, 0, SMALL, &[100_000]).unwrap();
+    assert!(stats.ops_translated > stats.ops_interpreted, "{stats}");
+}
+
+/// Each segment by turns gets a limit, which a loop comes to: through FS it has host code, through the others none.
+#[test]
+fn limits_are_looked_at() {
+    for (number, prefix) in [(0, 0x26), (3, 0x3e), (4, 0x64), (5, 0x65)] {
+        // xor ecx, ecx; round: es mov [ecx * 4], al; inc ecx; jmp round
+        let mut code = [load(0, SMALL_DATA.into()), vec![0x8e, 0xc0 | number << 3]].concat();
+        code.extend(load(1, 0));
+        let round = code.len();
+        code.extend([prefix, 0x88, 0x04, 0x8d, 0, 0, 0, 0, 0x41, 0xeb]);
+        code.push((round as i32 - code.len() as i32 - 1) as u8);
+        compare_narrow(&code, 0, JitOptions { legacy: false, ..SMALL }, &[TICKS]).unwrap();
+        compare_narrow(&code, 0, SMALL, &[TICKS]).unwrap();
+    }
 }
