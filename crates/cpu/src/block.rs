@@ -8,7 +8,7 @@
 
 mod aging;
 
-use crate::core::{CodeSize, Core, code_bits, is_flat_mode};
+use crate::core::{CODE_VARIANT, CodeSize, Core, code_bits, is_flat_mode};
 use crate::decode::{DecodeError, decode_next, resolve};
 use crate::isa::{self, Ends};
 use crate::op::{Flow, Op, Stop};
@@ -91,6 +91,12 @@ struct Jump {
 }
 
 const NO_JUMP: Jump = Jump { rip: 1, stamp: u64::MAX, mode: u64::MAX, block: 0, generation: u32::MAX };
+
+/// What a block is found by besides its place.
+#[inline(always)]
+fn mode_of(c: &Core) -> u64 {
+    c.code_mode | c.code_variant
+}
 
 impl Block {
     /// RAM offset of its first byte.
@@ -220,7 +226,7 @@ impl BlockCache {
         debug_assert!(c.knows_segments(), "all that loads segment registers says so");
         let rip = c.next_rip;
         let jump = &self.jumps[slot_of(rip)];
-        let known = jump.rip == rip && jump.stamp == c.mmu.fetch_stamp() && jump.mode == c.code_mode;
+        let known = jump.rip == rip && jump.stamp == c.mmu.fetch_stamp() && jump.mode == mode_of(c);
         if known && jump.generation == self.blocks[jump.block as usize].generation {
             return Ok(jump.block);
         }
@@ -259,7 +265,7 @@ impl BlockCache {
     fn find_slow(&mut self, c: &mut Core, rip: u64) -> Result<u32, Stop> {
         let lin = fetch_address(c, rip)?;
         let offset = fetch_page(c, lin)?;
-        let key = Key { offset: offset.raw(), rip: rip.wrapping_sub(code_base(c, rip)), mode: c.code_mode };
+        let key = Key { offset: offset.raw(), rip: rip.wrapping_sub(code_base(c, rip)), mode: mode_of(c) };
         let number = match self.number_of(&key) {
             Some(number) if self.still_crosses(c, number, lin)? => number,
             found => {
@@ -274,7 +280,7 @@ impl BlockCache {
         let generation = block.generation;
         // The stamp is read after the fetch: filling may have changed it.
         let stamp = c.mmu.fetch_stamp();
-        self.jumps[slot_of(rip)] = Jump { rip, stamp, mode: c.code_mode, block: number, generation };
+        self.jumps[slot_of(rip)] = Jump { rip, stamp, mode: mode_of(c), block: number, generation };
         Ok(number)
     }
 
@@ -285,6 +291,12 @@ impl BlockCache {
         let offset = block.offset.wrapping_add(rip.wrapping_sub(block.rip));
         let key = Key { offset, rip, mode: block.mode };
         self.number_of(&key).filter(|&other| same_page && !self.block(other).crosses())
+    }
+
+    /// The same block without an engine's [`CODE_VARIANT`].
+    pub fn without_variant(&self, number: u32) -> Option<u32> {
+        let key = self.block(number).key();
+        self.number_of(&Key { mode: key.mode & !CODE_VARIANT, ..key })
     }
 
     fn number_of(&self, key: &Key) -> Option<u32> {

@@ -46,6 +46,9 @@ pub enum CodeSize {
 /// Where the code size is in [`Core::code_mode`].
 pub const CODE_SIZE_AT: u32 = 40;
 
+/// Bits of a block's mode that an engine may choose: blocks that differ in them are different ones.
+pub const CODE_VARIANT: u64 = 1 << 60;
+
 /// The code size in a [`Core::code_mode`]: 16, 32 or 64.
 pub const fn code_bits(mode: u64) -> u32 {
     (mode >> CODE_SIZE_AT) as u32 & 0x7f
@@ -107,6 +110,8 @@ pub struct Core {
     pub code_size: CodeSize,
     /// What decoding depends on besides the bytes: CS base and code size; and [`FLAT`].
     pub code_mode: u64,
+    /// [`CODE_VARIANT`] or 0: what the next block is found by besides the code mode.
+    pub code_variant: u64,
     /// Everything else; `gpr`, `rip` and RFLAGS' status bits in here are stale while running.
     pub s: CpuState,
     /// What the profile allows in control registers.
@@ -180,6 +185,7 @@ impl Core {
             code_writes: Vec::new(),
             code_size: CodeSize::Bits16,
             code_mode: 0,
+            code_variant: 0,
             limits,
             profile: profile.clone(),
             apic_id,

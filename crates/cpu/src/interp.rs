@@ -6,7 +6,7 @@
 mod endings;
 
 use crate::block::{Block, BlockCache};
-use crate::core::{Core, EngineError, EngineOptions};
+use crate::core::{CODE_VARIANT, Core, EngineError, EngineOptions};
 use crate::deliver::Event;
 use crate::op::Stop;
 use std::hint::cold_path;
@@ -229,7 +229,7 @@ impl Interpreter {
                     if self.core.clock >= limit {
                         return Left::Spent;
                     }
-                    if block.mode() != self.core.code_mode {
+                    if block.mode() & !CODE_VARIANT != self.core.code_mode {
                         return Left::Elsewhere;
                     }
                     self.core.break_block = false;

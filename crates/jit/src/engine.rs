@@ -7,14 +7,15 @@ mod translations;
 use crate::contexts::{Context, Contexts, Half};
 use crate::emitter::Emitter;
 use crate::flags::{logic_clears_af, pack, unpack};
-use crate::frame::{Frame, RELINK, Reason, edges, stamps};
+use crate::frame::{Frame, RELINK, Reason, edges, mode_of, stamps};
 use crate::jumps::{Fetches, Places};
 use crate::listing::{Listener, Translated};
 use crate::mechanisms::{Mechanism, Mechanisms};
-use crate::ranges::{Misses, Saved};
+use crate::ranges::{Misses, NO_SITE, Saved};
 use crate::stats::JitStats;
 use crate::stubs::{self, Stubs};
 use crate::translate::{Offsets, of_site};
+use crate::windows::{Running, Windows};
 use hashbrown::HashMap;
 use links::KnownExit;
 use smallvec::SmallVec;
@@ -23,7 +24,7 @@ use std::sync::Arc;
 use translations::{Kept, Runs, Translation};
 use umbra_arch::cpuid::CpuidProfile;
 use umbra_arch::{Bus, CpuState, Exit, Gva, Slice, Stopped, Vcpu, VirtualTime};
-use umbra_cpu::core::{code_bits, is_flat_mode};
+use umbra_cpu::core::{CODE_VARIANT, code_bits, is_flat_mode};
 use umbra_cpu::op::CODE_BASE;
 use umbra_cpu::{EngineError, EngineOptions, Interpreter};
 use umbra_hostexec::{CodeMemory, HostExecError};
@@ -57,6 +58,8 @@ pub struct JitOptions {
     pub legacy: bool,
     /// Blocks translated at most, to find by bisection one that is wrong.
     pub limit: u64,
+    /// Instructions of an address space in user mode until it gets [windows](crate::windows); `None`: never.
+    pub windows_after: Option<u64>,
     /// Mechanisms that aren't used.
     pub off: Mechanisms,
 }
@@ -69,6 +72,7 @@ impl JitOptions {
         code_bytes: 128 << 20,
         legacy: false,
         limit: u64::MAX,
+        windows_after: Some(50_000_000),
         off: Mechanisms::NONE,
     };
 }
@@ -112,6 +116,7 @@ pub(crate) struct Engine {
     /// Ranges of other tables.
     saved: Saved,
     misses: Misses,
+    windows: Windows,
     contexts: Contexts,
     /// The exit that was left by, to be linked when its target is translated, and what RIPs counted from there.
     pending: Option<(usize, u64)>,
@@ -161,6 +166,8 @@ impl Jit {
         let mut e = Emitter::new(0);
         let stubs = stubs::emit(&mut e, &calls::functions());
         code.append(&e.bytes)?;
+        let after = jit.windows_after.filter(|_| !jit.off.has(Mechanism::Windows));
+        let windows = Windows::new(Arc::clone(&interp.core().mem), code.address(), after);
         let (fetches, places) = (Fetches::new(), Places::new());
         Ok(Self(Box::new(Engine {
             frame: Frame::new(ram, [fetches.address(), places.address()]),
@@ -179,6 +186,7 @@ impl Jit {
             places,
             saved: Saved::new(),
             misses: Misses::new(),
+            windows,
             contexts: Contexts::new(),
             pending: None,
             look_up: false,
@@ -222,6 +230,7 @@ impl Jit {
     /// it; `None` if there is no translation.
     pub fn translate_here(&mut self) -> Option<u64> {
         let engine = &mut *self.0;
+        engine.choose_variant();
         let number = engine.interp.look_at_block()?;
         engine.forget_dropped();
         engine.translation(number)?;
@@ -240,10 +249,15 @@ impl Jit {
 
     /// Counters.
     pub fn stats(&self) -> JitStats {
-        let stats = self.0.stats;
+        let (stats, counts) = (self.0.stats, self.0.windows.counts);
         let retired = self.0.interp.retired();
         JitStats {
             code_bytes: self.0.code.used() as u64,
+            windows_opened: counts.opened,
+            windows_given_up: counts.given_up,
+            window_maps: counts.maps,
+            window_unmaps: counts.unmaps,
+            window_faults: counts.faults,
             ops_interpreted: retired.saturating_sub(stats.ops_translated),
             ..stats
         }
@@ -298,12 +312,17 @@ impl Engine {
         if !alone && !self.options.legacy && !is_flat_mode(self.interp.core().code_mode) {
             self.pending = None;
             self.look_up = true;
+            self.interp.core_mut().code_variant = 0;
             return self.interp.run_chain(bus, until);
         }
         if !alone && let Some(code) = self.known() {
             let rip = self.interp.core().next_rip;
             return self.enter(bus, code, rip & !0xfff, until);
         }
+        if self.windows.are_tried_at_once() && self.windows.ran(self.interp.core_mut(), 1) {
+            self.frame.forget_all_views();
+        }
+        self.choose_variant();
         let number = match self.interp.find_block(bus) {
             Ok(number) => number,
             Err(exit) => return exit,
@@ -329,6 +348,13 @@ impl Engine {
         }
     }
 
+    /// The next block is found by how it is translated, too.
+    #[inline]
+    fn choose_variant(&mut self) {
+        let core = self.interp.core_mut();
+        core.code_variant = mode_of(core, Half::of(core.next_rip)) & CODE_VARIANT;
+    }
+
     /// Whether what follows block `number` at the present RIP, by its end or a near branch, is at a canonical address, as
     /// translations take for granted.
     fn reaches(&self, number: u32) -> bool {
@@ -352,7 +378,7 @@ impl Engine {
     /// The context that the code at `rip` is in.
     fn context_of(&mut self, rip: u64) -> &mut Context {
         let (core, half) = (self.interp.core(), Half::of(rip));
-        self.contexts.get(half, stamps(core)[half as usize], core.code_mode)
+        self.contexts.get(half, stamps(core)[half as usize], mode_of(core, half))
     }
 
     /// Runs generated code from `translation` on until it is left.
@@ -392,14 +418,16 @@ impl Engine {
         self.interp.core_mut().gpr[CODE_BASE as usize] = base;
         let budget = self.enter_frame(bus, until);
         let enter = self.code.address() + self.stubs.enter as u64;
+        let running = Running::new(&self.windows.faults);
         let engine: *mut Engine = self;
         // SAFETY: `enter` is the stub of that signature; it and what it jumps to keep to the ABI, touch of Rust's
-        // memory only the engine's frame and core at their fixed offsets, and guest RAM within the mapping: an entry
+        // memory only the engine's frame and core at their fixed offsets, and guest RAM within the mapping or a window: an entry
         // of the MMU's table is only ever for a page of RAM. No reference to the engine is live meanwhile.
         unsafe {
             let enter: extern "sysv64" fn(*mut Engine, u64) = std::mem::transmute(enter as *const ());
             enter(engine, code);
         }
+        drop(running);
         self.frame.bus = None;
         if let Some(panic) = self.frame.panic.take() {
             resume_unwind(panic);
@@ -427,6 +455,7 @@ impl Engine {
         frame.interrupt = unsafe { &mut *bus }.interrupt_pending().into();
         frame.bus = Some(bus);
         frame.take_resume(&mut core.s);
+        self.windows.follow(frame, core);
         frame.take_context(core, &mut self.contexts);
         frame.flags = pack(core.flags);
         self.saved.follow(frame, &core.mmu);
@@ -437,8 +466,23 @@ impl Engine {
         budget as i64
     }
 
+    /// A site whose counter is down and whose operand isn't in the region that was guessed gets another guess, once.
+    fn learn_region(&mut self) {
+        let site = self.frame.struck;
+        if site == NO_SITE {
+            return;
+        }
+        let (number, _) = of_site(site);
+        let uses_windows = self.interp.blocks().block(number).mode() & CODE_VARIANT != 0;
+        if uses_windows && self.windows.learn(site, self.frame.struck_gva) {
+            self.misses.forgive(&mut self.frame, site);
+            self.misses.translate_again(number);
+        }
+    }
+
     /// Accounts for what generated code did, by the reason for which it was left.
     fn left(&mut self, bus: &mut dyn Bus, budget: i64) -> Option<Exit> {
+        self.learn_region();
         self.misses.look(&mut self.frame, &self.interp.core().mmu);
         let (reason, site) = (self.frame.reason, self.frame.site);
         self.look_up = matches!(reason, Reason::Op | Reason::Event);
@@ -451,6 +495,9 @@ impl Engine {
         let ops = (budget - left) as u64 - self.frame.extra;
         let clock = VirtualTime(self.frame.end.wrapping_sub(left as u64));
         self.stats.ops_translated += ops;
+        if self.windows.ran(self.interp.core_mut(), ops) {
+            self.frame.forget_all_views();
+        }
         self.interp.count_page_flushes(std::mem::take(&mut self.frame.page_flushes));
         self.frame.give_resume(&mut self.interp.core_mut().s, clock);
         let base = self.interp.core().gpr[CODE_BASE as usize];

@@ -10,13 +10,16 @@ use crate::gates::Gates;
 use crate::groups::BASES;
 use crate::jumps::salt;
 use crate::ranges::{self, COUNTERS, Ranges, STRIKES};
+use crate::registers::ENGINE;
 use crate::system_calls::Segments;
 use crate::views::{self, Selected, Views};
+use crate::windows::{self, REGIONS, Region};
 use umbra_arch::control::{Cr0, Cr4};
 use umbra_arch::fpu::xcr0;
 use umbra_arch::segment::Segment;
 use umbra_arch::{Bus, CpuState, Exit, VirtualTime, rflags};
 use umbra_cpu::Core;
+use umbra_cpu::core::CODE_VARIANT;
 use umbra_cpu::op::Stop;
 use umbra_mmu::{Entry, FastTable, Mmu};
 
@@ -39,6 +42,8 @@ pub enum Reason {
 /// The engine's part that generated code uses. What it uses most comes first.
 #[repr(C)]
 pub struct Frame {
+    /// Regions of the address space in force that have windows.
+    pub regions: [Region; REGIONS],
     /// Host address of guest RAM.
     pub ram: u64,
     pub selected: Selected,
@@ -65,6 +70,8 @@ pub struct Frame {
     /// A range that was missed for some time, and one: where, and where the code that missed goes on.
     pub missed: u32,
     pub missed_gva: u64,
+    /// An address that a site whose counter is down has missed with, if it uses windows.
+    pub struck_gva: u64,
     /// A site whose counter is down.
     pub struck: u32,
     /// Packed status flags, in RAX while code runs.
@@ -193,6 +200,7 @@ static NOTHING: [Entry; Entry::FEW] = {
 impl Frame {
     pub fn new(ram: u64, [fetches, places]: [u64; 2]) -> Self {
         Self {
+            regions: windows::NONE,
             ram,
             selected: Selected::NONE,
             budget: 0,
@@ -208,6 +216,7 @@ impl Frame {
             linear: 0,
             missed: 0,
             missed_gva: 0,
+            struck_gva: 0,
             struck: ranges::NO_SITE,
             flags: 0,
             reason: Reason::Op,
@@ -311,9 +320,12 @@ impl Frame {
     #[inline]
     pub fn take_context(&mut self, core: &Core, contexts: &mut Contexts) {
         self.selected.stamps = stamps(core);
-        self.mode = core.code_mode;
+        let variant = windows::variant(core);
+        self.mode = core.code_mode | variant;
+        self.selected.place_salt = place_salt(variant);
         for half in Half::BOTH {
-            let context = contexts.get(half, self.selected.stamps[half as usize], self.mode);
+            let mode = mode_of(core, half);
+            let context = contexts.get(half, self.selected.stamps[half as usize], mode);
             self.selected.context[half as usize] = context.number;
             self.selected.jumps[half as usize] = context.jumps.address();
         }
@@ -326,7 +338,7 @@ impl Frame {
     /// As [`take_context`](Self::take_context) if it may well be the same as before.
     #[inline]
     pub fn follow_context(&mut self, core: &Core, contexts: &mut Contexts) {
-        if stamps(core) == self.selected.stamps && core.code_mode == self.mode {
+        if stamps(core) == self.selected.stamps && mode_of(core, Half::Lower) == self.mode {
             self.take_level(core);
         } else {
             self.take_context(core, contexts);
@@ -372,6 +384,20 @@ pub fn stamps(core: &Core) -> [u64; 2] {
     [core.mmu.fetch_stamp(), core.mmu.upper_stamp()]
 }
 
+/// What code of a half is found by besides its place.
+#[inline]
+pub fn mode_of(core: &Core, half: Half) -> u64 {
+    match half {
+        Half::Lower => core.code_mode | windows::variant(core),
+        Half::Upper => core.code_mode,
+    }
+}
+
+/// What tells places of code apart that is translated in more than one way.
+pub fn place_salt(mode: u64) -> u64 {
+    mode & CODE_VARIANT
+}
+
 /// See [`Frame::edges`].
 pub fn edges(linear_bits: u32) -> [u32; 2] {
     let half = 1 << (linear_bits - 33);
@@ -398,11 +424,18 @@ macro_rules! selected {
 }
 pub(crate) use selected;
 
+/// How far into the engine R15 points: what lies within 128 bytes to either side is addressed by short displacements.
+pub const INTO: usize = 128;
+
+/// What lies at that offset of the engine.
+pub const fn at_engine(offset: usize) -> Mem {
+    Mem { base: Some(ENGINE), index: None, disp: offset as i32 - INTO as i32 }
+}
+
 /// A field of the frame as generated code addresses it.
 macro_rules! frame_field {
     ($field:ident) => {
-        $crate::emitter::Mem::at(
-            $crate::registers::ENGINE,
+        $crate::frame::at_engine(
             std::mem::offset_of!($crate::engine::Engine, frame) + std::mem::offset_of!($crate::frame::Frame, $field),
         )
     };

@@ -49,6 +49,7 @@ mod turns;
 mod vector;
 mod vector_file;
 mod views;
+mod windows;
 mod x87;
 
 pub use engine::{Jit, JitError, JitOptions};

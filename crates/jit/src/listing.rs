@@ -1,11 +1,13 @@
 //! Translations for people and profilers: guest code, in what way each instruction is done, host code.
 
 use crate::engine::Engine;
+use crate::frame::INTO;
 use crate::memory_path::Access;
 use crate::ranges::{NAMES, Name};
 use crate::strings;
 use crate::stubs::Stubs;
 use crate::translate::{Code, Offsets};
+use crate::windows::REGIONS;
 use iced_x86::{
     Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, OpKind, Register, SymbolResolver, SymbolResult,
 };
@@ -199,7 +201,9 @@ impl SymbolResolver for Names {
         _: u32,
     ) -> Option<SymbolResult<'_>> {
         let name = match i.op_kind(operand) {
-            OpKind::Memory if i.memory_base() == Register::R15 => field(i.memory_displacement64() as usize)?,
+            OpKind::Memory if i.memory_base() == Register::R15 => {
+                field(i.memory_displacement64().wrapping_add(INTO as u64) as usize)?
+            }
             OpKind::NearBranch64 => match (self.place(address), self.stubs.iter().find(|(stub, _)| *stub == address)) {
                 (Some(place), _) => format!("{place:#x}"),
                 (None, Some((_, name))) => name.clone(),
@@ -211,6 +215,8 @@ impl SymbolResolver for Names {
     }
 }
 
+/// Behind the regions.
+const FRAME: usize = offset_of!(Engine, frame) + offset_of!(crate::frame::Frame, ram);
 const CORE: usize = offset_of!(Engine, interp) + Interpreter::CORE_OFFSET;
 const FP: usize = CORE + offset_of!(Core, s) + offset_of!(CpuState, fp);
 
@@ -230,5 +236,8 @@ fn field(offset: usize) -> Option<String> {
         .or_else(|| array("xmm", FP + offset_of!(FpState, xmm), 16, 16))
         .or_else(|| array("ymm_high", FP + offset_of!(FpState, ymm_high), 16, 16))
         .or_else(|| array("fp", FP, 1, size_of::<FpState>()))
-        .or_else(|| array("frame", offset_of!(Engine, frame), 8, size_of::<crate::frame::Frame>() / 8))
+        .or_else(|| {
+            array("region", offset_of!(Engine, frame) + offset_of!(crate::frame::Frame, regions), 8, 2 * REGIONS)
+        })
+        .or_else(|| array("frame", FRAME, 8, size_of::<crate::frame::Frame>() / 8 - 2 * REGIONS))
 }

@@ -18,6 +18,8 @@ pub enum Mechanism {
     Memory,
     /// Range registers: without them each access looks into the MMU's table.
     Ranges,
+    /// Having the host's MMU translate for programs that run for long.
+    Windows,
     /// Checking neighbouring accesses together.
     Groups,
     /// Saving status flags only where something looks at them.
@@ -36,7 +38,7 @@ pub enum Mechanism {
 
 impl Mechanism {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Native,
         Self::Vectors,
         Self::X87,
@@ -44,6 +46,7 @@ impl Mechanism {
         Self::Views,
         Self::Memory,
         Self::Ranges,
+        Self::Windows,
         Self::Groups,
         Self::Flags,
         Self::Traces,

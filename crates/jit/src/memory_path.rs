@@ -6,6 +6,7 @@ use crate::groups::{Check, Reach};
 use crate::ranges::{self, ABSOLUTE, Name, SEGMENT};
 use crate::registers::{A, B, Reg, TABLE, guest, home};
 use crate::translate::Translator;
+use crate::windows;
 use std::mem::offset_of;
 use umbra_arch::segment::Seg;
 use umbra_cpu::op::{NO_REG, Op};
@@ -114,6 +115,16 @@ pub struct Cold {
     slow: usize,
 }
 
+/// An access that may be in another region than that whose window it goes through.
+pub struct Elsewhere {
+    missed: Jump,
+    back: usize,
+    address: Address,
+    bytes: u32,
+    access: Access,
+    slow: usize,
+}
+
 impl Translator<'_> {
     /// Finds the `bytes` bytes at `address` on the host; the operation's function does it all if they aren't in one
     /// page of the table. Clobbers [`A`], [`B`] and the host's flags.
@@ -122,6 +133,13 @@ impl Translator<'_> {
         let check = self.groups.check(op, self.lookups);
         self.lookups += 1;
         let reach = address.reach(bytes, access);
+        if let Some(windows) = self.windows.filter(|_| self.missing >> op & 1 == 0) {
+            if let Some(place) = self.in_known_region(address) {
+                return place;
+            }
+            let region = windows.region(self.site(op), address.base.unwrap_or(umbra_cpu::op::NO_REG));
+            return self.through_window(address, bytes, access, region);
+        }
         match (check, reach) {
             (Check::First(group, all), Some(reach)) if all.covers(&reach) => {
                 let place = self.find_group(address, &all);
@@ -183,6 +201,89 @@ impl Translator<'_> {
         }
         self.e.alu(Alu::Add, true, A, B);
         Place { mem: Mem { base: Some(A), index: None, disp: into }, free: B }
+    }
+
+    /// As [`lookup`](Self::lookup) if the base register's region is known.
+    fn in_known_region(&mut self, address: &Address) -> Option<Place> {
+        let base = address.base.filter(|_| address.index.is_none() && address.seg.is_none())?;
+        let region = self.known.region(base)?;
+        let place = match home(base) {
+            Some(home) => {
+                self.e.load(B, windows::addend(region));
+                Place { mem: Mem { base: Some(B), index: Some((home, 0)), disp: address.disp as i32 }, free: A }
+            }
+            None => {
+                self.host_flags = false;
+                self.e.load(A, gpr(base));
+                self.e.alu_mem(Alu::Add, true, A, windows::addend(region));
+                Place { mem: Mem { base: Some(A), index: None, disp: address.disp as i32 }, free: B }
+            }
+        };
+        self.through_window.get_or_insert(self.e.here());
+        Some(place)
+    }
+
+    /// As [`lookup`](Self::lookup) by the window of a region, else by the table.
+    fn through_window(&mut self, address: &Address, bytes: u32, access: Access, region: u8) -> Place {
+        self.host_flags = false;
+        let slow = self.slow_number();
+        let direct = address.base.filter(|_| address.is_direct()).and_then(home);
+        let compared = direct.unwrap_or(A);
+        if direct.is_none() {
+            self.linear(address);
+        }
+        self.e.shifted(B, compared, 32);
+        self.e.alu_mem(Alu::Cmp, false, B, windows::id(region));
+        let missed = self.e.jcc(cc::NOT_EQUAL);
+        let place = match direct {
+            Some(base) => {
+                self.e.load(B, windows::addend(region));
+                Place { mem: Mem { base: Some(B), index: Some((base, 0)), disp: address.disp as i32 }, free: A }
+            }
+            None => {
+                self.e.alu_mem(Alu::Add, true, A, windows::addend(region));
+                Place::SCRATCH
+            }
+        };
+        let back = self.e.here();
+        let plain = address.base.filter(|_| address.index.is_none() && address.seg.is_none());
+        if let Some(base) = plain.filter(|_| self.of_use && self.lookups == 1) {
+            // What is behind takes it for granted.
+            self.known.found(base, region);
+            self.through_window.get_or_insert(back);
+            self.slow_tail(slow, missed);
+            return place;
+        }
+        self.through_window.get_or_insert(back);
+        self.elsewhere_in_memory.push(Elsewhere { missed, back, address: *address, bytes, access, slow });
+        place
+    }
+
+    /// The code for accesses that aren't in the regions in which they were looked for.
+    fn emit_elsewhere(&mut self) {
+        for other in std::mem::take(&mut self.elsewhere_in_memory) {
+            self.e.bind(other.missed);
+            let site = self.site(self.op_of(other.slow));
+            if other.address.is_direct() {
+                self.linear(&other.address);
+            }
+            self.e.rm(false, &[0xff], 1, ranges::counter(site)); // dec
+            let struck = self.e.jcc(cc::EQUAL);
+            let counted = self.e.here();
+            self.e.mov_imm(B, u64::from(other.bytes) - 1);
+            self.e.call(self.stubs.other_region[usize::from(other.access == Access::Write)]);
+            let nowhere = self.e.jcc(cc::NOT_EQUAL);
+            self.slow_of(other.slow, nowhere);
+            if !other.address.is_direct() {
+                self.e.alu(Alu::Add, true, A, B);
+            }
+            self.e.jmp_to(other.back);
+            self.e.bind(struck);
+            self.e.store(frame_field!(struck_gva), A);
+            self.e.mov_imm32(B, site);
+            self.e.call(self.stubs.struck);
+            self.e.jmp_to(counted);
+        }
     }
 
     /// As [`lookup`](Self::lookup) for an access by itself.
@@ -306,6 +407,7 @@ impl Translator<'_> {
 
     /// The code for accesses that missed their ranges.
     pub fn emit_cold(&mut self) {
+        self.emit_elsewhere();
         let mut all = std::mem::take(&mut self.cold);
         for cold in all.drain(..) {
             self.e.bind(cold.missed);

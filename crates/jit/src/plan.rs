@@ -111,6 +111,18 @@ impl Kind {
             || off.has(Mechanism::Memory) && self.accesses_memory(i)
     }
 
+    /// Whether its host code may fault: nothing but scratch registers and the host's flags has changed when it accesses memory.
+    pub fn may_fault(self) -> bool {
+        let data = matches!(self, Kind::Move | Kind::Arithmetic | Kind::Silent | Kind::Imul | Kind::Multiply);
+        let stack = matches!(self, Kind::Push | Kind::Pop | Kind::Leave | Kind::Call | Kind::Ret);
+        data || stack || matches!(self, Kind::Vector | Kind::JmpIndirect | Kind::CallIndirect | Kind::Divide { .. })
+    }
+
+    /// Whether a region that its first access has found its base register in is known behind it, however it is done.
+    pub fn finds_region(self) -> bool {
+        matches!(self, Kind::Move | Kind::Arithmetic | Kind::Silent | Kind::Imul | Kind::Push | Kind::Pop | Kind::Leave)
+    }
+
     /// Whether it may miss.
     pub fn accesses_memory(self, i: &Instruction) -> bool {
         match self {
@@ -201,7 +213,7 @@ fn written(i: &Instruction, info: &mut InstructionInfoFactory) -> u16 {
 }
 
 /// Likewise of the instructions that there are most of, which write their first operand at most: without asking.
-fn written_first(i: &Instruction) -> Option<u16> {
+pub fn written_first(i: &Instruction) -> Option<u16> {
     let writes = match i.mnemonic() {
         M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Lea | M::Not | M::Neg | M::Inc | M::Dec => true,
         M::Add | M::Sub | M::And | M::Or | M::Xor | M::Adc | M::Sbb | M::Shl | M::Shr | M::Sar => true,

@@ -308,6 +308,13 @@ impl Misses {
     }
 
     /// A site's counter is down: if its misses came [`OFTEN`] it is given up, else its next look comes later.
+    /// A site whose counter is down begins anew.
+    pub fn forgive(&mut self, frame: &mut Frame, site: u32) {
+        let counter = counter_of(site);
+        (self.struck[counter], frame.strikes[counter]) = ((frame.now(), STRIKES), STRIKES);
+        frame.struck = NO_SITE;
+    }
+
     fn strike(&mut self, frame: &mut Frame, site: u32) {
         let (counter, now) = (counter_of(site), frame.now());
         let (then, misses) = self.struck[counter];
@@ -315,10 +322,15 @@ impl Misses {
         let next = if often { STRIKES } else { (misses * 4).min(MOST_PATIENCE) };
         (self.struck[counter], frame.strikes[counter]) = ((now, next), next);
         if often {
-            let (number, op) = of_site(site);
-            *self.operations.entry(number).or_default() |= 1 << op;
-            self.again.push(number);
+            self.give_up(site);
         }
+    }
+
+    /// Neither ranges nor windows are any good for a site.
+    pub fn give_up(&mut self, site: u32) {
+        let (number, op) = of_site(site);
+        *self.operations.entry(number).or_default() |= 1 << op;
+        self.again.push(number);
     }
 }
 

@@ -33,11 +33,21 @@ pub struct JitStats {
     pub ops_by_helper: u64,
     /// Instructions retired in the interpreter's loop.
     pub ops_interpreted: u64,
+    /// Address spaces that got windows.
+    pub windows_opened: u64,
+    /// Of these, those that lost them because they weren't worth it.
+    pub windows_given_up: u64,
+    /// Runs of pages mapped in windows.
+    pub window_maps: u64,
+    /// Pages unmapped, one by one or all of an address space.
+    pub window_unmaps: u64,
+    /// Faults of the host for pages that windows didn't have.
+    pub window_faults: u64,
 }
 
 impl JitStats {
     /// Names and values.
-    pub fn fields(&self) -> [(&'static str, u64); 14] {
+    pub fn fields(&self) -> [(&'static str, u64); 19] {
         [
             ("translated", self.translated),
             ("translated_ops", self.translated_ops),
@@ -53,6 +63,11 @@ impl JitStats {
             ("ops_translated", self.ops_translated),
             ("ops_by_helper", self.ops_by_helper),
             ("ops_interpreted", self.ops_interpreted),
+            ("windows_opened", self.windows_opened),
+            ("windows_given_up", self.windows_given_up),
+            ("window_maps", self.window_maps),
+            ("window_unmaps", self.window_unmaps),
+            ("window_faults", self.window_faults),
         ]
     }
 
@@ -72,6 +87,11 @@ impl JitStats {
         self.ops_translated += other.ops_translated;
         self.ops_by_helper += other.ops_by_helper;
         self.ops_interpreted += other.ops_interpreted;
+        self.windows_opened += other.windows_opened;
+        self.windows_given_up += other.windows_given_up;
+        self.window_maps += other.window_maps;
+        self.window_unmaps += other.window_unmaps;
+        self.window_faults += other.window_faults;
     }
 }
 

@@ -2,8 +2,8 @@
 
 mod lookup;
 
-use crate::emitter::{Alu, Emitter, cc};
-use crate::frame::{BANK, Reason, frame_field, gpr, next_rip, selected};
+use crate::emitter::{Alu, Emitter, Mem, cc};
+use crate::frame::{BANK, INTO, Reason, at_engine, frame_field, gpr, next_rip, selected};
 use crate::memory_path::{Access, in_slot};
 use crate::ranges::{self, MARGIN, NAMES, Name, PATIENCE, Range};
 use crate::registers::{A, B, ENGINE, FLAGS, RDI, RDX, RESIDENT, RSI, RSP, TABLE, home};
@@ -28,6 +28,8 @@ pub struct Stubs {
     pub rest: usize,
     /// As `rest` where no group was missed.
     pub tail: usize,
+    /// As `tail` for an operation whose base register isn't in the region that it was looked for in.
+    pub other_base: usize,
     /// Leaves at a block's head; [`A`] is its site.
     pub budget: usize,
     /// Leaves at an exit without a link; [`A`] is its number.
@@ -74,6 +76,9 @@ pub struct Stubs {
     /// By range: called with a linear address in [`A`] and a number of bytes less one in [`B`]. If the MMU's table has
     /// them in one page: ZF set, the addend in [`A`], the linear address in [`B`].
     ranges: [[usize; NAMES]; 2],
+    /// By kind of access: called with a linear address in [`A`] and a number of bytes less one in [`B`]. If the MMU's table
+    /// has them in one page: ZF set, the addend in [`B`].
+    pub other_region: [usize; 2],
 }
 
 impl Stubs {
@@ -103,6 +108,7 @@ pub struct Functions {
     pub helper: u64,
     pub rest: u64,
     pub tail: u64,
+    pub other_base: u64,
 }
 
 /// Emits the stubs.
@@ -132,7 +138,7 @@ pub fn emit(e: &mut Emitter, functions: &Functions) -> Stubs {
     let (find, by_place) = find(e);
     let ([lookup, lookup_narrow], absolute) = lookup(e, find, miss, to_absolute);
     let (elsewhere, elsewhere_legacy) = elsewhere(e, by_place, miss);
-    let [helper, rest, tail] = [functions.helper, functions.rest, functions.tail]
+    let [helper, rest, tail, other_base] = [functions.helper, functions.rest, functions.tail, functions.other_base]
         .map(|function| call_helper(e, function, leave_spilled, dispatch));
     let change_view = views::emit_change(e);
     let in_any_context = returns::emit_absolute(e, absolute);
@@ -145,11 +151,14 @@ pub fn emit(e: &mut Emitter, functions: &Functions) -> Stubs {
     for (n, stub) in ranges.iter_mut().flatten().enumerate() {
         *stub = range(e, n);
     }
+    let other_region = [Access::Read, Access::Write].map(|access| other_region(e, access));
     Stubs {
+        other_region,
         enter: enter(e, in_any_context),
         helper,
         rest,
         tail,
+        other_base,
         budget,
         link,
         lookup,
@@ -178,7 +187,7 @@ fn enter(e: &mut Emitter, in_any_context: usize) -> usize {
     SAVED.iter().for_each(|&r| push(e, r));
     // Six pushes and the return address: aligned to 16 bytes with one slot more.
     e.alu_imm(Alu::Sub, true, RSP, 8);
-    e.mov(ENGINE, RDI);
+    e.lea(ENGINE, Mem::at(RDI, INTO));
     e.mov(A, RSI);
     reload(e);
     returns::begin(e, in_any_context);
@@ -199,7 +208,7 @@ fn leave_spilled(e: &mut Emitter, x87_store: usize) -> usize {
 fn call_helper(e: &mut Emitter, function: u64, leave_spilled: usize, dispatch: usize) -> usize {
     let here = e.here();
     spill(e);
-    e.mov(RDI, ENGINE);
+    e.lea(RDI, at_engine(0));
     e.mov32(RSI, A);
     e.alu_imm(Alu::Sub, true, RSP, 8);
     e.mov_imm(RDX, function);
@@ -256,6 +265,28 @@ fn range(e: &mut Emitter, n: usize) -> usize {
     e.alu_imm(Alu::And, true, B, -4096);
     e.jmp_to(patient);
     here
+}
+
+/// See [`Stubs::other_region`].
+fn other_region(e: &mut Emitter, access: Access) -> usize {
+    let here = e.here();
+    e.store(frame_field!(linear), A);
+    e.alu(Alu::Add, true, B, A);
+    e.alu_imm(Alu::And, true, B, -4096);
+    to_slot_in_place(e);
+    e.alu_mem(Alu::Cmp, true, B, in_slot(A, access.tag()));
+    let nowhere = e.jcc(cc::NOT_EQUAL);
+    e.load(B, in_slot(A, offset_of!(Entry, addend)));
+    e.load(A, frame_field!(linear));
+    e.bind(nowhere);
+    e.raw(&[0xc3]);
+    here
+}
+
+/// As [`to_slot`](crate::memory_path::to_slot) of the address in [`A`].
+fn to_slot_in_place(e: &mut Emitter) {
+    e.shr(true, A, 12 - size_of::<Entry>().trailing_zeros() as u8);
+    e.alu_mem(Alu::And, true, A, selected!(mask));
 }
 
 /// As [`Frame::leave_soon`](crate::frame::Frame::leave_soon): the next block's head leaves. Clobbers [`B`].

@@ -24,7 +24,8 @@ use crate::returns::{Elsewhere, TooDeep};
 use crate::stubs::Stubs;
 use crate::system::System;
 use crate::traces::Each;
-use crate::{traces, vector, x87};
+use crate::windows::{Fault, Guess, Known, is_of_use};
+use crate::{memory_path, traces, vector, x87};
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 use smallvec::SmallVec;
 use umbra_cpu::block::Block;
@@ -57,6 +58,8 @@ pub struct Code {
     /// How many of the bytes are executed often; where the others are to be placed was told, too.
     pub often: usize,
     pub exits: Vec<Exit>,
+    /// Where it accesses windows, in the order of addresses.
+    pub faults: Vec<Fault>,
     /// Operations that are done by their functions.
     pub helpers: usize,
     /// Where each operation's code begins in `bytes`, in what way it is done; then where the last one's ends.
@@ -73,8 +76,18 @@ pub struct Translator<'a> {
     pub host_flags: bool,
     pub vectors: vector::Place,
     pub x87: x87::Place,
+    pub windows: Option<Guess<'a>>,
+    /// Regions of base registers.
+    pub known: Known,
+    /// A base register's region, found by the running operation, is of use behind it.
+    pub of_use: bool,
+    /// Where the running operation's first access through a window begins.
+    pub through_window: Option<usize>,
+    /// Operations with such accesses: from where to where, and their slow paths.
+    faults: SmallVec<[(usize, usize, usize); 4]>,
     /// Accesses whose ranges are missed.
     pub cold: Vec<Cold>,
+    pub elsewhere_in_memory: SmallVec<[memory_path::Elsewhere; 2]>,
     /// Operations, by bits, that ranges are no good for.
     pub missing: u64,
     /// Much time is spent in the block.
@@ -94,6 +107,8 @@ pub struct Translator<'a> {
     charge: u32,
     pub ahead: u32,
     slow: Vec<Slow>,
+    /// Where the code of each begins.
+    slow_paths: SmallVec<[usize; 8]>,
     exits: SmallVec<[Open; 3]>,
     end: End,
     pub predicts_returns: bool,
@@ -133,6 +148,8 @@ pub struct Settings<'a> {
     /// Mechanisms that aren't used.
     pub off: Mechanisms,
     pub stubs: &'a Stubs,
+    /// Where operands are, if accesses go through windows.
+    pub windows: Option<Guess<'a>>,
 }
 
 /// Where code goes in the code memory: what is executed often, and what is not.
@@ -260,16 +277,21 @@ fn emit(
     e.begin(at.often);
     let mut translators = Each::new();
     let mut checked = [None; BASES];
+    let mut known = Known::default();
     for part in parts {
         let rare = tools.rare.pop().unwrap_or_default();
         translators.push(Translator::new(part, settings, e, rare));
         let Some(translator) = translators.last_mut() else { return Err(Unencodable) };
         // Numbers of groups are unique in a trace.
         translator.checked = checked;
+        if part.end != End::Loops {
+            translator.known = known;
+        }
         translator.run(part, &mut code.starts)?;
         code.helpers += part.steps.iter().filter(|step| step.kind == Kind::Helper).count();
         e = std::mem::take(&mut translator.e);
         checked = translator.checked;
+        known = translator.known;
     }
     code.starts.push((e.bytes.len(), None));
     for translator in &mut translators {
@@ -286,6 +308,7 @@ fn emit(
     for translator in &mut translators {
         translator.e = e;
         translator.emit_rare();
+        code.faults.extend(translator.known_faults());
         e = std::mem::take(&mut translator.e);
     }
     for open in translators.iter_mut().flat_map(|translator| translator.exits.drain(..)) {
@@ -328,7 +351,7 @@ fn closes_loop(block: &Block, steps: &[Step]) -> bool {
 impl<'a> Translator<'a> {
     fn new(part: &'a Part<'_>, settings: Settings<'a>, e: Emitter, Rare { slow, cold }: Rare) -> Self {
         let Source { block, number, missing, hot, .. } = part.source;
-        let Settings { half, stubs, off } = settings;
+        let Settings { half, stubs, off, windows } = settings;
         Self {
             e,
             block,
@@ -336,6 +359,12 @@ impl<'a> Translator<'a> {
             host_flags: false,
             vectors: vector::Place::default(),
             x87: x87::Place::default(),
+            windows,
+            known: Known::default(),
+            of_use: false,
+            through_window: None,
+            faults: SmallVec::new(),
+            elsewhere_in_memory: SmallVec::new(),
             cold,
             missing,
             hot,
@@ -350,6 +379,7 @@ impl<'a> Translator<'a> {
             charge: part.charge,
             ahead: part.ahead,
             slow,
+            slow_paths: SmallVec::new(),
             exits: SmallVec::new(),
             end: part.end,
             predicts_returns: !off.has(Mechanism::Returns),
@@ -378,8 +408,18 @@ impl<'a> Translator<'a> {
         for (at, step) in steps.iter().enumerate() {
             starts.push((self.e.bytes.len(), Some(step.kind)));
             match step.kind {
-                Kind::Helper => self.call_function(at, instructions.get(at)),
-                _ => self.native(at, &instructions[at], *step)?,
+                Kind::Helper => {
+                    self.call_function(at, instructions.get(at));
+                    self.known = Known::default();
+                }
+                _ => {
+                    let base = self.block.ops[at].base;
+                    let plain = self.windows.is_some() && step.kind.finds_region();
+                    let stack = matches!(step.kind, Kind::Push | Kind::Pop);
+                    self.of_use = plain && (stack || is_of_use(at, base, &self.block.ops, instructions));
+                    self.native(at, &instructions[at], *step)?;
+                    self.known.follow(&instructions[at], step.kind);
+                }
             }
         }
         match steps.last().map(|step| step.kind) {
@@ -423,6 +463,17 @@ impl<'a> Translator<'a> {
         let forbids_x87 = step.kind == Kind::System(System::ControlRegister);
         self.slow.push(Slow { op: at, x87, forbids_x87, pointers, recipe, ..Slow::default() });
         let op: &Op = &self.block.ops[at];
+        let windows = self.windows.take_if(|_| !step.kind.may_fault());
+        let done = self.kind(at, i, op, step);
+        self.windows = self.windows.or(windows);
+        if let Some(start) = self.through_window.take() {
+            self.faults.push((start, self.e.here(), self.slow_number()));
+            self.slow.last_mut().into_iter().for_each(|slow| slow.faults = true);
+        }
+        done
+    }
+
+    fn kind(&mut self, at: usize, i: &Instruction, op: &Op, step: Step) -> Result<(), Unencodable> {
         match step.kind {
             kind if kind.is_branch() => {
                 self.branch(at, i, op, kind);
@@ -437,6 +488,16 @@ impl<'a> Translator<'a> {
             slow.vectors = self.vectors.live;
         }
         Ok(())
+    }
+
+    /// Accesses through windows, after [`emit_rare`](Self::emit_rare).
+    fn known_faults(&mut self) -> impl Iterator<Item = Fault> {
+        let faults = std::mem::take(&mut self.faults);
+        faults.into_iter().map(|(start, end, slow)| Fault {
+            start: start as u32,
+            end: end as u32,
+            slow: self.slow_paths[slow] as u32,
+        })
     }
 
     /// Operation `op` has no host code.

@@ -50,13 +50,23 @@ pub struct Selected {
     pub upper_salt: u64,
     /// The MMU's fetch stamps in force.
     pub stamps: [u64; 2],
+    /// What is added to the place of code in the lower half where that is looked for.
+    pub place_salt: u64,
     /// 1: RDTSC can't fault, and no other processor's time has to be looked at.
     pub tsc_usable: u64,
 }
 
 impl Selected {
-    pub const NONE: Self =
-        Self { slots: 0, mask: 0, context: [0; 2], jumps: [0; 2], upper_salt: 0, stamps: [0; 2], tsc_usable: 0 };
+    pub const NONE: Self = Self {
+        slots: 0,
+        mask: 0,
+        context: [0; 2],
+        jumps: [0; 2],
+        upper_salt: 0,
+        stamps: [0; 2],
+        place_salt: 0,
+        tsc_usable: 0,
+    };
 }
 
 /// No epoch: that of no view.
@@ -136,7 +146,8 @@ impl Frame {
                     self.used_ranges[access] |= 1 << STACK;
                 }
             }
-            (self.view, self.selected, self.mode) = (view, known.selected, core.code_mode);
+            (self.view, self.selected) = (view, known.selected);
+            self.mode = core.code_mode | known.selected.place_salt;
             self.take_root(core);
         } else if self.withdrawals != withdrawals {
             self.forget_ranges();
@@ -148,6 +159,11 @@ impl Frame {
     /// What views select may depend on something else than before.
     pub fn forget_all_views(&mut self) {
         self.views.iter_mut().for_each(|view| view.epoch = NEVER);
+    }
+
+    /// Generated code can't change to CPL 3 by itself until that has been known anew.
+    pub fn forget_user_views(&mut self) {
+        self.views.iter_mut().step_by(VIEWS).for_each(|view| view.epoch = NEVER);
     }
 
     /// The context of that number isn't known any more.

@@ -19,6 +19,8 @@ mod strings;
 mod strings_of_bits;
 #[path = "programs/traces.rs"]
 mod traces;
+#[path = "programs/windows.rs"]
+mod windows;
 #[path = "programs/x87.rs"]
 mod x87;
 
@@ -773,6 +775,8 @@ fn mechanisms_can_be_left_out() {
             Mechanism::Budgets => {
                 some.code_bytes != all.code_bytes && some.translated_helpers == all.translated_helpers
             }
+            // See `windows`.
+            Mechanism::Windows => some == all,
             Mechanism::Flags => some.code_bytes > all.code_bytes,
             Mechanism::Links => some.linked == 0 && some.left_by_link > 10 * all.left_by_link,
             // What returns is found without.

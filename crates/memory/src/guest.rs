@@ -1,5 +1,7 @@
 //! Guest memory as everybody sees it.
 
+#[cfg(target_os = "linux")]
+use crate::Window;
 use crate::flags::FlagTable;
 use crate::host::HostMapping;
 use crate::layout::{Layout, PlainRam, Region};
@@ -195,6 +197,12 @@ impl GuestMemory {
     #[cold]
     fn locate_slow(&self, page: GpaPage) -> Backing {
         self.layout.read().unwrap_or_else(PoisonError::into_inner).map(page)
+    }
+
+    /// Addresses of the host at which pages of RAM can be mapped once more; `None` if it refuses.
+    #[cfg(target_os = "linux")]
+    pub fn window(&self, bytes: usize) -> Option<Window> {
+        Window::new(self.host.shared()?, bytes).ok()
     }
 
     /// Loads a scalar; no alignment is demanded. 0 outside the mapping.

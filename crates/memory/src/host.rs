@@ -1,11 +1,15 @@
 //! The host mapping: the only place with pointers into guest memory.
 #![allow(unsafe_code, reason = "raw access to the mapping, each after its bounds check")]
 
+#[cfg(target_os = "linux")]
+use crate::shared::Shared;
 use crate::{MemoryError, RamOffset, Scalar};
 use memmap2::MmapMut;
 use std::hint::cold_path;
 use std::ptr;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::SeqCst};
+#[cfg(target_os = "linux")]
+use std::sync::{Arc, OnceLock};
 
 /// Bytes past the last usable one, so that one comparison covers every width.
 const SLACK: u64 = 4096;
@@ -19,6 +23,9 @@ pub(crate) struct HostMapping {
     base: *mut u8,
     /// Usable bytes.
     bytes: u64,
+    /// Once pages were asked for a second time.
+    #[cfg(target_os = "linux")]
+    shared: OnceLock<Option<Arc<Shared>>>,
     _map: MmapMut,
 }
 
@@ -45,7 +52,19 @@ impl HostMapping {
         let _ = map.advise(memmap2::Advice::HugePage);
         let start = map.as_mut_ptr();
         let base = start.wrapping_add(start.align_offset(HUGE_PAGE as usize));
-        Ok(Self { base, bytes, _map: map })
+        Ok(Self {
+            base,
+            bytes,
+            #[cfg(target_os = "linux")]
+            shared: OnceLock::new(),
+            _map: map,
+        })
+    }
+
+    /// The mapping as one whose pages can be mapped elsewhere, too; `None` where the host can't.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn shared(&self) -> Option<Arc<Shared>> {
+        self.shared.get_or_init(|| Shared::new(self.base, self.bytes).ok().map(Arc::new)).clone()
     }
 
     /// Usable bytes.

@@ -15,7 +15,11 @@ mod layout;
 mod lazy;
 mod offset;
 mod scalar;
+#[cfg(target_os = "linux")]
+mod shared;
 mod watcher;
+#[cfg(target_os = "linux")]
+mod window;
 
 pub use error::MemoryError;
 pub use flags::PageFlags;
@@ -26,3 +30,5 @@ pub use lazy::{FileSource, PageFailure, PageSource};
 pub use offset::{Backing, RamOffset};
 pub use scalar::Scalar;
 pub use watcher::Watcher;
+#[cfg(target_os = "linux")]
+pub use window::Window;

@@ -7,6 +7,7 @@
 
 use crate::rights::{self, Rights};
 use crate::role::View;
+use crate::windows::Withdrawn;
 use umbra_arch::paging::{Access, AccessKind};
 
 /// A slot of a column. Integers only: generated code reads it too.
@@ -62,7 +63,7 @@ impl Entry {
 /// Columns of a root: one for CPL 3, eight for the supervisor's (WP, SMAP enforced, SMEP).
 pub(crate) const COLUMNS: usize = 9;
 /// Column sizes in entries.
-const SIZES: [u32; 3] = [512, 4096, 16384];
+const SIZES: [u32; 4] = [512, 4096, 16384, 65536];
 const _: () = assert!((ELSEWHERE | Entry::REPORTED) >> 12 < SIZES[0] as u64, "they choose other slots");
 /// Bound on the pool's entries (64 MiB).
 const POOL_ENTRIES: u32 = 2 << 20;
@@ -172,6 +173,8 @@ pub(crate) struct Column {
     pub held: u32,
     /// Of the fills since growth was last thought of, those that evicted something.
     conflicts: u32,
+    /// Who has to be told of what is withdrawn; 0: nobody.
+    pub window: u8,
 }
 
 impl Column {
@@ -192,7 +195,9 @@ impl Column {
     /// Whether fills have evicted so much that a larger block pays: looked at each time that it could have been filled.
     #[inline(always)]
     fn wants_growth(&mut self) -> bool {
-        self.held & (self.entries - 1) == 0 && std::mem::take(&mut self.conflicts) >= self.entries / 4
+        // The largest block is for pages that keep evicting each other.
+        let few = if self.entries == SIZES[SIZES.len() - 2] { self.entries / 2 } else { self.entries / 4 };
+        self.held & (self.entries - 1) == 0 && std::mem::take(&mut self.conflicts) >= few
     }
 }
 
@@ -203,13 +208,20 @@ pub(crate) struct Pool {
     pub withdrawals: u64,
     /// Of those, times that some column's place was, or all that it had.
     pub moves: u64,
+    pub withdrawn: Withdrawn,
     /// First entries of unused blocks, by size.
     free: [Vec<u32>; SIZES.len()],
 }
 
 impl Pool {
     pub(crate) fn new() -> Self {
-        Self { entries: Vec::new(), withdrawals: 0, moves: 0, free: Default::default() }
+        Self {
+            entries: Vec::new(),
+            withdrawals: 0,
+            moves: 0,
+            withdrawn: Withdrawn::default(),
+            free: Default::default(),
+        }
     }
 
     /// A block of size class `class`, empty; `None` when the pool's bound is reached.
@@ -242,6 +254,7 @@ impl Pool {
         if let Some(class) = SIZES.iter().position(|&s| s == column.entries) {
             self.free[class].push(column.base);
         }
+        self.withdrawn.column(column.window);
         self.moved();
         *column = Column::default();
     }
@@ -253,6 +266,7 @@ impl Pool {
 
     /// Forgets everything in a column.
     pub(crate) fn clear(&mut self, column: &mut Column) {
+        self.withdrawn.column(column.window);
         self.moved();
         for (slot, entry) in (0..).zip(self.block_mut(column)) {
             *entry = Entry::empty(slot);
@@ -276,7 +290,10 @@ impl Pool {
         let new = Entry { tag_read: page ^ read, tag_write: page ^ write, tag_fetch: page ^ fetch, addend };
         let slot = &mut self.entries[column.slot(page)];
         if slot.holds(page) {
-            self.withdrawals += u64::from(!new.allows_all_of(slot, page));
+            if !new.allows_all_of(slot, page) {
+                self.withdrawals += 1;
+                self.withdrawn.page(column.window, page);
+            }
         } else {
             column.conflicts += u32::from(slot.page(column.index(page), column.mask()).is_some());
         }
@@ -295,7 +312,7 @@ impl Pool {
                 self.entries[new.slot(page)] = old;
             }
         }
-        (new.keys, new.held) = (column.keys, column.held);
+        (new.keys, new.held, new.window) = (column.keys, column.held, std::mem::take(&mut column.window));
         self.release(column);
         *column = new;
         true
@@ -309,6 +326,7 @@ impl Pool {
         }
         // Another page may have taken the slot, and somebody still know this one.
         self.withdrawals += 1;
+        self.withdrawn.page(column.window, page);
     }
 
     /// Forgets that one page can be written.
@@ -318,5 +336,6 @@ impl Pool {
             slot.tag_write = page ^ ELSEWHERE;
         }
         self.withdrawals += 1;
+        self.withdrawn.page(column.window, page);
     }
 }

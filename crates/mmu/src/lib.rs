@@ -27,6 +27,7 @@ mod mmu;
 mod roots;
 mod shadow;
 mod tables;
+mod windows;
 mod writers;
 
 pub use active::FastTable;
@@ -37,3 +38,4 @@ pub use invalidate::Written;
 pub use mmu::{Mmu, MmuMode, MmuOptions, Translation};
 pub use role::{CpuRole, PageRole, View};
 pub use stats::MmuStats;
+pub use windows::UserPage;

@@ -168,6 +168,8 @@ pub enum JitOff {
     Memory,
     /// Range registers: each access looks into the MMU's table
     Ranges,
+    /// Having the host's MMU translate for programs that run for long
+    Windows,
     /// Checking neighbouring accesses together
     Groups,
     /// Saving status flags only where something looks at them
@@ -194,6 +196,7 @@ impl JitOff {
             Self::Views => Mechanism::Views,
             Self::Memory => Mechanism::Memory,
             Self::Ranges => Mechanism::Ranges,
+            Self::Windows => Mechanism::Windows,
             Self::Groups => Mechanism::Groups,
             Self::Flags => Mechanism::Flags,
             Self::Traces => Mechanism::Traces,

@@ -23,6 +23,21 @@ impl Engine {
         self.tail(site)
     }
 
+    /// As [`tail`](Self::tail); the operation's base register isn't in the region that was guessed.
+    fn other_base(&mut self, site: u32) -> Flow {
+        let (number, at) = of_site(site);
+        let base = self.interp.blocks().block(number).ops[at].base;
+        let base = if base == NO_REG { guest::RSP } else { base };
+        let gva = self.interp.core().gpr[usize::from(base)];
+        if self.windows.learn(site, gva) {
+            self.misses.translate_again(number);
+        } else {
+            self.misses.give_up(site);
+        }
+        self.frame.leave_soon();
+        self.tail(site)
+    }
+
     /// Does the operation at `site` and those behind it.
     fn tail(&mut self, site: u32) -> Flow {
         let (number, _) = of_site(site);
@@ -128,6 +143,7 @@ pub(super) fn functions() -> Functions {
         helper: run_helper as *const () as u64,
         rest: run_rest as *const () as u64,
         tail: run_tail as *const () as u64,
+        other_base: run_other_base as *const () as u64,
     }
 }
 
@@ -150,10 +166,21 @@ extern "sysv64" fn run_tail(engine: *mut Engine, site: u32) -> u32 {
     guarded(engine, |engine| engine.tail(site))
 }
 
+extern "sysv64" fn run_other_base(engine: *mut Engine, site: u32) -> u32 {
+    // SAFETY: as in `run_helper`.
+    let engine = unsafe { &mut *engine };
+    guarded(engine, |engine| engine.other_base(site))
+}
+
 /// A panic doesn't unwind generated code.
 fn guarded(engine: &mut Engine, run: impl Fn(&mut Engine) -> Flow) -> u32 {
     match catch_unwind(AssertUnwindSafe(|| run(engine))) {
-        Ok(flow) => flow as u32,
+        Ok(flow) => {
+            let core = engine.interp.core_mut();
+            engine.windows.follow(&mut engine.frame, core);
+            engine.windows.look(core);
+            flow as u32
+        }
         Err(panic) => {
             engine.frame.panic = Some(panic);
             Flow::Leave as u32

@@ -3,6 +3,7 @@
 use super::links::KnownExit;
 use super::{Engine, LARGEST};
 use crate::contexts::Half;
+use crate::frame::place_salt;
 use crate::jumps::{NARROW_AT, Place};
 use crate::listing::{self, Translated};
 use crate::mechanisms::Mechanism;
@@ -10,7 +11,7 @@ use crate::traces::{Each, trace};
 use crate::translate::{Code, Offsets, Settings, Source, Tools, dropped_code, jump, translate};
 use smallvec::smallvec;
 use umbra_cpu::block::{Block, is_relative};
-use umbra_cpu::core::code_bits;
+use umbra_cpu::core::{CODE_VARIANT, code_bits};
 use umbra_memory::RamOffset;
 
 /// How a block has run. Kept apart from translations, which most blocks that are interpreted have none of.
@@ -59,7 +60,7 @@ impl Translation {
 
     /// What it is found by there.
     fn place(&self) -> u64 {
-        self.offset | u64::from(code_bits(self.mode) != 64) << NARROW_AT
+        self.offset | place_salt(self.mode) | u64::from(code_bits(self.mode) != 64) << NARROW_AT
     }
 }
 
@@ -111,12 +112,23 @@ impl Engine {
             self.runs.resize(index + 1, Runs::default());
             self.translations.resize(index + 1, None);
         }
+        if self.runs[index].count == 0 && self.interp.blocks().block(number).mode() & CODE_VARIANT != 0 {
+            self.begin_as_plain(number);
+        }
         let runs = &mut self.runs[index].count;
         if *runs < self.options.threshold {
             *runs += 1;
             return None;
         }
         self.translations[index].or_else(|| self.translate(number))
+    }
+
+    /// What is known of how the same block runs without windows.
+    fn begin_as_plain(&mut self, number: u32) {
+        let plain = self.interp.blocks().without_variant(number);
+        if let Some(runs) = plain.and_then(|plain| self.runs.get(plain as usize).copied()) {
+            self.runs[number as usize] = runs;
+        }
     }
 
     pub(super) fn translate(&mut self, number: u32) -> Option<Translation> {
@@ -149,6 +161,7 @@ impl Engine {
         self.stats.translated_ops += (code.starts.len() - 1) as u64;
         self.stats.translated_helpers += code.helpers as u64;
         let charge = code.charge;
+        self.windows.faults.add(&code.faults);
         self.exits.extend(code.exits.drain(..).map(|exit| KnownExit { exit, number, entry }));
         kept.tools.take_back(code);
         self.tools = Some(kept);
@@ -219,10 +232,13 @@ impl Engine {
             bytes: take_bytes(&mut left, blocks.block(number)),
             missing: if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) },
             hot: self.samples.get(&number).copied().unwrap_or(0) >= self.options.hot_after,
-            alone: self.misses.alone(number),
+            alone: if blocks.block(number).mode() & CODE_VARIANT != 0 { u32::MAX } else { self.misses.alone(number) },
         });
         let sources: Each<_> = sources.collect();
-        let code = translate(&sources, at, self.exits.len(), Settings { half, off, stubs: &self.stubs }, tools);
+        let uses_windows = blocks.block(number).mode() & CODE_VARIANT != 0;
+        let windows = if uses_windows { self.windows.guess(self.interp.core()) } else { None };
+        let code =
+            translate(&sources, at, self.exits.len(), Settings { half, off, stubs: &self.stubs, windows }, tools);
         trace.truncate(code.parts);
         (trace, code)
     }
@@ -271,6 +287,7 @@ impl Engine {
         self.traces.clear();
         self.moved.clear();
         self.misses.forget_code();
+        self.windows.forget_code();
         self.contexts.clear_jumps();
         self.fetches.clear();
         self.places.clear();

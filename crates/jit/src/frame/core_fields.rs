@@ -2,7 +2,7 @@
 
 use crate::emitter::Mem;
 use crate::engine::Engine;
-use crate::registers::ENGINE;
+use crate::frame::at_engine;
 use std::mem::offset_of;
 use umbra_arch::CpuState;
 use umbra_arch::fpu::FpState;
@@ -15,7 +15,7 @@ const CORE: usize = offset_of!(Engine, interp) + Interpreter::CORE_OFFSET;
 
 /// Guest register `n` in the core.
 pub fn gpr(n: u8) -> Mem {
-    Mem::at(ENGINE, CORE + offset_of!(Core, gpr) + 8 * usize::from(n))
+    at_engine(CORE + offset_of!(Core, gpr) + 8 * usize::from(n))
 }
 
 /// What RIPs in a translation count from.
@@ -25,27 +25,27 @@ pub fn code_base() -> Mem {
 
 /// What decoding depends on besides the bytes.
 pub fn code_mode() -> Mem {
-    Mem::at(ENGINE, CORE + offset_of!(Core, code_mode))
+    at_engine(CORE + offset_of!(Core, code_mode))
 }
 
 /// A segment's base.
 pub fn seg_base(seg: u8) -> Mem {
-    Mem::at(ENGINE, CORE + offset_of!(Core, seg_base) + 8 * usize::from(seg))
+    at_engine(CORE + offset_of!(Core, seg_base) + 8 * usize::from(seg))
 }
 
 /// The segments whose accesses may be refused, by bits, a byte.
 pub fn seg_checked() -> Mem {
-    Mem::at(ENGINE, CORE + offset_of!(Core, seg_checked))
+    at_engine(CORE + offset_of!(Core, seg_checked))
 }
 
 /// A field of the guest's state.
 fn state(offset: usize) -> Mem {
-    Mem::at(ENGINE, CORE + offset_of!(Core, s) + offset)
+    at_engine(CORE + offset_of!(Core, s) + offset)
 }
 
 /// The number of CPUs, 32 bits.
 pub fn cpus() -> Mem {
-    Mem::at(ENGINE, CORE + offset_of!(Core, cpus))
+    at_engine(CORE + offset_of!(Core, cpus))
 }
 
 /// CPL, a byte.
@@ -150,19 +150,19 @@ pub fn kernel_gs_base() -> Mem {
 
 /// Where execution goes on.
 pub fn next_rip() -> Mem {
-    Mem::at(ENGINE, CORE + offset_of!(Core, next_rip))
+    at_engine(CORE + offset_of!(Core, next_rip))
 }
 
 const FP: usize = CORE + offset_of!(Core, s) + offset_of!(CpuState, fp);
 
 /// XMM register `n` in the core.
 pub fn xmm(n: u8) -> Mem {
-    Mem::at(ENGINE, FP + offset_of!(FpState, xmm) + 16 * usize::from(n))
+    at_engine(FP + offset_of!(FpState, xmm) + 16 * usize::from(n))
 }
 
 /// The upper half of YMM register `n` in the core.
 pub fn ymm_high(n: u8) -> Mem {
-    Mem::at(ENGINE, FP + offset_of!(FpState, ymm_high) + 16 * usize::from(n))
+    at_engine(FP + offset_of!(FpState, ymm_high) + 16 * usize::from(n))
 }
 
 /// Offsets in FXSAVE's image, which [`FpState`] begins with.
@@ -179,5 +179,5 @@ pub mod fx {
 
 /// What is at an offset of the [`FpState`] in the core.
 pub fn fp(offset: usize) -> Mem {
-    Mem::at(ENGINE, FP + offset)
+    at_engine(FP + offset)
 }

@@ -118,6 +118,7 @@ fn find_page(e: &mut Emitter) -> Vec<Jump> {
     e.load(A, next_rip());
     e.alu_mem(Alu::Add, true, A, in_slot(B, offset_of!(Entry, addend)));
     e.alu_mem(Alu::Sub, true, A, frame_field!(ram));
+    e.alu_mem(Alu::Add, true, A, selected!(place_salt));
     vec![other]
 }
 

@@ -17,6 +17,10 @@ pub(super) struct Slow {
     /// It ends its block and may forbid the x87 unit.
     pub forbids_x87: bool,
     pub jumps: SmallVec<[Jump; 2]>,
+    /// Its host code may fault.
+    pub faults: bool,
+    /// Taken where all behind it must be done by functions, too, and the engine be told.
+    pub tails: SmallVec<[Jump; 1]>,
     /// Where the block goes on; a branch's successor otherwise.
     pub back: Option<usize>,
     /// The host's flags are relied on there.
@@ -50,10 +54,33 @@ impl Translator<'_> {
         self.slow[number].jumps.push(jump);
     }
 
+    /// As [`slow_of`](Self::slow_of) for all operations from there on.
+    pub fn slow_tail(&mut self, number: usize, jump: Jump) {
+        self.slow[number].tails.push(jump);
+    }
+
+    /// The base register of an operation isn't in the region that it was looked for in, which others behind it take for
+    /// granted.
+    fn emit_tail(&mut self, slow: &Slow) {
+        slow.tails.iter().for_each(|&jump| self.e.bind(jump));
+        if let Some(recipe) = &slow.recipe {
+            self.recover_flags(recipe);
+        }
+        if let Some(op) = slow.pointers {
+            self.emit_pointers(op);
+        }
+        self.e.call(self.stubs.x87_store);
+        self.call_at(slow.op, self.stubs.other_base);
+    }
+
     pub(super) fn emit_slow(&mut self) {
         let mut all = std::mem::take(&mut self.slow);
         for slow in all.drain(..) {
-            if slow.jumps.is_empty() {
+            if !slow.tails.is_empty() {
+                self.emit_tail(&slow);
+            }
+            self.slow_paths.push(self.e.here());
+            if slow.jumps.is_empty() && !slow.faults {
                 continue;
             }
             slow.jumps.iter().for_each(|&jump| self.e.bind(jump));

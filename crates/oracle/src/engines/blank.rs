@@ -15,8 +15,14 @@ use umbra_mmu::MmuOptions;
 use super::window::WindowError;
 
 /// Nothing is cold.
-pub const EAGER: JitOptions =
-    JitOptions { threshold: 0, hot_after: 0, code_bytes: 4 << 20, legacy: true, ..JitOptions::DEFAULT };
+pub const EAGER: JitOptions = JitOptions {
+    threshold: 0,
+    hot_after: 0,
+    code_bytes: 4 << 20,
+    legacy: true,
+    windows_after: Some(0),
+    ..JitOptions::DEFAULT
+};
 /// Instructions and deliveries after which a single-instruction case hangs.
 const SINGLE: u64 = 100_000;
 
