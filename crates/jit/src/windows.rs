@@ -327,14 +327,14 @@ impl Windows {
 
     /// After an operation was done by its function, an access of which had no page.
     #[inline]
-    pub fn look(&mut self, core: &mut Core) {
+    pub fn look(&mut self, frame: &mut Frame, core: &mut Core) {
         if let Some(hit) = self.faults.take_hit() {
-            self.map_hit(core, hit);
+            self.map_hit(frame, core, hit);
         }
     }
 
     #[cold]
-    fn map_hit(&mut self, core: &mut Core, hit: Hit) {
+    fn map_hit(&mut self, frame: &mut Frame, core: &mut Core, hit: Hit) {
         debug_assert!(self.space().is_none_or(|space| space.covers(hit.address)), "{hit:x?} is in no window");
         if !is_usable(core) {
             return;
@@ -345,8 +345,11 @@ impl Windows {
         let Some(space) = self.space().filter(|_| number != 0) else { return };
         space.events += 1;
         let Some(gva) = space.gva(hit.address).map(Gva::new) else { return };
-        if mapped > MOST_PAGES {
-            space.unmap_all();
+        if mapped > MOST_PAGES && !space.unmap_all() {
+            self.give_up(&mut core.mmu, number);
+            frame.forget_all_views();
+            frame.leave_soon();
+            return self.select(frame, 0);
         }
         let Some(page) = core.mmu.user_page(gva).filter(|page| page.writable || !hit.write) else { return };
         let (first, pages) = space.unmapped_run(&core.mmu, page);
@@ -402,15 +405,15 @@ impl Windows {
         if !faults::install() || !core.mmu.number_window(number) {
             return false;
         }
-        // What was withdrawn before concerns it not.
-        core.mmu.take_withdrawn();
+        // What was withdrawn before concerns the others.
+        let has_lost = !self.unmap_withdrawn(&mut core.mmu);
         let pages = core.mmu.user_pages();
         let code = pages.iter().filter(|page| page.executable).count();
         let worth = pages.len() as u64 * PER_PAGE + code as u64 * PER_PAGE_OF_CODE;
         if pages.len() < FEWEST_PAGES || ran < worth && self.after != Some(0) {
             core.mmu.forget_window(number);
             self.heat.insert(core.mmu.root(), (ran, worth));
-            return false;
+            return has_lost;
         }
         self.heat.insert(core.mmu.root(), (0, 0));
         let mut by_region: HashMap<u32, usize> = HashMap::new();

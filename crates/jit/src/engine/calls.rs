@@ -178,7 +178,7 @@ fn guarded(engine: &mut Engine, run: impl Fn(&mut Engine) -> Flow) -> u32 {
         Ok(flow) => {
             let core = engine.interp.core_mut();
             engine.windows.follow(&mut engine.frame, core);
-            engine.windows.look(core);
+            engine.windows.look(&mut engine.frame, core);
             flow as u32
         }
         Err(panic) => {
