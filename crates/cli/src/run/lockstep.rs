@@ -80,6 +80,11 @@ fn goes_on(end: &End) -> bool {
     matches!(end, End::Stopped(Stop::HandOver) | End::Mark(_))
 }
 
+/// Whether somebody outside has stopped it, at any place.
+fn was_stopped(end: &End) -> bool {
+    !goes_on(end) && matches!(end, End::Stopped(_))
+}
+
 /// One turn of a machine's run loop.
 fn turn(guest: &mut Guest, host: &mut Turn<'_>, pace: Pace) -> End {
     guest.machine.vcpus_mut().for_each(|engine| engine.set_pace(pace));
@@ -117,7 +122,7 @@ impl Lockstep {
         loop {
             let mut first = Turn::new(Some(&mut *host));
             let mut end = turn(&mut self.reference, &mut first, Pace::Blocks(blocks));
-            if !goes_on(&end) && matches!(end, End::Stopped(_)) {
+            if was_stopped(&end) {
                 return Course::Same(end);
             }
             // Several blocks are a stretch of time to the translator, so that it leaves its code as seldom as ever.
@@ -126,6 +131,10 @@ impl Lockstep {
             let mut other = turn(&mut self.translated, &mut second, pace);
             self.turns += 1;
             (end, other) = self.catch_up((&mut first, &mut second), (end, other));
+            if was_stopped(&end) {
+                // On its way to where the translator is.
+                return Course::Same(end);
+            }
             let sent = (first.sent, second.sent);
             if let Some(what) = self.compare((&end, &other), (&sent.0, &sent.1)) {
                 return Course::Different(self.report(&what));
@@ -385,6 +394,33 @@ mod tests {
         s.seg[Seg::Cs as usize] = Segment { selector: 8, base: 0, limit: u32::MAX, attr: Attr(0xa09b) };
         s.rip = 0x9000;
         engine.set_state(&s);
+    }
+
+    /// Stops the run when it has been asked so often.
+    struct Impatient(u32);
+
+    impl Host for Impatient {
+        fn serial(&mut self, _: &[u8]) {}
+
+        fn stop(&mut self) -> Option<Stop> {
+            self.0 = self.0.saturating_sub(1);
+            (self.0 == 0).then_some(Stop::Timeout)
+        }
+    }
+
+    #[test]
+    fn a_stop_on_the_way_to_a_traces_end_is_no_difference() {
+        // mov ecx, 900; test ecx, 1; jz to dec; nop; dec ecx; jnz to test; jmp to mov
+        let code = [0xb9, 132, 3, 0, 0, 0xf7, 0xc1, 1, 0, 0, 0, 0x74, 1, 0x90, 0xff, 0xc9, 0x75, 0xf3, 0xeb, 0xec];
+        for asks in 40..100 {
+            let mut both = both("1");
+            begin_at_code(&mut both.reference, &code);
+            begin_at_code(&mut both.translated, &code);
+            match both.run(&mut Impatient(asks)) {
+                Course::Same(end) => assert!(was_stopped(&end)),
+                Course::Different(report) => panic!("stopped at {asks}: {report}"),
+            }
+        }
     }
 
     #[test]
