@@ -142,6 +142,11 @@ impl Block {
         self.is_legacy() && self.is_relative()
     }
 
+    /// Whether it was found by an engine's [`CODE_VARIANT`].
+    pub fn is_variant(&self) -> bool {
+        self.mode & CODE_VARIANT != 0
+    }
+
     /// Whether its one instruction goes on in another page.
     pub fn crosses(&self) -> bool {
         self.second.is_some()

@@ -58,7 +58,8 @@ pub struct JitOptions {
     pub legacy: bool,
     /// Blocks translated at most, to find by bisection one that is wrong.
     pub limit: u64,
-    /// Instructions of an address space in user mode until it gets [windows](crate::windows); `None`: never.
+    /// Instructions of an address space in user mode until it gets [windows](crate::windows), or more by the number of its
+    /// pages; 0: at once, for tests; `None`: never.
     pub windows_after: Option<u64>,
     /// Mechanisms that aren't used.
     pub off: Mechanisms,
@@ -466,14 +467,15 @@ impl Engine {
         budget as i64
     }
 
-    /// A site whose counter is down and whose operand isn't in the region that was guessed gets another guess, once.
+    /// A site whose counter is down and whose operand isn't in the region that was guessed gets another guess, a few
+    /// times.
     fn learn_region(&mut self) {
         let site = self.frame.struck;
         if site == NO_SITE {
             return;
         }
         let (number, _) = of_site(site);
-        let uses_windows = self.interp.blocks().block(number).mode() & CODE_VARIANT != 0;
+        let uses_windows = self.interp.blocks().block(number).is_variant();
         if uses_windows && self.windows.learn(site, self.frame.struck_gva) {
             self.misses.forgive(&mut self.frame, site);
             self.misses.translate_again(number);

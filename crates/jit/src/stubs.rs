@@ -2,7 +2,7 @@
 
 mod lookup;
 
-use crate::emitter::{Alu, Emitter, Mem, cc};
+use crate::emitter::{Alu, Emitter, Jump, Mem, cc};
 use crate::frame::{BANK, INTO, Reason, at_engine, frame_field, gpr, next_rip, selected};
 use crate::memory_path::{Access, in_slot};
 use crate::ranges::{self, MARGIN, NAMES, Name, PATIENCE, Range};
@@ -231,13 +231,7 @@ fn call_helper(e: &mut Emitter, function: u64, leave_spilled: usize, dispatch: u
 fn range(e: &mut Emitter, n: usize) -> usize {
     let (name, access) = ((n % NAMES) as Name, if n < NAMES { Access::Read } else { Access::Write });
     let here = e.here();
-    e.store(frame_field!(linear), A);
-    e.alu(Alu::Add, true, B, A);
-    e.alu_imm(Alu::And, true, B, -4096);
-    e.shr(true, A, 12 - size_of::<Entry>().trailing_zeros() as u8);
-    e.alu_mem(Alu::And, true, A, selected!(mask));
-    e.alu_mem(Alu::Cmp, true, B, in_slot(A, access.tag()));
-    let nowhere = e.jcc(cc::NOT_EQUAL);
+    let nowhere = compare_page(e, access);
     e.load(A, in_slot(A, offset_of!(Entry, addend)));
     e.rm(false, &[0x81], 1, ranges::used(access)); // or
     e.raw(&(1u32 << name).to_le_bytes());
@@ -270,12 +264,7 @@ fn range(e: &mut Emitter, n: usize) -> usize {
 /// See [`Stubs::other_region`].
 fn other_region(e: &mut Emitter, access: Access) -> usize {
     let here = e.here();
-    e.store(frame_field!(linear), A);
-    e.alu(Alu::Add, true, B, A);
-    e.alu_imm(Alu::And, true, B, -4096);
-    to_slot_in_place(e);
-    e.alu_mem(Alu::Cmp, true, B, in_slot(A, access.tag()));
-    let nowhere = e.jcc(cc::NOT_EQUAL);
+    let nowhere = compare_page(e, access);
     e.load(B, in_slot(A, offset_of!(Entry, addend)));
     e.load(A, frame_field!(linear));
     e.bind(nowhere);
@@ -283,10 +272,16 @@ fn other_region(e: &mut Emitter, access: Access) -> usize {
     here
 }
 
-/// As [`to_slot`](crate::memory_path::to_slot) of the address in [`A`].
-fn to_slot_in_place(e: &mut Emitter) {
+/// Jumps unless the MMU's table has the bytes from the linear address in [`A`] on, of which [`B`] is the number less one, in
+/// one page; its slot's offset is in [`A`] then, the page's tag in [`B`], and the address in the frame.
+fn compare_page(e: &mut Emitter, access: Access) -> Jump {
+    e.store(frame_field!(linear), A);
+    e.alu(Alu::Add, true, B, A);
+    e.alu_imm(Alu::And, true, B, -4096);
     e.shr(true, A, 12 - size_of::<Entry>().trailing_zeros() as u8);
     e.alu_mem(Alu::And, true, A, selected!(mask));
+    e.alu_mem(Alu::Cmp, true, B, in_slot(A, access.tag()));
+    e.jcc(cc::NOT_EQUAL)
 }
 
 /// As [`Frame::leave_soon`](crate::frame::Frame::leave_soon): the next block's head leaves. Clobbers [`B`].

@@ -417,14 +417,18 @@ fn looped(body: impl Iterator<Item = u8>) -> Vec<u8> {
     code.extend((DATA as u32 + 0x800).to_le_bytes());
     code.extend([0x45, 0x31, 0xf6]); // xor r14d, r14d
     code.extend(body);
-    // The counter is in memory: dec dword [0x41800]; jnz back
-    code.extend([0xff, 0x0c, 0x25]);
-    code.extend((DATA as u32 + 0x1800).to_le_bytes());
-    let back = -(code.len() as i32 + 6);
-    code.extend([0x0f, 0x85]);
-    code.extend(back.to_le_bytes());
+    count_down(&mut code, &[0xff, 0x0c, 0x25], DATA + 0x1800);
     code.push(0xf4);
     code
+}
+
+/// Back to the start as often as the counter in memory says, which `dec` and its address decrement.
+fn count_down(code: &mut Vec<u8>, dec: &[u8], counter: u64) {
+    code.extend(dec);
+    code.extend((counter as u32).to_le_bytes());
+    let back = -(code.len() as i32 + 6);
+    code.extend([0x0f, 0x85]); // jnz
+    code.extend(back.to_le_bytes());
 }
 
 fn memory(code: &[u8], data: u64) -> Arc<GuestMemory> {

@@ -11,7 +11,7 @@ use crate::traces::{Each, trace};
 use crate::translate::{Code, Offsets, Settings, Source, Tools, dropped_code, jump, translate};
 use smallvec::smallvec;
 use umbra_cpu::block::{Block, is_relative};
-use umbra_cpu::core::{CODE_VARIANT, code_bits};
+use umbra_cpu::core::code_bits;
 use umbra_memory::RamOffset;
 
 /// How a block has run. Kept apart from translations, which most blocks that are interpreted have none of.
@@ -112,7 +112,7 @@ impl Engine {
             self.runs.resize(index + 1, Runs::default());
             self.translations.resize(index + 1, None);
         }
-        if self.runs[index].count == 0 && self.interp.blocks().block(number).mode() & CODE_VARIANT != 0 {
+        if self.runs[index].count == 0 && self.interp.blocks().block(number).is_variant() {
             self.begin_as_plain(number);
         }
         let runs = &mut self.runs[index].count;
@@ -232,10 +232,10 @@ impl Engine {
             bytes: take_bytes(&mut left, blocks.block(number)),
             missing: if off.has(Mechanism::Ranges) { u64::MAX } else { self.misses.operations(number) },
             hot: self.samples.get(&number).copied().unwrap_or(0) >= self.options.hot_after,
-            alone: if blocks.block(number).mode() & CODE_VARIANT != 0 { u32::MAX } else { self.misses.alone(number) },
+            alone: if blocks.block(number).is_variant() { u32::MAX } else { self.misses.alone(number) },
         });
         let sources: Each<_> = sources.collect();
-        let uses_windows = blocks.block(number).mode() & CODE_VARIANT != 0;
+        let uses_windows = blocks.block(number).is_variant();
         let windows = if uses_windows { self.windows.guess(self.interp.core()) } else { None };
         let code =
             translate(&sources, at, self.exits.len(), Settings { half, off, stubs: &self.stubs, windows }, tools);

@@ -59,16 +59,21 @@ impl Translator<'_> {
         self.slow[number].tails.push(jump);
     }
 
-    /// The base register of an operation isn't in the region that it was looked for in, which others behind it take for
-    /// granted.
-    fn emit_tail(&mut self, slow: &Slow) {
-        slow.tails.iter().for_each(|&jump| self.e.bind(jump));
+    /// The guest's state as it is before the operation, as far as it isn't kept.
+    fn recover(&mut self, slow: &Slow) {
         if let Some(recipe) = &slow.recipe {
             self.recover_flags(recipe);
         }
         if let Some(op) = slow.pointers {
             self.emit_pointers(op);
         }
+    }
+
+    /// The base register of an operation isn't in the region that it was looked for in, which others behind it take for
+    /// granted.
+    fn emit_tail(&mut self, slow: &Slow) {
+        slow.tails.iter().for_each(|&jump| self.e.bind(jump));
+        self.recover(slow);
         self.e.call(self.stubs.x87_store);
         self.call_at(slow.op, self.stubs.other_base);
     }
@@ -84,12 +89,7 @@ impl Translator<'_> {
                 continue;
             }
             slow.jumps.iter().for_each(|&jump| self.e.bind(jump));
-            if let Some(recipe) = &slow.recipe {
-                self.recover_flags(recipe);
-            }
-            if let Some(op) = slow.pointers {
-                self.emit_pointers(op);
-            }
+            self.recover(&slow);
             if slow.x87 || slow.forbids_x87 {
                 self.e.call(self.stubs.x87_store);
             }

@@ -206,14 +206,7 @@ fn program(body: &[u64], data: u64) -> Vec<u8> {
     for &number in body {
         code.extend(instruction(number, CODE + code.len() as u64));
     }
-    // The counter is in memory: dec dword [counter]; jnz back
-    code.extend([0xff, 0x0d]);
-    code.extend((DATA as u32 + 0x1800).to_le_bytes());
-    let back = -(code.len() as i32 + 6);
-    code.extend([0x0f, 0x85]);
-    code.extend(back.to_le_bytes());
-    code.push(0xf4);
-    code
+    again(code)
 }
 
 fn compare_narrow(code: &[u8], data: u64, options: JitOptions, stops: &[u64]) -> Result<JitStats, TestCaseError> {
@@ -308,32 +301,19 @@ fn rip_wraps() {
 #[test]
 fn narrow_loops_have_host_code() {
     // mov eax, [ebx]; push eax; call over inc edx, ret; pop ecx; add [ebx + 8], ecx; gs mov eax, [0x90]
-    let code = |_: u64| {
-        let mut code = load(3, DATA as u32);
-        code.extend([
-            0x8b, 0x03, 0x50, 0xe8, 2, 0, 0, 0, 0xeb, 2, 0x42, 0xc3, 0x59, 0x01, 0x4b, 8, 0x65, 0xa1, 0x90, 0, 0, 0,
-        ]);
-        code.extend([0xff, 0x0d]);
-        code.extend((DATA as u32 + 0x1800).to_le_bytes());
-        let back = -(code.len() as i32 + 6);
-        code.extend([0x0f, 0x85]);
-        code.extend(back.to_le_bytes());
-        code.push(0xf4);
-        code
-    };
+    let mut code = load(3, DATA as u32);
+    code.extend([
+        0x8b, 0x03, 0x50, 0xe8, 2, 0, 0, 0, 0xeb, 2, 0x42, 0xc3, 0x59, 0x01, 0x4b, 8, 0x65, 0xa1, 0x90, 0, 0, 0,
+    ]);
     let options = JitOptions { legacy: false, ..SMALL };
-    let stats = compare_narrow(&code(0), 0, options, &[100_000]).unwrap();
+    let stats = compare_narrow(&again(code), 0, options, &[100_000]).unwrap();
     assert!(stats.ops_translated > 5 * stats.ops_interpreted, "{stats}");
     assert!(stats.ops_by_helper * 10 < stats.ops_translated, "{stats}");
 }
 
 /// Back to the start as often as the counter says; HLT.
 fn again(mut code: Vec<u8>) -> Vec<u8> {
-    code.extend([0xff, 0x0d]);
-    code.extend((DATA as u32 + 0x1800).to_le_bytes());
-    let back = -(code.len() as i32 + 6);
-    code.extend([0x0f, 0x85]);
-    code.extend(back.to_le_bytes());
+    count_down(&mut code, &[0xff, 0x0d], DATA + 0x1800);
     code.push(0xf4);
     code
 }

@@ -156,11 +156,7 @@ fn looped_on_pages(body: &[u8], data: u64) -> Vec<u8> {
     code.extend((place(data >> 16) + 0x800).to_le_bytes());
     code.extend([0x45, 0x31, 0xf6]); // xor r14d, r14d
     code.extend(body);
-    code.extend([0xff, 0x0c, 0x25]);
-    code.extend((ROUNDS as u32).to_le_bytes());
-    let back = -(code.len() as i32 + 6);
-    code.extend([0x0f, 0x85]);
-    code.extend(back.to_le_bytes());
+    count_down(&mut code, &[0xff, 0x0c, 0x25], ROUNDS);
     code.extend([0xeb, 0xfe]);
     code
 }
