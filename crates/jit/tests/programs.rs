@@ -404,12 +404,6 @@ fn program(body: &[u64]) -> Vec<u8> {
     looped(body.iter().flat_map(|&number| instruction(number)))
 }
 
-/// Likewise, mostly of x87 instructions.
-fn x87_program(body: &[u64]) -> Vec<u8> {
-    let x87 = |number: u64| if number >> 61 == 0 { instruction(number) } else { x87::instruction(&mut Choice(number)) };
-    looped(body.iter().flat_map(|&number| x87(number)))
-}
-
 fn looped(body: impl Iterator<Item = u8>) -> Vec<u8> {
     let mut code = vec![0x48, 0xc7, 0xc7]; // mov rdi, DATA
     code.extend((DATA as u32).to_le_bytes());
@@ -619,7 +613,7 @@ proptest! {
         pieces in prop::collection::vec(1..1000u64, 0..10),
     ) {
         let stops = slices(&pieces, TICKS);
-        compare(&x87_program(&body), data, SMALL, &stops)?;
+        compare(&x87::program(&body), data, SMALL, &stops)?;
     }
 
     #[test]
@@ -725,14 +719,6 @@ fn not_every_pause_is_one() {
     for rex in [0x41, 0x49] {
         compare(&looped([0xff, 0xc0, 0xf3, rex, 0x90].into_iter()), 0x55, SMALL, &[TICKS]).unwrap();
     }
-}
-
-/// CVTPI2PS makes the x87 state an MMX state even with a memory operand.
-#[test]
-fn conversions_from_mmx_are_left_to_functions() {
-    // fld1; cvtpi2ps xmm0, [rdi]; fnsave [rdi + 0x300]
-    let body = [0xd9, 0xe8, 0x0f, 0x2a, 0x07, 0xdd, 0xb7, 0x00, 0x03, 0, 0];
-    compare(&looped(body.into_iter()), 0, SMALL, &[TICKS]).unwrap();
 }
 
 /// A function that adds, multiplies and stores, called in a loop.

@@ -21,6 +21,13 @@ pub fn instruction(c: &mut Choice) -> Vec<u8> {
     }
 }
 
+/// As [`super::program`], mostly of x87 instructions.
+pub fn program(body: &[u64]) -> Vec<u8> {
+    let one =
+        |number: u64| if number >> 61 == 0 { super::instruction(number) } else { instruction(&mut Choice(number)) };
+    looped(body.iter().flat_map(|&number| one(number)))
+}
+
 /// Any register form.
 fn registers(c: &mut Choice) -> Vec<u8> {
     loop {
@@ -95,5 +102,13 @@ fn state(c: &mut Choice) -> Vec<u8> {
 fn a_forbidden_unit_loses_its_state_to_the_core() {
     // fld1; mov rax, cr0; or eax, TS; mov cr0, rax; fld1, which is #NM first; fstp st0, twice
     let body = [0xd9, 0xe8, 0x0f, 0x20, 0xc0, 0x83, 0xc8, 8, 0x0f, 0x22, 0xc0, 0xd9, 0xe8, 0xdd, 0xd8, 0xdd, 0xd8];
+    compare(&looped(body.into_iter()), 0, SMALL, &[TICKS]).unwrap();
+}
+
+/// CVTPI2PS makes the x87 state an MMX state even with a memory operand.
+#[test]
+fn conversions_from_mmx_are_left_to_functions() {
+    // fld1; cvtpi2ps xmm0, [rdi]; fnsave [rdi + 0x300]
+    let body = [0xd9, 0xe8, 0x0f, 0x2a, 0x07, 0xdd, 0xb7, 0x00, 0x03, 0, 0];
     compare(&looped(body.into_iter()), 0, SMALL, &[TICKS]).unwrap();
 }
