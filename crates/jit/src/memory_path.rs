@@ -87,13 +87,17 @@ impl Address {
 
     /// Whether it is a resident register and a displacement, so that the host's address needs no other.
     fn is_direct(&self) -> bool {
-        self.index.is_none() && self.seg.is_none() && self.base.and_then(home).is_some()
+        self.is_plain() && self.base.and_then(home).is_some()
+    }
+
+    /// Whether it is a register and a displacement.
+    fn is_plain(&self) -> bool {
+        self.index.is_none() && self.seg.is_none() && self.base.is_some()
     }
 
     /// As a group's member; only a base and a displacement can be one.
     fn reach(&self, bytes: u32, access: Access) -> Option<Reach> {
-        let plain = self.index.is_none() && self.seg.is_none();
-        self.base.filter(|_| plain).map(|base| Reach { base, disp: self.disp as i32, bytes, access })
+        self.base.filter(|_| self.is_plain()).map(|base| Reach { base, disp: self.disp as i32, bytes, access })
     }
 
     /// `disp` bytes above a guest register, in the stack segment.
@@ -205,7 +209,7 @@ impl Translator<'_> {
 
     /// As [`lookup`](Self::lookup) if the base register's region is known.
     fn in_known_region(&mut self, address: &Address) -> Option<Place> {
-        let base = address.base.filter(|_| address.index.is_none() && address.seg.is_none())?;
+        let base = address.base.filter(|_| address.is_plain())?;
         let region = self.known.region(base)?;
         let place = match home(base) {
             Some(home) => {
@@ -227,12 +231,14 @@ impl Translator<'_> {
     fn through_window(&mut self, address: &Address, bytes: u32, access: Access, region: u8) -> Place {
         self.host_flags = false;
         let slow = self.slow_number();
-        let direct = address.base.filter(|_| address.is_direct()).and_then(home);
-        let compared = direct.unwrap_or(A);
-        if direct.is_none() {
-            self.linear(address);
+        let plain = address.base.filter(|_| address.is_plain());
+        let direct = plain.and_then(home);
+        match plain {
+            _ if direct.is_some() => {}
+            Some(base) => self.e.load(A, gpr(base)),
+            None => self.linear(address),
         }
-        self.e.shifted(B, compared, 32);
+        self.e.shifted(B, direct.unwrap_or(A), 32);
         self.e.alu_mem(Alu::Cmp, false, B, windows::id(region));
         let missed = self.e.jcc(cc::NOT_EQUAL);
         let place = match direct {
@@ -242,11 +248,11 @@ impl Translator<'_> {
             }
             None => {
                 self.e.alu_mem(Alu::Add, true, A, windows::addend(region));
-                Place::SCRATCH
+                let disp = if plain.is_some() { address.disp as i32 } else { 0 };
+                Place { mem: Mem { disp, ..Place::SCRATCH.mem }, ..Place::SCRATCH }
             }
         };
         let back = self.e.here();
-        let plain = address.base.filter(|_| address.index.is_none() && address.seg.is_none());
         if let Some(base) = plain.filter(|_| self.of_use && self.lookups == 1) {
             // What is behind takes it for granted.
             self.known.found(base, region);
@@ -264,7 +270,7 @@ impl Translator<'_> {
         for other in std::mem::take(&mut self.elsewhere_in_memory) {
             self.e.bind(other.missed);
             let site = self.site(self.op_of(other.slow));
-            if other.address.is_direct() {
+            if other.address.is_plain() {
                 self.linear(&other.address);
             }
             self.e.rm(false, &[0xff], 1, ranges::counter(site)); // dec
@@ -275,6 +281,9 @@ impl Translator<'_> {
             let nowhere = self.e.jcc(cc::NOT_EQUAL);
             self.slow_of(other.slow, nowhere);
             if !other.address.is_direct() {
+                if let Some(base) = other.address.base.filter(|_| other.address.is_plain()) {
+                    self.e.load(A, gpr(base));
+                }
                 self.e.alu(Alu::Add, true, A, B);
             }
             self.e.jmp_to(other.back);

@@ -349,10 +349,13 @@ impl Translator<'_> {
 
     fn pop(&mut self, op: &Op) {
         let top = self.lookup(&Address::above(guest::RSP, 0), self.slot(), Access::Read);
-        self.load_slot(A, top.mem);
+        // What POP RSP has loaded stays.
+        let to = home(op.dst).filter(|_| op.dst != guest::RSP);
+        self.load_slot(to.unwrap_or(A), top.mem);
         self.move_stack(self.slot() as i32);
         match home(op.dst) {
-            Some(r) => self.e.mov(r, A),
+            Some(r) if to.is_none() => self.e.mov(r, A),
+            Some(_) => {}
             None => self.e.store(gpr(op.dst), A),
         }
     }
