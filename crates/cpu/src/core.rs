@@ -63,7 +63,8 @@ pub const fn is_flat_mode(mode: u64) -> bool {
     code_bits(mode) == 64 || mode & FLAT != 0
 }
 
-/// One virtual CPU as the engine sees it.
+/// One virtual CPU as the engine sees it. Registers come first, for generated code's sake.
+#[repr(C)]
 pub struct Core {
     /// General registers 0..16; 16 is always 0, 17 is [`CODE_BASE`](crate::op::CODE_BASE); the rest pads to a power of
     /// two.

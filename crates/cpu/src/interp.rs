@@ -16,7 +16,8 @@ use umbra_arch::state::{Activity, Shadow};
 use umbra_arch::{Bus, CpuState, Exit, Gpa, Slice, Stopped, Vcpu, VirtualTime, rflags};
 use umbra_memory::{Backing, Change, GuestMemory, PageFlags};
 
-/// The reference engine.
+/// The reference engine. Its core comes first, for generated code's sake.
+#[repr(C)]
 pub struct Interpreter {
     pub(crate) core: Core,
     pub(crate) cache: BlockCache,

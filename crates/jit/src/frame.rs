@@ -6,14 +6,16 @@ pub use core_fields::*;
 
 use crate::contexts::{Contexts, Half};
 use crate::emitter::Mem;
+use crate::engine::Engine;
 use crate::gates::Gates;
 use crate::groups::BASES;
 use crate::jumps::salt;
-use crate::ranges::{self, COUNTERS, Ranges, STRIKES};
+use crate::ranges::{self, COUNTERS, Ranges, STRIKES, StackRanges};
 use crate::registers::ENGINE;
 use crate::system_calls::Segments;
 use crate::views::{self, Selected, Views};
 use crate::windows::{self, REGIONS, Region};
+use std::mem::offset_of;
 use umbra_arch::control::{Cr0, Cr4};
 use umbra_arch::fpu::xcr0;
 use umbra_arch::segment::Segment;
@@ -39,19 +41,12 @@ pub enum Reason {
     Miss,
 }
 
-/// The engine's part that generated code uses. What it uses most comes first.
+/// The engine's part that generated code uses. What it uses most comes last.
 #[repr(C)]
 pub struct Frame {
-    /// Regions of the address space in force that have windows.
-    pub regions: [Region; REGIONS],
     /// Host address of guest RAM.
     pub ram: u64,
-    pub selected: Selected,
-    /// Ticks left, negative when there is not enough for the next block.
-    pub budget: i64,
     pub scratch: u64,
-    /// What the flags of the last operation that has a [recipe](crate::recipes) are made from, if no register keeps it.
-    pub kept: u64,
     /// The host's stack where no CALL is to be [returned](crate::returns) from, and where too many are.
     pub calls: u64,
     pub deepest_call: u64,
@@ -153,7 +148,23 @@ pub struct Frame {
     pub panic: Option<Box<dyn std::any::Any + Send>>,
     /// What FXSAVE writes on the way to the core, and FXRSTOR reads on the way back.
     pub image: Image,
+    /// Regions of the address space in force that have windows, but for the first ones.
+    pub far_regions: [Region; REGIONS - NEAR_REGIONS],
+    /// What follows ends where the core begins.
+    pub near: [Core; 0],
+    /// What the flags of the last operation that has a [recipe](crate::recipes) are made from, if no register keeps it.
+    pub kept: u64,
+    pub selected: Selected,
+    /// Ticks left, negative when there is not enough for the next block.
+    pub budget: i64,
+    /// The first regions.
+    pub regions: [Region; NEAR_REGIONS],
+    /// The stack's ranges.
+    pub stack: StackRanges,
 }
+
+/// Regions that are addressed by short displacements.
+pub const NEAR_REGIONS: usize = 2;
 
 /// An FXSAVE image.
 #[repr(C, align(16))]
@@ -200,10 +211,7 @@ static NOTHING: [Entry; Entry::FEW] = {
 impl Frame {
     pub fn new(ram: u64, [fetches, places]: [u64; 2]) -> Self {
         Self {
-            regions: windows::NONE,
             ram,
-            selected: Selected::NONE,
-            budget: 0,
             scratch: 0,
             kept: 0,
             calls: 0,
@@ -260,6 +268,12 @@ impl Frame {
             bus: None,
             panic: None,
             image: Image([0; 512]),
+            far_regions: [windows::NOWHERE; REGIONS - NEAR_REGIONS],
+            near: [],
+            selected: Selected::NONE,
+            budget: 0,
+            regions: [windows::NOWHERE; NEAR_REGIONS],
+            stack: [ranges::EMPTY; 2],
         }
     }
 
@@ -425,7 +439,10 @@ macro_rules! selected {
 pub(crate) use selected;
 
 /// How far into the engine R15 points: what lies within 128 bytes to either side is addressed by short displacements.
-pub const INTO: usize = 128;
+/// These are the frame's end and guest R10 to R15 and [`CODE_BASE`](umbra_cpu::op::CODE_BASE), which lie in the core.
+pub const INTO: usize = offset_of!(Engine, frame) + size_of::<Frame>() + 16;
+const _: () = assert!(frame_field!(stack).disp + 64 == gpr(0).disp, "nothing lies between the frame and the core");
+const _: () = assert!(selected!(mask).disp >= -128 && code_base().disp < 128);
 
 /// What lies at that offset of the engine.
 pub const fn at_engine(offset: usize) -> Mem {

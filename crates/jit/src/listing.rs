@@ -1,9 +1,9 @@
 //! Translations for people and profilers: guest code, in what way each instruction is done, host code.
 
 use crate::engine::Engine;
-use crate::frame::INTO;
+use crate::frame::{Frame, INTO, NEAR_REGIONS};
 use crate::memory_path::Access;
-use crate::ranges::{NAMES, Name};
+use crate::ranges::{NAMES, Name, StackRanges};
 use crate::strings;
 use crate::stubs::Stubs;
 use crate::translate::{Code, Offsets};
@@ -215,8 +215,10 @@ impl SymbolResolver for Names {
     }
 }
 
-/// Behind the regions.
-const FRAME: usize = offset_of!(Engine, frame) + offset_of!(crate::frame::Frame, ram);
+const FRAME: usize = offset_of!(Engine, frame);
+const REGIONS_AT: usize = FRAME + offset_of!(Frame, regions);
+const FAR_REGIONS_AT: usize = FRAME + offset_of!(Frame, far_regions);
+const NEAR_AT: usize = FRAME + offset_of!(Frame, selected);
 const CORE: usize = offset_of!(Engine, interp) + Interpreter::CORE_OFFSET;
 const FP: usize = CORE + offset_of!(Core, s) + offset_of!(CpuState, fp);
 
@@ -236,8 +238,9 @@ fn field(offset: usize) -> Option<String> {
         .or_else(|| array("xmm", FP + offset_of!(FpState, xmm), 16, 16))
         .or_else(|| array("ymm_high", FP + offset_of!(FpState, ymm_high), 16, 16))
         .or_else(|| array("fp", FP, 1, size_of::<FpState>()))
-        .or_else(|| {
-            array("region", offset_of!(Engine, frame) + offset_of!(crate::frame::Frame, regions), 8, 2 * REGIONS)
-        })
-        .or_else(|| array("frame", FRAME, 8, size_of::<crate::frame::Frame>() / 8 - 2 * REGIONS))
+        .or_else(|| array("region", REGIONS_AT, 8, 2 * NEAR_REGIONS))
+        .or_else(|| array("far_region", FAR_REGIONS_AT, 8, 2 * (REGIONS - NEAR_REGIONS)))
+        .or_else(|| array("stack", FRAME + offset_of!(Frame, stack), 8, size_of::<StackRanges>() / 8))
+        .or_else(|| array("near", NEAR_AT, 8, (size_of::<Frame>() - offset_of!(Frame, selected)) / 8))
+        .or_else(|| array("frame", FRAME, 8, size_of::<Frame>() / 8))
 }

@@ -59,7 +59,7 @@ pub const SEGMENT: Name = 18;
 /// Ranges for each kind of access.
 pub const NAMES: usize = 19;
 
-/// The ranges, those of reads first.
+/// The ranges, those of reads first. The stack's are elsewhere.
 pub type Ranges = [[Range; NAMES]; 2];
 
 /// All of them empty.
@@ -67,8 +67,11 @@ pub const NONE: Ranges = [[EMPTY; NAMES]; 2];
 
 /// Where a field of a range is.
 pub fn field(name: Name, access: Access, offset: usize) -> Mem {
-    let start = frame_field!(ranges);
-    let index = NAMES * usize::from(access == Access::Write) + usize::from(name);
+    let write = usize::from(access == Access::Write);
+    let (start, index) = match name {
+        guest::RSP => (frame_field!(stack), write),
+        _ => (frame_field!(ranges), NAMES * write + usize::from(name)),
+    };
     Mem { disp: start.disp + (index * size_of::<Range>() + offset) as i32, ..start }
 }
 
@@ -94,7 +97,7 @@ pub fn addend(name: Name, access: Access) -> Mem {
 }
 
 /// The stack's ranges, those of reads first.
-type StackRanges = [Range; 2];
+pub type StackRanges = [Range; 2];
 
 /// Ranges of tables that aren't in force, for when they are again: the stack's, the only ones that copying is worth it
 /// for.
@@ -130,14 +133,10 @@ impl Saved {
 
     /// Keeps the stack's ranges of the table that was in force and finds those of `table`.
     fn exchange(&mut self, frame: &mut Frame, table: Table) {
-        const STACK: usize = guest::RSP as usize;
-        let old = [frame.ranges[0][STACK], frame.ranges[1][STACK]];
+        let old = frame.stack;
         frame.forget_ranges();
         if let Some((_, known)) = self.tables.iter().find(|(known, _)| *known == table) {
-            for (access, range) in known.iter().enumerate() {
-                frame.ranges[access][STACK] = *range;
-                frame.used_ranges[access] |= 1 << STACK;
-            }
+            frame.take_stack_ranges(*known);
         }
         let table = frame.table();
         match self.tables.iter().position(|(known, _)| *known == table) {
@@ -155,11 +154,26 @@ impl Frame {
     /// Empties the ranges.
     #[inline]
     pub fn forget_ranges(&mut self) {
+        self.stack = [EMPTY; 2];
         for (ranges, used) in self.ranges.iter_mut().zip(&mut self.used_ranges) {
             while *used != 0 {
                 ranges[used.trailing_zeros() as usize] = EMPTY;
                 *used &= *used - 1;
             }
+        }
+    }
+
+    /// The stack's ranges are these again.
+    #[inline]
+    pub fn take_stack_ranges(&mut self, ranges: StackRanges) {
+        self.stack = ranges;
+        self.used_ranges.iter_mut().for_each(|used| *used |= 1 << guest::RSP);
+    }
+
+    fn range(&mut self, name: usize, write: bool) -> &mut Range {
+        match name as u8 {
+            guest::RSP => &mut self.stack[usize::from(write)],
+            _ => &mut self.ranges[usize::from(write)][name],
         }
     }
 }
@@ -285,7 +299,7 @@ impl Misses {
     fn widen(&mut self, frame: &mut Frame, mmu: &Mmu, (name, write): (usize, bool)) {
         let (ram, now) = (frame.ram, frame.now());
         let gva = Gva::new(frame.missed_gva);
-        let range = &mut frame.ranges[usize::from(write)][name];
+        let range = frame.range(name, write);
         let since = now.wrapping_sub(std::mem::replace(&mut self.last[usize::from(write)][name], now));
         let (Some((first, pages)), Some(offset)) = (
             mmu.run_around(gva, write, LONGEST),

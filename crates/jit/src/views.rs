@@ -40,8 +40,6 @@ impl View {
 pub struct Selected {
     /// The MMU's fast table.
     pub slots: u64,
-    /// Mask of a slot's offset in bytes.
-    pub mask: u64,
     /// Numbers of the fetch stamps and code mode in force, by [`Half`](crate::contexts::Half).
     pub context: [u32; 2],
     /// Their jump tables.
@@ -54,6 +52,8 @@ pub struct Selected {
     pub place_salt: u64,
     /// 1: RDTSC can't fault, and no other processor's time has to be looked at.
     pub tsc_usable: u64,
+    /// Mask of a slot's offset in bytes. The last one, within reach of short displacements.
+    pub mask: u64,
 }
 
 impl Selected {
@@ -126,7 +126,6 @@ impl Frame {
     /// Takes the view in force if it is known, as [`emit_change`] does; false if it isn't.
     #[inline]
     pub fn follow_view(&mut self, core: &Core) -> bool {
-        const STACK: usize = guest::RSP as usize;
         let (number, epoch, withdrawals) = (place(core), core.mmu.epoch(), core.mmu.withdrawals());
         let known = &self.views[number];
         if self.epoch != epoch || known.epoch != epoch || known.root != core.mmu.root() {
@@ -136,15 +135,12 @@ impl Frame {
         if view != self.view {
             let known = self.views[number];
             if let Some(old) = self.views.get_mut((self.view / size) as usize) {
-                old.stack = [self.ranges[0][STACK], self.ranges[1][STACK]];
+                old.stack = self.stack;
                 old.withdrawals = self.withdrawals;
             }
             self.forget_ranges();
             if known.withdrawals == withdrawals {
-                for (access, range) in known.stack.into_iter().enumerate() {
-                    self.ranges[access][STACK] = range;
-                    self.used_ranges[access] |= 1 << STACK;
-                }
+                self.take_stack_ranges(known.stack);
             }
             (self.view, self.selected) = (view, known.selected);
             self.mode = core.code_mode | known.selected.place_salt;

@@ -13,7 +13,7 @@ pub use faults::{Fault, Faults, Running};
 pub use known::{Known, is_of_use};
 
 use crate::emitter::Mem;
-use crate::frame::{Frame, frame_field};
+use crate::frame::{Frame, NEAR_REGIONS, frame_field};
 use faults::Hit;
 use hashbrown::HashMap;
 use smallvec::SmallVec;
@@ -40,14 +40,15 @@ pub struct Region {
 }
 
 /// No region: no canonical address is in it, and what isn't is no address of the host's, either.
-const NOWHERE: Region = Region { id: 0x8000_0000, addend: 0 };
-
-/// None.
-pub const NONE: [Region; REGIONS] = [NOWHERE; REGIONS];
+pub const NOWHERE: Region = Region { id: 0x8000_0000, addend: 0 };
 
 fn field(region: u8, offset: usize) -> Mem {
-    let start = frame_field!(regions);
-    Mem { disp: start.disp + (usize::from(region) % REGIONS * size_of::<Region>() + offset) as i32, ..start }
+    let region = usize::from(region) % REGIONS;
+    let (start, index) = match region.checked_sub(NEAR_REGIONS) {
+        None => (frame_field!(regions), region),
+        Some(far) => (frame_field!(far_regions), far),
+    };
+    Mem { disp: start.disp + (index * size_of::<Region>() + offset) as i32, ..start }
 }
 
 /// The upper half of a region's addresses, 32 bits.
@@ -89,13 +90,10 @@ struct Space {
 }
 
 impl Space {
-    fn frame(&self) -> [Region; REGIONS] {
-        let mut regions = NONE;
-        for (region, (id, window)) in regions.iter_mut().zip(&self.regions) {
-            let id = u64::from(*id);
-            *region = Region { id, addend: (window.address() + MARGIN as u64).wrapping_sub(id << 32) };
-        }
-        regions
+    fn region_at(&self, number: usize) -> Region {
+        let Some((id, window)) = self.regions.get(number) else { return NOWHERE };
+        let id = u64::from(*id);
+        Region { id, addend: (window.address() + MARGIN as u64).wrapping_sub(id << 32) }
     }
 
     fn region(&self, gva: u64) -> Option<u8> {
@@ -287,7 +285,10 @@ impl Windows {
 
     fn select(&mut self, frame: &mut Frame, number: u8) {
         self.current = number;
-        frame.regions = self.space().map_or(NONE, |space| space.frame());
+        let space = self.space();
+        let region = |number| space.as_ref().map_or(NOWHERE, |space| space.region_at(number));
+        frame.regions = std::array::from_fn(region);
+        frame.far_regions = std::array::from_fn(|far| region(NEAR_REGIONS + far));
     }
 
     fn space(&mut self) -> Option<&mut Space> {

@@ -14,12 +14,12 @@ use umbra_cpu::{Core, Interpreter};
 const CORE: usize = offset_of!(Engine, interp) + Interpreter::CORE_OFFSET;
 
 /// Guest register `n` in the core.
-pub fn gpr(n: u8) -> Mem {
-    at_engine(CORE + offset_of!(Core, gpr) + 8 * usize::from(n))
+pub const fn gpr(n: u8) -> Mem {
+    at_engine(CORE + offset_of!(Core, gpr) + 8 * n as usize)
 }
 
 /// What RIPs in a translation count from.
-pub fn code_base() -> Mem {
+pub const fn code_base() -> Mem {
     gpr(CODE_BASE)
 }
 
