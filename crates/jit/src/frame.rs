@@ -11,7 +11,7 @@ use crate::gates::Gates;
 use crate::groups::BASES;
 use crate::jumps::salt;
 use crate::ranges::{self, COUNTERS, Ranges, STRIKES, StackRanges};
-use crate::registers::ENGINE;
+use crate::registers::{ENGINE, home};
 use crate::system_calls::Segments;
 use crate::views::{self, Selected, Views};
 use crate::windows::{self, REGIONS, Region};
@@ -125,7 +125,7 @@ pub struct Frame {
     pub strikes: [u32; COUNTERS],
     /// By kind of access: the ranges, by bits, that aren't empty.
     pub used_ranges: [u32; 2],
-    /// What to add to a linear address of the group that was checked last, by its base register.
+    /// What to add to a linear address of the group that was checked last, by its base register if that lives in memory.
     pub addends: [u64; BASES],
 
     /// Virtual time when the budget is used up.
@@ -459,9 +459,11 @@ macro_rules! frame_field {
 }
 pub(crate) use frame_field;
 
-/// See [`Frame::addends`].
+/// See [`Frame::addends`]. Those of registers that live in the host's are where functions expect these, which nothing in a
+/// group calls.
 pub fn addend(base: u8) -> Mem {
-    Mem { disp: frame_field!(addends).disp + 8 * i32::from(base), ..frame_field!(addends) }
+    let elsewhere = Mem { disp: frame_field!(addends).disp + 8 * i32::from(base), ..frame_field!(addends) };
+    if home(base).is_some() { gpr(base) } else { elsewhere }
 }
 
 /// The context number of a half.
