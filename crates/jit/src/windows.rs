@@ -226,7 +226,7 @@ const GUESSES: u8 = 3;
 /// Instructions that have to have run for each page that is to be mapped.
 const PER_PAGE: u64 = 150_000;
 /// Likewise for a page of code, which is translated anew.
-const PER_PAGE_OF_CODE: u64 = 30 * PER_PAGE;
+const PER_PAGE_OF_CODE: u64 = 20 * PER_PAGE;
 /// Instructions for each call of the host that are worth it.
 const WORTH: u64 = 200_000;
 /// Calls to begin with.
