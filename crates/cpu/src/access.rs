@@ -151,8 +151,9 @@ impl Core {
         if !fits || !addressable || self.watch.guarded {
             return None;
         }
+        let stamp = self.mmu.fetch_stamp();
         let found = self.mmu.translate(gva, Access::explicit(kind, self.s.cpl));
-        self.break_block |= self.mmu.watcher().is_pending();
+        self.after_translation(stamp);
         found.ok()?;
         lookup(self)
     }
@@ -267,10 +268,11 @@ impl Core {
         Ok(())
     }
 
-    /// The walk may have set A or D bits on a page that holds code.
+    /// The walk may have set A or D bits on a page that holds code. It may have made room, too, so that nobody hears of a
+    /// store to the tables of the running block's page, by which what follows has to be fetched: its `stamp` was this before.
     #[inline(always)]
-    fn after_translation(&mut self) {
-        self.break_block |= self.mmu.watcher().is_pending();
+    fn after_translation(&mut self, stamp: u64) {
+        self.break_block |= self.mmu.watcher().is_pending() || stamp != self.mmu.fetch_stamp();
         if self.trace.is_some() {
             self.trace_mmu();
         }
@@ -285,8 +287,9 @@ impl Core {
     }
 
     fn place_as(&mut self, lin: u64, bytes: u64, access: Access, legacy: bool) -> Result<Place, Stop> {
+        let stamp = self.mmu.fetch_stamp();
         let first = self.translate(lin, access)?;
-        self.after_translation();
+        self.after_translation(stamp);
         if !crosses(lin, bytes) {
             return Ok(Place::One(first));
         }
@@ -296,6 +299,7 @@ impl Core {
             next &= 0xffff_ffff;
         }
         let second = self.translate(next, access)?;
+        self.after_translation(stamp);
         Ok(Place::Split(first, second, room))
     }
 

@@ -38,9 +38,10 @@ impl Core {
     #[inline(always)]
     fn in_page(&mut self, op: &Op, lin: u64, bytes: u64, kind: AccessKind) -> Result<Translation, Stop> {
         self.may_access(op, lin, bytes, kind)?;
+        let stamp = self.mmu.fetch_stamp();
         match self.mmu.translate_here(Gva::new(lin), Access::explicit(kind, self.s.cpl)) {
             Ok(found) => {
-                self.after_translation();
+                self.after_translation(stamp);
                 Ok(found)
             }
             Err(fault) => self.raise_page_fault(&fault),
@@ -82,9 +83,10 @@ impl Core {
     #[inline(always)]
     pub fn read_from<W: Word>(&mut self, bus: &mut dyn Bus, op: &Op, lin: u64, end: End) -> Result<u64, Stop> {
         let access = Access::explicit(AccessKind::Read, self.s.cpl);
+        let stamp = self.mmu.fetch_stamp();
         match self.mmu.translate_from(Gva::new(lin), access, end) {
             Ok(found) => {
-                self.after_translation();
+                self.after_translation(stamp);
                 self.read_found::<W>(bus, op, found)
             }
             Err(fault) => self.raise_page_fault(&fault),
