@@ -241,6 +241,7 @@ fn field(offset: usize) -> Option<String> {
         .or_else(|| array("region", REGIONS_AT, 8, 2 * NEAR_REGIONS))
         .or_else(|| array("far_region", FAR_REGIONS_AT, 8, 2 * (REGIONS - NEAR_REGIONS)))
         .or_else(|| array("stack", FRAME + offset_of!(Frame, stack), 8, size_of::<StackRanges>() / 8))
+        .or_else(|| array("budget", FRAME + offset_of!(Frame, budget), 8, 1))
         .or_else(|| array("near", NEAR_AT, 8, (size_of::<Frame>() - offset_of!(Frame, selected)) / 8))
         .or_else(|| array("frame", FRAME, 8, size_of::<Frame>() / 8))
 }

@@ -368,7 +368,7 @@ mod tests {
         let mut state = engine.state();
         state.gpr[5] ^= 0x77;
         engine.set_state(&state);
-        differs(both, &["gpr[5]", "-bit", "of host code", "sub qword ptr [r15+frame"]);
+        differs(both, &["gpr[5]", "-bit", "of host code", "sub qword ptr [r15+budget"]);
     }
 
     #[test]
