@@ -441,7 +441,8 @@ pub(crate) use selected;
 /// How far into the engine R15 points: what lies within 128 bytes to either side is addressed by short displacements.
 /// These are the frame's end and guest R10 to R15 and [`CODE_BASE`](umbra_cpu::op::CODE_BASE), which lie in the core.
 pub const INTO: usize = offset_of!(Engine, frame) + size_of::<Frame>() + 16;
-const _: () = assert!(frame_field!(stack).disp + 64 == gpr(0).disp, "nothing lies between the frame and the core");
+const STACK_END: i32 = frame_field!(stack).disp + size_of::<StackRanges>() as i32;
+const _: () = assert!(STACK_END == gpr(0).disp, "nothing lies between the frame and the core");
 const _: () = assert!(selected!(mask).disp >= -128 && code_base().disp < 128);
 
 /// What lies at that offset of the engine.

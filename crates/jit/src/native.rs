@@ -354,8 +354,8 @@ impl Translator<'_> {
         self.load_slot(to.unwrap_or(A), top.mem);
         self.move_stack(self.slot() as i32);
         match home(op.dst) {
-            Some(r) if to.is_none() => self.e.mov(r, A),
-            Some(_) => {}
+            _ if to.is_some() => {}
+            Some(r) => self.e.mov(r, A),
             None => self.e.store(gpr(op.dst), A),
         }
     }
