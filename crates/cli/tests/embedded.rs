@@ -60,9 +60,9 @@ fn caches_dropped_at_random_change_nothing_that_a_guest_sees() {
 
 #[test]
 fn lockstep_finds_no_difference_and_makes_none() {
-    let (serial, report) = run(&[]);
+    let (serial, report) = run(&["--engine", "interp"]);
     for blocks in ["1", "37"] {
-        let (stepped, lockstep) = run(&["--engine", "jit", "--lockstep", blocks]);
+        let (stepped, lockstep) = run(&["--lockstep", blocks]);
         assert_eq!(serial, stepped, "{blocks}");
         // The time at the end is that of the last turn's start.
         for same in ["retired", "written_bytes"] {
@@ -78,11 +78,11 @@ fn lockstep_finds_no_difference_and_makes_none() {
 
 #[test]
 fn the_translator_and_what_it_can_do_without_change_nothing() {
-    let (serial, report) = run(&[]);
+    let (serial, report) = run(&["--engine", "interp"]);
     assert!(report.get("jit").is_none());
     for off in ["", "native", "vectors,x87,flags", "memory", "links", "jumps"] {
         let options: &[&str] = if off.is_empty() { &[] } else { &["--jit-off", off] };
-        let (translated, jit) = run(&[&["--engine", "jit"], options].concat());
+        let (translated, jit) = run(options);
         assert_eq!(serial, translated, "{off}");
         assert_eq!(report["guest_ns"], jit["guest_ns"], "{off}");
         assert_eq!(report["retired"], jit["retired"], "{off}");

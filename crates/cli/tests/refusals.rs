@@ -194,9 +194,9 @@ fn hand_overs_without_an_accelerator_and_accelerated_machines_of_many() {
 
 #[test]
 fn options_of_the_translator_without_it() {
-    refused(&["run", "--jit-off", "links"], &["--jit-off", "--engine jit"]);
-    refused(&["run", "--lockstep"], &["--lockstep", "--engine jit"]);
+    refused(&["run", "--engine", "interp", "--jit-off", "links"], &["--jit-off", "--engine jit"]);
+    refused(&["run", "--engine", "interp", "--lockstep"], &["--lockstep", "--engine jit"]);
     refused(&["run", "--engine", "jit", "--lockstep", "--smp", "2"], &["--lockstep", "--smp"]);
-    refused(&["run", "--jit-limit", "3"], &["--jit-limit", "--engine jit"]);
+    refused(&["run", "--engine", "interp", "--jit-limit", "3"], &["--jit-limit", "--engine jit"]);
     refused(&["run", "--engine", "jit", "--jit-off", "everything"], &["everything", "native"]);
 }

@@ -2,7 +2,7 @@
 
 use crate::HostExecError;
 use crate::executable::{Executable, LARGE_PAGE};
-use memmap2::{Mmap, MmapOptions, MmapRaw};
+use memmap2::{Mmap, MmapOptions, MmapRaw, UncheckedAdvice};
 use std::fs::File;
 use std::ops::Range;
 
@@ -33,6 +33,8 @@ pub struct CodeMemory {
     enlarged: Vec<bool>,
     /// Where the second part begins and what is in use of it ends.
     rare: Range<usize>,
+    /// The writable view has been written to since [`rest`](Self::rest) was called.
+    is_written: bool,
 }
 
 impl CodeMemory {
@@ -57,7 +59,14 @@ impl CodeMemory {
         file.set_len(size as u64)?;
         let writable = MmapOptions::new().len(size).map_raw(&file)?;
         let executable = Executable::of(&file, size)?;
-        Ok(Self { writable, executable, used: 0, enlarged: vec![false; size.div_ceil(LARGE_PAGE)], rare: begin..begin })
+        Ok(Self {
+            writable,
+            executable,
+            used: 0,
+            enlarged: vec![false; size.div_ceil(LARGE_PAGE)],
+            rare: begin..begin,
+            is_written: false,
+        })
     }
 
     /// Appends `code`; returns its address in the executable view. It isn't aligned: processors tell the ways to an indirect
@@ -97,6 +106,7 @@ impl CodeMemory {
         unsafe {
             std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_mut_ptr().add(at), code.len());
         }
+        self.is_written = true;
         let page = at / LARGE_PAGE;
         if at % LARGE_PAGE > ENLARGED_FROM && !std::mem::replace(&mut self.enlarged[page], true) {
             self.executable.enlarge(page);
@@ -114,6 +124,16 @@ impl CodeMemory {
         }
         self.write(at, code);
         Ok(())
+    }
+
+    /// To be called when the guest waits: pages of the writable view, which count as resident beside those of the executable
+    /// one, are unmapped until something is written.
+    pub fn rest(&mut self) {
+        if std::mem::take(&mut self.is_written) {
+            // SAFETY: the pages are a file's: what was written stays, there and in the executable view.
+            // A host that refuses keeps them mapped.
+            let _ = unsafe { self.writable.unchecked_advise(UncheckedAdvice::DontNeed) };
+        }
     }
 
     /// Offset at which the next [`append`](Self::append) puts its code.

@@ -86,6 +86,8 @@ impl Default for JitOptions {
 
 /// Room that one translation may need at most.
 const LARGEST: usize = 64 << 10;
+/// Code memory at most: its jumps have 32 bits.
+const MOST_CODE: usize = 1 << 30;
 /// More than any block costs that is translated.
 pub(crate) const ROOM: i64 = umbra_cpu::block::MAX_OPS as i64;
 /// Longest stretch without a look at the clock.
@@ -151,18 +153,23 @@ impl Jit {
         Self::around(Interpreter::new(mem, profile, apic_id, options)?, jit)
     }
 
+    /// Whether the host's processor has what generated code can't do without.
+    pub fn runs_on_this_host() -> bool {
+        let has_lahf = std::arch::x86_64::__cpuid(0x8000_0001).ecx & 1 != 0;
+        has_lahf && logic_clears_af()
+    }
+
     /// A translator around an interpreter.
     ///
     /// # Errors
     /// [`JitError`]: what the host lacks.
     pub fn around(mut interp: Interpreter, jit: JitOptions) -> Result<Self, JitError> {
-        let has_lahf = std::arch::x86_64::__cpuid(0x8000_0001).ecx & 1 != 0;
-        if !has_lahf || !logic_clears_af() {
+        if !Self::runs_on_this_host() {
             return Err(JitError::Processor);
         }
         let ram = interp.core().mem.mapping_address();
         interp.watch_blocks();
-        let part = jit.code_bytes.max(4 * LARGEST) / 2;
+        let part = jit.code_bytes.clamp(4 * LARGEST, MOST_CODE) / 2;
         let mut code = CodeMemory::in_parts(part, part)?;
         let mut e = Emitter::new(0);
         let stubs = stubs::emit(&mut e, &calls::functions());
@@ -275,6 +282,9 @@ impl Vcpu for Jit {
         }
         engine.interp.begin_slice(slice);
         let exit = engine.run_until(bus, slice.until);
+        if exit == Exit::Halted {
+            engine.code.rest();
+        }
         Stopped { exit, now: engine.interp.core().clock }
     }
 

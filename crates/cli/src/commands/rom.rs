@@ -42,9 +42,9 @@ enum Command {
         /// CPU model, as in `umbra run`
         #[arg(long, value_name = "MODEL", default_value = umbra_arch::cpuid::PROFILE_NAMES[0])]
         cpu: String,
-        /// What executes it, as in `umbra run`
-        #[arg(long, value_enum, value_name = "ENGINE", default_value_t = EngineChoice::Interp)]
-        engine: EngineChoice,
+        /// What executes it [default: as in `umbra run`]
+        #[arg(long, value_enum, value_name = "ENGINE")]
+        engine: Option<EngineChoice>,
         #[command(flatten)]
         mmu: MmuArgs,
         #[command(flatten)]

@@ -61,9 +61,9 @@ pub struct Args {
     /// What paces guest time [default: real when stdin is the guest's terminal, else virtual]
     #[arg(long, value_enum, value_name = "CLOCK")]
     pub clock: Option<ClockChoice>,
-    /// What executes the guest; results are always the same
-    #[arg(long, value_enum, value_name = "ENGINE", default_value_t = EngineChoice::Interp)]
-    pub engine: EngineChoice,
+    /// What executes the guest; results are always the same [default: jit where the host can, interp under KVM]
+    #[arg(long, value_enum, value_name = "ENGINE")]
+    pub engine: Option<EngineChoice>,
     #[command(flatten)]
     pub jit: JitArgs,
     #[command(flatten)]
@@ -95,7 +95,7 @@ pub enum EngineChoice {
     Jit,
 }
 
-/// What belongs to `--engine jit`; no result changes.
+/// What belongs to the translator; no result changes.
 #[derive(ClapArgs, Debug, Clone, Default)]
 #[group(id = "translator")]
 pub struct JitArgs {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use umbra_arch::PAGE_SIZE;
 use umbra_arch::cpuid::{CpuidProfile, Feature, HostOffer};
 use umbra_cpu::Interpreter;
-use umbra_jit::{JitOptions, JitStats};
+use umbra_jit::{Jit, JitOptions, JitStats};
 use umbra_machine::boot::{self, BootRequest, Concern, ImageKind};
 use umbra_machine::{Machine, MachineConfig, MachineError, guest_memory};
 use umbra_memory::{GuestMemory, PageFlags};
@@ -116,15 +116,17 @@ fn choice(args: &Args) -> Result<Choice, CliError> {
     }
 }
 
-/// What `--engine` and its companions come to.
-fn translation(engine: EngineChoice, args: &JitArgs, choice: Choice) -> Result<Option<JitOptions>, CliError> {
-    match (engine, choice) {
-        (EngineChoice::Interp, _) => match args.given() {
+/// What `--engine` and its companions come to: the translator unless something stands against it.
+fn translation(engine: Option<EngineChoice>, args: &JitArgs, choice: Choice) -> Result<Option<JitOptions>, CliError> {
+    let is_soft = choice == Choice::Soft;
+    let default = if is_soft && Jit::runs_on_this_host() { EngineChoice::Jit } else { EngineChoice::Interp };
+    match engine.unwrap_or(default) {
+        EngineChoice::Interp => match args.given() {
             Some(flag) => Err(CliError::NeedsJit { flag }),
             None => Ok(None),
         },
-        (EngineChoice::Jit, Choice::Soft) => Ok(Some(args.options())),
-        (EngineChoice::Jit, Choice::Kvm(_)) => Err(CliError::AccelEngine),
+        EngineChoice::Jit if is_soft => Ok(Some(args.options())),
+        EngineChoice::Jit => Err(CliError::AccelEngine),
     }
 }
 

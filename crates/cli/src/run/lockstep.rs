@@ -107,7 +107,7 @@ impl Lockstep {
             return Err(CliError::LockstepCpus);
         }
         let translated = guest::build(args)?;
-        let reference = Args { engine: EngineChoice::Interp, jit: JitArgs::default(), ..args.clone() };
+        let reference = Args { engine: Some(EngineChoice::Interp), jit: JitArgs::default(), ..args.clone() };
         Ok(Self::of(guest::build(&reference)?, translated, blocks))
     }
 

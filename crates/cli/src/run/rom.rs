@@ -20,7 +20,8 @@ const MEMORY: u64 = 16 << 20;
 pub struct Options<'a> {
     /// CPU model.
     pub cpu: &'a str,
-    pub engine: EngineChoice,
+    /// As [`Args::engine`](super::Args::engine).
+    pub engine: Option<EngineChoice>,
     pub mmu: MmuArgs,
     pub accel: &'a AccelArgs,
     pub tracing: &'a TraceArgs,

@@ -162,7 +162,7 @@ impl Engine {
         self.stats.translated_helpers += code.helpers as u64;
         let charge = code.charge;
         self.windows.faults.add(&code.faults);
-        self.exits.extend(code.exits.drain(..).map(|exit| KnownExit { exit, number, entry }));
+        self.exits.extend(code.exits.drain(..).map(|exit| KnownExit { exit, number, entry: entry as u32 }));
         kept.tools.take_back(code);
         self.tools = Some(kept);
         let translation = Translation {
@@ -186,9 +186,11 @@ impl Engine {
         self.translations[number as usize] = Some(translation);
         for &member in &trace {
             self.interp.keep_block(member);
-            let firsts = self.traces.entry(member).or_default();
-            if member != number && !firsts.contains(&number) {
-                firsts.push(number);
+            if member != number {
+                let firsts = self.traces.entry(member).or_default();
+                if !firsts.contains(&number) {
+                    firsts.push(number);
+                }
             }
         }
         Some(translation)

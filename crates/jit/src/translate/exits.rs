@@ -11,26 +11,26 @@ pub const LOOKUP_BYTES: usize = 15;
 /// Bytes of [`other_code`], the size of an exit without a link.
 const UNLINKED_BYTES: usize = LOOKUP_BYTES + 6;
 
-/// A direct exit of a translation. All places are offsets in the code memory.
+/// A direct exit of a translation. All places are offsets in the code memory. Small: there are several for each block.
 #[derive(Clone, Copy, Debug)]
 pub struct Exit {
     /// RIP that it goes to, from where RIPs count.
     pub target: u64,
     /// Displacement of its jump.
-    pub jump: usize,
+    pub jump: u32,
     /// If it leaves the page.
     pub guard: Option<Guard>,
     /// Its code as long as it isn't linked, or for other contexts: [`UNLINKED_BYTES`].
-    pub unlinked: usize,
+    pub unlinked: u32,
 }
 
 /// What an exit that leaves its page holds for.
 #[derive(Clone, Copy, Debug)]
 pub struct Guard {
     /// Context number, 32 bits.
-    pub context: usize,
+    pub context: u32,
     /// Where its own page is mapped, 64 bits.
-    pub base: usize,
+    pub base: u32,
 }
 
 /// Code of an exit, by its number, to `rip` where its guard fails; RIPs there have so many `bits`.
@@ -99,10 +99,11 @@ impl Translator<'_> {
                 self.e.rm(!self.narrow, &[0x8d], A, Mem { base: Some(A), index: None, disp: page }); // lea
                 self.e.store(code_base(), A);
             }
-            Guard { context: number, base }
+            Guard { context: number as u32, base: base as u32 }
         });
         let jump = emit(&mut self.e);
-        self.exits.push(Open { exit: Exit { target, jump: jump.0, guard, unlinked: 0 }, jump, others, back: None });
+        let exit = Exit { target, jump: jump.0 as u32, guard, unlinked: 0 };
+        self.exits.push(Open { exit, jump, others, back: None });
     }
 
     fn leaves_page(&self, target: u64) -> bool {
@@ -117,7 +118,7 @@ impl Translator<'_> {
             self.e.bind(not);
         } else {
             let jump = self.e.jcc(condition);
-            let exit = Exit { target, jump: jump.0, guard: None, unlinked: 0 };
+            let exit = Exit { target, jump: jump.0 as u32, guard: None, unlinked: 0 };
             self.exits.push(Open { exit, jump, others: None, back: None });
         }
     }
@@ -189,5 +190,5 @@ pub(super) fn emit_exit(e: &mut Emitter, open: Open, number: usize, stubs: &Stub
         e.call(unlinked);
         e.jmp_to(back);
     }
-    Exit { unlinked, ..exit }
+    Exit { unlinked: unlinked as u32, ..exit }
 }
