@@ -167,3 +167,25 @@ impl CodeMemory {
         self.used + self.rare.len()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::CodeMemory;
+
+    #[test]
+    fn code_stays_while_the_writable_view_rests() {
+        let mut memory = CodeMemory::in_parts(1 << 16, 1 << 16).unwrap();
+        let first = memory.append(&[0xb8, 1, 0, 0, 0, 0xc3]).unwrap(); // mov eax, 1; ret
+        // SAFETY: a function of that signature is there, and stays.
+        let call = || unsafe { std::mem::transmute::<*const u8, extern "C" fn() -> u32>(first)() };
+        for value in [2, 3] {
+            memory.rest();
+            assert_eq!(call(), value - 1);
+            memory.patch(1, &value.to_le_bytes()).unwrap();
+            assert_eq!(call(), value);
+        }
+        memory.rest();
+        memory.append_rare(&[0xc3]).unwrap();
+        assert_eq!((memory.used(), call()), (7, 3));
+    }
+}
