@@ -51,7 +51,7 @@ pub struct JitOptions {
     pub threshold: u8,
     /// Times that the budget ends at a block's head until range registers are looked for in it; 0: from the start.
     pub hot_after: u8,
-    /// Bytes of host code kept.
+    /// Bytes of host code kept, 1 GiB at most.
     pub code_bytes: usize,
     /// Translate 16-bit code, too, and 32-bit code in segments that aren't flat. None of its operations has host code, so
     /// that interpreting it is faster; for tests.

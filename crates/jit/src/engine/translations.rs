@@ -186,11 +186,11 @@ impl Engine {
         self.translations[number as usize] = Some(translation);
         for &member in &trace {
             self.interp.keep_block(member);
-            if member != number {
-                let firsts = self.traces.entry(member).or_default();
-                if !firsts.contains(&number) {
-                    firsts.push(number);
-                }
+        }
+        for &member in trace.iter().filter(|&&member| member != number) {
+            let firsts = self.traces.entry(member).or_default();
+            if !firsts.contains(&number) {
+                firsts.push(number);
             }
         }
         Some(translation)

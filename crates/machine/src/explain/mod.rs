@@ -256,7 +256,7 @@ fn branches(scene: &Scene<'_>, out: &mut String) {
     if scene.branches.is_empty() {
         return;
     }
-    put(out, "last branches recorded (those in translated code are missing; --trace insn shows all), oldest first:");
+    put(out, "last branches recorded (others, as in translated code, may be missing: --trace insn), oldest first:");
     for branch in scene.branches {
         let _ = writeln!(out, "  {:#x} -> {:#x}", branch.from, branch.to);
     }
