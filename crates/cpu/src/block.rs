@@ -7,15 +7,15 @@
 //! they were decoded from are marked, so that any store to such a line drops exactly the blocks on it.
 
 mod aging;
+mod pages;
 
 use crate::core::{CODE_VARIANT, CodeSize, Core, code_bits, is_flat_mode};
 use crate::decode::{DecodeError, decode_next, resolve};
 use crate::isa::{self, Ends};
 use crate::op::{Flow, Op, Stop};
-use hashbrown::{DefaultHashBuilder, HashMap, HashSet, HashTable};
 use iced_x86::{Decoder, DecoderOptions};
+use pages::Pages;
 use smallvec::SmallVec;
-use std::hash::BuildHasher;
 use umbra_arch::paging::{Access, AccessKind};
 use umbra_arch::segment::Seg;
 use umbra_arch::{Bus, Fault, Gva, PAGE_SIZE};
@@ -73,7 +73,7 @@ struct Second {
     len: u32,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Key {
     offset: u64,
     /// See [`Block::rip`].
@@ -161,24 +161,14 @@ impl Block {
         let second = self.second.as_ref().map(|second| (second.offset, second.len));
         std::iter::once((self.offset, self.len)).chain(second)
     }
-
-    /// Numbers of the pages of RAM it was decoded from, each once: an instruction across two linear pages may lie in one.
-    fn pages(&self) -> impl Iterator<Item = u64> + use<> {
-        let first = self.offset >> 12;
-        let second = self.second.as_ref().map(|second| second.offset >> 12);
-        std::iter::once(first).chain(second.filter(|&second| second != first))
-    }
 }
 
 /// All decoded blocks.
 pub struct BlockCache {
     blocks: Vec<Block>,
     free: Vec<u32>,
-    /// Numbers by [`Key`], which is in the block.
-    map: HashTable<u32>,
-    hasher: DefaultHashBuilder,
     jumps: Box<[Jump; JUMP_SLOTS]>,
-    pages: HashMap<u64, Vec<u32>>,
+    pages: Pages,
     /// Blocks built since the last look at what is in use.
     built: usize,
     /// Numbers of dropped blocks, if somebody wants to know.
@@ -190,10 +180,8 @@ impl Default for BlockCache {
         Self {
             blocks: Vec::new(),
             free: Vec::new(),
-            map: HashTable::new(),
-            hasher: DefaultHashBuilder::default(),
             jumps: no_jumps(),
-            pages: HashMap::new(),
+            pages: Pages::default(),
             built: 0,
             dropped: None,
         }
@@ -222,7 +210,7 @@ impl BlockCache {
 
     /// How many there are.
     pub fn live(&self) -> usize {
-        self.map.len()
+        self.blocks.len() - self.free.len()
     }
 
     /// The block at `c.next_rip`, decoded if need be. Faults are those of the fetch.
@@ -275,7 +263,7 @@ impl BlockCache {
             Some(number) if self.still_crosses(c, number, lin)? => number,
             found => {
                 if let Some(number) = found {
-                    self.drop_blocks(c, vec![number]);
+                    self.drop_block(c, number);
                 }
                 self.build(c, key, lin)?
             }
@@ -305,8 +293,7 @@ impl BlockCache {
     }
 
     fn number_of(&self, key: &Key) -> Option<u32> {
-        let is_it = |&number: &u32| self.blocks[number as usize].key() == *key;
-        self.map.find(self.hasher.hash_one(key), is_it).copied()
+        self.pages.beginning_at(key.offset).find(|&number| self.block(number).key() == *key)
     }
 
     /// Whether a crossing block's second page is still where it was; #PF if it can't be fetched.
@@ -318,42 +305,32 @@ impl BlockCache {
     }
 
     fn build(&mut self, c: &mut Core, key: Key, lin: u64) -> Result<u32, Stop> {
-        if self.map.len() >= MAX_BLOCKS {
+        if self.live() >= MAX_BLOCKS {
             self.clear(c);
         }
         self.age(c);
         let block = decode_block(c, key, lin)?;
+        let number = self.free.pop().unwrap_or(self.blocks.len() as u32);
         for (offset, len) in block.pieces() {
             mark_code(c, offset, len);
-        }
-        let number = self.free.pop().unwrap_or(self.blocks.len() as u32);
-        for page in block.pages() {
-            self.pages.entry(page).or_default().push(number);
+            self.pages.enter(number, offset, len);
         }
         if let Some(old) = self.blocks.get_mut(number as usize) {
             *old = Block { generation: old.generation, ..block };
         } else {
             self.blocks.push(block);
         }
-        let (blocks, hasher) = (&self.blocks, &self.hasher);
-        let hash = |&number: &u32| hasher.hash_one(blocks[number as usize].key());
-        self.map.insert_unique(hash(&number), number, hash);
         Ok(number)
     }
 
     /// Drops the blocks decoded from any of the `len` bytes at RAM offset `offset`.
     pub fn invalidate(&mut self, c: &mut Core, offset: u64, len: u32) {
-        let first = offset >> 12;
-        let last = offset.saturating_add(u64::from(len.max(1)) - 1) >> 12;
-        for page in first..=last {
-            let Some(numbers) = self.pages.get(&page) else { continue };
-            let hit: Vec<u32> = numbers
-                .iter()
-                .copied()
-                .filter(|&n| self.block(n).pieces().any(|(o, l)| overlaps(o, l, offset, len)))
-                .collect();
-            self.drop_blocks(c, hit);
+        let touched = self.pages.touching(offset, len);
+        if touched.is_empty() {
+            return;
         }
+        touched.into_iter().for_each(|number| self.drop_block(c, number));
+        self.pages.rewritten(offset).into_iter().for_each(|number| self.drop_block(c, number));
     }
 
     pub(crate) fn watch(&mut self) {
@@ -366,62 +343,37 @@ impl BlockCache {
 
     /// Drops everything.
     pub fn clear(&mut self, c: &mut Core) {
-        let valid = |&number: &u32| self.blocks[number as usize].valid;
-        let all = (0..self.blocks.len() as u32).filter(valid).collect();
-        self.drop_blocks(c, all);
-    }
-
-    /// Drops valid blocks, all at once: a page may have many.
-    fn drop_blocks(&mut self, c: &mut Core, numbers: Vec<u32>) {
-        let mut pages = HashSet::new();
-        for number in numbers {
-            self.forget(number);
-            pages.extend(self.block(number).pages());
-        }
-        for page in pages {
-            self.remark(c, page);
+        for number in 0..self.blocks.len() as u32 {
+            self.drop_block(c, number);
         }
     }
 
-    /// Has a block no longer found, but for the lists of its pages.
-    fn forget(&mut self, number: u32) {
+    /// Has a block no longer found, if it is there, and its lines no longer watched.
+    fn drop_block(&mut self, c: &mut Core, number: u32) {
         let block = &mut self.blocks[number as usize];
-        block.valid = false;
+        if !std::mem::take(&mut block.valid) {
+            return;
+        }
         block.generation = block.generation.wrapping_add(1);
-        let key = block.key();
+        for (offset, len) in block.pieces() {
+            self.forget_piece(c, number, offset, len);
+        }
         if let Some(dropped) = &mut self.dropped {
             dropped.push(number);
-        }
-        if let Ok(entry) = self.map.find_entry(self.hasher.hash_one(key), |&n| n == number) {
-            entry.remove();
         }
         self.free.push(number);
     }
 
-    /// Recomputes a page's list of blocks and its code lines after blocks on it went.
-    fn remark(&mut self, c: &mut Core, page: u64) {
-        let Some(list) = self.pages.get_mut(&page) else { return };
-        list.retain(|&number| self.blocks[number as usize].valid);
-        if list.is_empty() {
-            self.pages.remove(&page);
+    fn forget_piece(&mut self, c: &mut Core, number: u32, offset: u64, len: u32) {
+        let (free, has_code) = self.pages.remove(number, offset, line_mask(offset, len));
+        let page = offset >> 12;
+        if !has_code {
             c.code_lines.remove(&page);
             c.mmu.watcher().release(RamOffset::new(page << 12), PageFlags::CODE);
-            return;
+        } else if let Some(lines) = c.code_lines.get_mut(&page) {
+            *lines &= !free;
         }
-        let mut lines = 0;
-        for &number in self.pages.get(&page).into_iter().flatten() {
-            for (offset, len) in self.blocks[number as usize].pieces() {
-                if offset >> 12 == page {
-                    lines |= line_mask(offset, len);
-                }
-            }
-        }
-        c.code_lines.insert(page, lines);
     }
-}
-
-fn overlaps(a: u64, a_len: u32, b: u64, b_len: u32) -> bool {
-    a < b.saturating_add(u64::from(b_len)) && b < a + u64::from(a_len)
 }
 
 /// The 64-byte lines of their page that `len` bytes at `offset` touch.

@@ -14,7 +14,7 @@ impl BlockCache {
     /// Before a block is built: a pass if it is due.
     pub(super) fn age(&mut self, c: &mut Core) {
         self.built += 1;
-        if self.built <= LEAST_NEW.max(self.map.len() / 2) {
+        if self.built <= LEAST_NEW.max(self.live() / 2) {
             return;
         }
         self.built = 1;
@@ -28,7 +28,9 @@ impl BlockCache {
                 block.ops = Box::default();
             }
         }
-        self.drop_blocks(c, unused);
+        for number in unused {
+            self.drop_block(c, number);
+        }
     }
 
     /// Exempts a block from aging: it runs without being asked for.
