@@ -100,7 +100,7 @@ impl Pages {
     pub(super) fn touching(&self, offset: u64, len: u32) -> Numbers {
         let end = offset.saturating_add(len.max(1).into());
         let mut numbers = Numbers::new();
-        for number in offset >> 12..=end - 1 >> 12 {
+        for number in offset >> 12..=(end - 1) >> 12 {
             let start = number << 12;
             let Some(page) = self.0.get(&number) else { continue };
             let touching = page.touching(offset.saturating_sub(start), (end - start).min(PAGE_SIZE));
