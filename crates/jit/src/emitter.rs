@@ -60,6 +60,33 @@ pub struct Emitter {
     encoder: Option<Box<Encoder>>,
 }
 
+/// At most eight bytes, in a register.
+#[derive(Clone, Copy, Default)]
+struct Few {
+    value: u64,
+    len: u32,
+}
+
+impl Few {
+    /// A REX prefix, if there must be one.
+    #[inline]
+    fn rex(wide: bool, reg: Reg, index: Reg, base: Reg) -> Self {
+        let rex = 0x40 | u8::from(wide) << 3 | (reg >> 3) << 2 | (index >> 3) << 1 | base >> 3;
+        let needed = rex != 0x40;
+        Self { value: if needed { rex.into() } else { 0 }, len: needed.into() }
+    }
+
+    #[inline]
+    fn byte(self, byte: u8) -> Self {
+        Self { value: self.value | u64::from(byte) << (8 * self.len), len: self.len + 1 }
+    }
+
+    #[inline]
+    fn and(self, bytes: &[u8]) -> Self {
+        bytes.iter().fold(self, |few, &byte| few.byte(byte))
+    }
+}
+
 impl Emitter {
     pub fn new(base: usize) -> Self {
         let has_bmi2 = is_x86_feature_detected!("bmi2");
@@ -94,43 +121,49 @@ impl Emitter {
         }
     }
 
-    fn byte(&mut self, byte: u8) {
-        self.bytes.push(byte);
+    /// Appends a few bytes, all at once.
+    #[inline]
+    fn put(&mut self, Few { value, len }: Few) {
+        let end = self.bytes.len() + len as usize;
+        self.bytes.extend_from_slice(&value.to_le_bytes());
+        self.bytes.truncate(end);
     }
 
+    #[inline]
     fn imm32(&mut self, value: i32) {
-        self.bytes.extend(value.to_le_bytes());
+        self.bytes.extend_from_slice(&value.to_le_bytes());
     }
 
-    fn rex(&mut self, wide: bool, reg: Reg, index: Reg, base: Reg) {
-        let rex = 0x40 | u8::from(wide) << 3 | (reg >> 3) << 2 | (index >> 3) << 1 | base >> 3;
-        if rex != 0x40 {
-            self.byte(rex);
-        }
+    #[inline]
+    fn imm8(&mut self, value: u8) {
+        self.bytes.push(value);
     }
 
     /// `opcode reg, rm` with two registers.
     pub fn rr(&mut self, wide: bool, opcode: &[u8], reg: Reg, rm: Reg) {
-        self.rex(wide, reg, 0, rm);
-        self.bytes.extend(opcode);
-        self.byte(0xc0 | (reg & 7) << 3 | rm & 7);
+        let few = Few::rex(wide, reg, 0, rm).and(opcode);
+        self.put(few.byte(0xc0 | (reg & 7) << 3 | rm & 7));
     }
 
     /// `opcode reg, mem`.
     pub fn rm(&mut self, wide: bool, opcode: &[u8], reg: Reg, mem: Mem) {
-        let index = mem.index.map_or(4, |(r, _)| r);
-        self.rex(wide, reg, if mem.index.is_some() { index } else { 0 }, mem.base.unwrap_or(0));
-        self.bytes.extend(opcode);
-        self.modrm(reg, mem);
+        let index = mem.index.map_or(0, |(r, _)| r);
+        let few = Few::rex(wide, reg, index, mem.base.unwrap_or(0)).and(opcode);
+        self.with_memory(few, reg, mem);
     }
 
     /// ModRM and what belongs to it of `mem`; prefixes have the registers' upper bits.
     pub fn modrm(&mut self, reg: Reg, mem: Mem) {
+        self.with_memory(Few::default(), reg, mem);
+    }
+
+    /// Likewise behind at most five bytes.
+    fn with_memory(&mut self, few: Few, reg: Reg, mem: Mem) {
         let index = mem.index.map_or(4, |(r, _)| r);
         let reg = (reg & 7) << 3;
         let scale = mem.index.map_or(0, |(_, s)| s) << 6;
         let Some(base) = mem.base else {
-            self.bytes.extend([reg | 4, scale | (index & 7) << 3 | 5]);
+            self.put(few.byte(reg | 4).byte(scale | (index & 7) << 3 | 5));
             return self.imm32(mem.disp);
         };
         let mode = match mem.disp {
@@ -138,15 +171,18 @@ impl Emitter {
             -128..=127 => 0x40,
             _ => 0x80,
         };
-        if mem.index.is_some() || base & 7 == 4 {
-            self.bytes.extend([mode | reg | 4, scale | (index & 7) << 3 | base & 7]);
+        let few = if mem.index.is_some() || base & 7 == 4 {
+            few.byte(mode | reg | 4).byte(scale | (index & 7) << 3 | base & 7)
         } else {
-            self.byte(mode | reg | base & 7);
-        }
+            few.byte(mode | reg | base & 7)
+        };
         match mode {
-            0 => {}
-            0x40 => self.byte(mem.disp as u8),
-            _ => self.imm32(mem.disp),
+            0 => self.put(few),
+            0x40 => self.put(few.byte(mem.disp as u8)),
+            _ => {
+                self.put(few);
+                self.imm32(mem.disp);
+            }
         }
     }
 
@@ -203,7 +239,7 @@ impl Emitter {
     /// `opcode`, that of 32 bits, on registers of so many bytes.
     pub fn sized(&mut self, bytes: u32, opcode: u8, reg: Reg, rm: Reg) {
         if bytes == 2 {
-            self.byte(0x66);
+            self.imm8(0x66);
         }
         self.rr(bytes == 8, &[if bytes == 1 { opcode & !1 } else { opcode }], reg, rm);
     }
@@ -216,7 +252,7 @@ impl Emitter {
         let extension = op as u8 >> 3 & 7;
         if let Ok(small) = i8::try_from(value) {
             self.rr(wide, &[0x83], extension, to);
-            self.byte(small as u8);
+            self.imm8(small as u8);
         } else {
             self.rr(wide, &[0x81], extension, to);
             self.imm32(value);
@@ -228,7 +264,7 @@ impl Emitter {
         let extension = op as u8 >> 3 & 7;
         if let Ok(small) = i8::try_from(value) {
             self.rm(true, &[0x83], extension, mem);
-            self.byte(small as u8);
+            self.imm8(small as u8);
         } else {
             self.rm(true, &[0x81], extension, mem);
             self.imm32(value);
@@ -244,12 +280,12 @@ impl Emitter {
 
     pub fn shl(&mut self, wide: bool, r: Reg, count: u8) {
         self.rr(wide, &[0xc1], 4, r);
-        self.byte(count);
+        self.imm8(count);
     }
 
     pub fn shr(&mut self, wide: bool, r: Reg, count: u8) {
         self.rr(wide, &[0xc1], 5, r);
-        self.byte(count);
+        self.imm8(count);
     }
 
     /// `from`, shifted right, to another register; bits above those that are left hold whatever was below them.
@@ -265,7 +301,7 @@ impl Emitter {
 
     pub fn sar(&mut self, wide: bool, r: Reg, count: u8) {
         self.rr(wide, &[0xc1], 7, r);
-        self.byte(count);
+        self.imm8(count);
     }
 
     /// The shortest form that loads `value`. Leaves flags alone.
@@ -282,16 +318,14 @@ impl Emitter {
 
     /// The form with four bytes of immediate: six bytes for the upper registers.
     pub fn mov_imm32(&mut self, to: Reg, value: u32) {
-        self.rex(false, 0, 0, to);
-        self.byte(0xb8 | to & 7);
+        self.put(Few::rex(false, 0, 0, to).byte(0xb8 | to & 7));
         self.imm32(value as i32);
     }
 
     /// The ten-byte form.
     pub fn mov_imm64(&mut self, to: Reg, value: u64) {
-        self.rex(true, 0, 0, to);
-        self.byte(0xb8 | to & 7);
-        self.bytes.extend(value.to_le_bytes());
+        self.put(Few::rex(true, 0, 0, to).byte(0xb8 | to & 7));
+        self.bytes.extend_from_slice(&value.to_le_bytes());
     }
 
     /// Any instruction whose registers are the host's.
@@ -306,19 +340,18 @@ impl Emitter {
         encoded.map(drop).map_err(|_| Unencodable)
     }
 
+    #[inline]
     pub fn raw(&mut self, bytes: &[u8]) {
-        self.bytes.extend(bytes);
+        self.bytes.extend_from_slice(bytes);
     }
 
     pub fn jcc(&mut self, condition: u8) -> Jump {
-        self.raw(&[0x0f, 0x80 | condition]);
-        self.imm32(0);
+        self.raw(&[0x0f, 0x80 | condition, 0, 0, 0, 0]);
         Jump(self.here() - 4)
     }
 
     pub fn jmp(&mut self) -> Jump {
-        self.byte(0xe9);
-        self.imm32(0);
+        self.raw(&[0xe9, 0, 0, 0, 0]);
         Jump(self.here() - 4)
     }
 
@@ -334,8 +367,7 @@ impl Emitter {
 
     /// A call whose target isn't known yet.
     pub fn call_ahead(&mut self) -> Jump {
-        self.byte(0xe8);
-        self.imm32(0);
+        self.raw(&[0xe8, 0, 0, 0, 0]);
         Jump(self.here() - 4)
     }
 
