@@ -2,9 +2,9 @@
 
 use crate::emitter::Alu;
 use crate::memory_path::{Access, Address};
-use crate::native::Unencodable;
 use crate::plan::width;
 use crate::registers::{A, B, FLAGS, home};
+use crate::renaming::Unencodable;
 use crate::translate::Translator;
 use iced_x86::{Instruction, Mnemonic as M, OpKind};
 use umbra_cpu::decode::register_index;

@@ -4,9 +4,9 @@
 use crate::emitter::{Alu, cc};
 use crate::frame::gpr;
 use crate::memory_path::{Access, Address};
-use crate::native::{Unencodable, host_operand, sized};
 use crate::plan::{has_memory, width};
 use crate::registers::{A, B, FLAGS, Reg, home};
+use crate::renaming::{Unencodable, host_operand, sized};
 use crate::translate::Translator;
 use iced_x86::{Instruction, Mnemonic as M, OpKind};
 use umbra_arch::rflags;

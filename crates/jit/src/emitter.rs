@@ -1,7 +1,7 @@
 //! Writes host instructions, the few forms that generated code is made of.
 
-use crate::native::Unencodable;
 use crate::registers::Reg;
+use crate::renaming::Unencodable;
 use iced_x86::{Encoder, Instruction};
 
 /// A memory operand.
@@ -60,6 +60,17 @@ pub struct Emitter {
     encoder: Option<Box<Encoder>>,
 }
 
+/// Prefixes of an instruction.
+#[derive(Clone, Copy, Default)]
+pub struct Bits {
+    /// Operands of 16 bits.
+    pub half: bool,
+    /// Operands of 64 bits.
+    pub wide: bool,
+    /// A REX prefix even if it says nothing else.
+    pub rex: bool,
+}
+
 /// At most eight bytes, in a register.
 #[derive(Clone, Copy, Default)]
 struct Few {
@@ -74,6 +85,13 @@ impl Few {
         let rex = 0x40 | u8::from(wide) << 3 | (reg >> 3) << 2 | (index >> 3) << 1 | base >> 3;
         let needed = rex != 0x40;
         Self { value: if needed { rex.into() } else { 0 }, len: needed.into() }
+    }
+
+    /// Likewise with other prefixes.
+    fn prefixes(bits: Bits, reg: Reg, index: Reg, base: Reg) -> Self {
+        let Self { value, len } = Self::rex(bits.wide, reg, index, base);
+        let few = if len == 0 && bits.rex { Self { value: 0x40, len: 1 } } else { Self { value, len } };
+        if bits.half { Self { value: few.value << 8 | 0x66, len: few.len + 1 } } else { few }
     }
 
     #[inline]
@@ -150,6 +168,29 @@ impl Emitter {
         let index = mem.index.map_or(0, |(r, _)| r);
         let few = Few::rex(wide, reg, index, mem.base.unwrap_or(0)).and(opcode);
         self.with_memory(few, reg, mem);
+    }
+
+    /// As [`rr`](Self::rr) with prefixes.
+    pub fn bits_rr(&mut self, bits: Bits, opcode: &[u8], reg: Reg, rm: Reg) {
+        let few = Few::prefixes(bits, reg, 0, rm).and(opcode);
+        self.put(few.byte(0xc0 | (reg & 7) << 3 | rm & 7));
+    }
+
+    /// As [`rm`](Self::rm) with prefixes.
+    pub fn bits_rm(&mut self, bits: Bits, opcode: &[u8], reg: Reg, mem: Mem) {
+        let index = mem.index.map_or(0, |(r, _)| r);
+        let few = Few::prefixes(bits, reg, index, mem.base.unwrap_or(0)).and(opcode);
+        self.with_memory(few, reg, mem);
+    }
+
+    /// `opcode`, with prefixes, that has a register in it.
+    pub fn bits_short(&mut self, bits: Bits, opcode: u8, reg: Reg) {
+        self.put(Few::prefixes(bits, 0, 0, reg).byte(opcode | reg & 7));
+    }
+
+    /// Appends an immediate: at most eight bytes.
+    pub fn few_raw(&mut self, bytes: &[u8]) {
+        self.put(Few::default().and(bytes));
     }
 
     /// ModRM and what belongs to it of `mem`; prefixes have the registers' upper bits.

@@ -3,9 +3,9 @@
 use crate::emitter::cc;
 use crate::frame::{frame_field, gpr};
 use crate::memory_path::{Access, Address};
-use crate::native::{Unencodable, host_operand};
 use crate::plan::{ShiftKind, has_memory, width};
 use crate::registers::{A, Reg, home};
+use crate::renaming::{Unencodable, host_operand};
 use crate::translate::Translator;
 use iced_x86::Instruction;
 use umbra_cpu::op::Op;

@@ -16,10 +16,10 @@ use crate::frame::{code_base, frame_field};
 use crate::groups::{BASES, Groups, Member};
 use crate::mechanisms::{Mechanism, Mechanisms};
 use crate::memory_path::Cold;
-use crate::native::Unencodable;
 use crate::plan::{Kind, Step, plan, regard_groups};
 use crate::recipes::Recipe;
 use crate::registers::A;
+use crate::renaming::Unencodable;
 use crate::returns::{Elsewhere, TooDeep};
 use crate::stubs::Stubs;
 use crate::system::System;
@@ -70,6 +70,8 @@ pub struct Code {
 pub struct Translator<'a> {
     pub e: Emitter,
     pub block: &'a Block,
+    /// The guest's code: its bytes.
+    pub bytes: &'a [u8],
     /// It is 32-bit code: addresses, RIPs and the stack pointer have 32 bits.
     pub narrow: bool,
     /// The host's status flags are the guest's.
@@ -350,11 +352,12 @@ fn closes_loop(block: &Block, steps: &[Step]) -> bool {
 
 impl<'a> Translator<'a> {
     fn new(part: &'a Part<'_>, settings: Settings<'a>, e: Emitter, Rare { slow, cold }: Rare) -> Self {
-        let Source { block, number, missing, hot, .. } = part.source;
+        let Source { block, number, bytes, missing, hot, .. } = part.source;
         let Settings { half, stubs, off, windows } = settings;
         Self {
             e,
             block,
+            bytes,
             narrow: block.is_narrow(),
             host_flags: false,
             vectors: vector::Place::default(),

@@ -4,9 +4,9 @@
 use crate::emitter::Alu;
 use crate::emitter::cc;
 use crate::frame::{frame_field, gpr};
-use crate::native::Unencodable;
 use crate::plan::{has_memory, width};
 use crate::registers::{B, FLAGS, home};
+use crate::renaming::Unencodable;
 use crate::translate::Translator;
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 use umbra_cpu::op::Op;

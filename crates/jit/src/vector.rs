@@ -7,9 +7,9 @@
 use crate::emitter::{Alu, Jump, cc};
 use crate::frame::{MXCSR_DEFAULT, VECTOR_AVX, VECTOR_SSE, frame_field, gpr};
 use crate::memory_path::{self, Access, Address};
-use crate::native::{Unencodable, host_operand, sized};
 use crate::plan::has_memory;
 use crate::registers::{A, Reg, home};
+use crate::renaming::{Unencodable, host_operand, sized};
 use crate::translate::Translator;
 use iced_x86::{EncodingKind, Instruction, Mnemonic as M, OpKind, Register};
 use umbra_cpu::decode::register_index;
