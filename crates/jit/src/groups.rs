@@ -42,9 +42,9 @@ pub enum Check {
     /// By itself.
     Own,
     /// With all accesses of the group of this number, which concern these bytes.
-    First(usize, Reach),
+    First(u8, Reach),
     /// It is in the group of this number and not its first.
-    Covered(usize, Reach),
+    Covered(u8, Reach),
 }
 
 /// Lookups of an operation at most.
@@ -88,7 +88,7 @@ impl Groups {
 /// A group that can still grow. Positions count from the value that its base had at the first block's start.
 #[derive(Clone, Copy)]
 struct Open {
-    number: usize,
+    number: u8,
     first: (usize, usize),
     /// What its base had been moved by at its first access.
     moved: i32,
@@ -115,7 +115,7 @@ type OfOps<T> = SmallVec<[T; u64::BITS as usize]>;
 
 /// Plans the groups of blocks of which each follows the one before, of 64 operations at most: those of each block. Their
 /// numbers count from `next`.
-pub fn groups(blocks: &[Member<'_>], next: &mut usize, info: &mut InstructionInfoFactory) -> Each<Groups> {
+pub fn groups(blocks: &[Member<'_>], next: &mut u8, info: &mut InstructionInfoFactory) -> Each<Groups> {
     let ops = blocks.iter().flat_map(|block| {
         let kinds = block.steps.iter().map(|step| step.kind);
         block.instructions.iter().zip(block.ops).zip(kinds).map(|((i, op), kind)| (i, op, kind))
@@ -178,7 +178,7 @@ struct Planner {
     open: [Option<Open>; BASES],
     /// What each register has been moved by since its last unknown value.
     moved: [i32; BASES],
-    next: usize,
+    next: u8,
 }
 
 impl Planner {
@@ -224,7 +224,7 @@ impl Planner {
         }
     }
 
-    fn is_covered(&self, at: usize, nth: usize, number: usize) -> bool {
+    fn is_covered(&self, at: usize, nth: usize, number: u8) -> bool {
         matches!(self.groups.checks[at][nth], Check::Covered(other, _) if other == number)
     }
 

@@ -123,6 +123,13 @@ impl Kind {
         matches!(self, Kind::Move | Kind::Arithmetic | Kind::Silent | Kind::Imul | Kind::Push | Kind::Pop | Kind::Leave)
     }
 
+    /// Whether its host code may have to leave it to its function.
+    pub fn may_give_up(self, i: &Instruction) -> bool {
+        let data = matches!(self, Kind::Move | Kind::Arithmetic | Kind::Silent | Kind::Shift(_) | Kind::Imul);
+        let plain = data || matches!(self, Kind::Extend | Kind::Nop | Kind::Jcc | Kind::Jmp);
+        !plain || self.accesses_memory(i)
+    }
+
     /// Whether it may miss.
     pub fn accesses_memory(self, i: &Instruction) -> bool {
         match self {

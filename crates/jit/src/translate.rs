@@ -86,22 +86,22 @@ pub struct Translator<'a> {
     /// Where the running operation's first access through a window begins.
     pub through_window: Option<usize>,
     /// Operations with such accesses: from where to where, and their slow paths.
-    faults: SmallVec<[(usize, usize, usize); 4]>,
+    faults: Vec<(usize, usize, usize)>,
     /// Accesses whose ranges are missed.
     pub cold: Vec<Cold>,
-    pub elsewhere_in_memory: SmallVec<[memory_path::Elsewhere; 2]>,
+    pub elsewhere_in_memory: Vec<memory_path::Elsewhere>,
     /// Operations, by bits, that ranges are no good for.
     pub missing: u64,
     /// Much time is spent in the block.
     pub hot: bool,
     pub groups: &'a Groups,
     /// The groups, by base register, whose checks have been emitted.
-    pub checked: [Option<usize>; BASES],
+    pub checked: [Option<u8>; BASES],
     /// Lookups of the running operation so far.
     pub lookups: usize,
     /// The block ends with a branch a little back.
     pub closes_loop: bool,
-    pub searches: SmallVec<[Search; 1]>,
+    pub searches: Vec<Search>,
     pub stubs: &'a Stubs,
     /// Where the block is, and all that it is linked to.
     pub half: Half,
@@ -109,13 +109,15 @@ pub struct Translator<'a> {
     charge: u32,
     pub ahead: u32,
     slow: Vec<Slow>,
+    /// The last of them is the running operation's.
+    has_slow: bool,
     /// Where the code of each begins.
     slow_paths: SmallVec<[usize; 8]>,
     exits: SmallVec<[Open; 3]>,
     end: End,
     pub predicts_returns: bool,
-    pub elsewhere: SmallVec<[Elsewhere; 1]>,
-    pub too_deep: SmallVec<[TooDeep; 1]>,
+    pub elsewhere: Vec<Elsewhere>,
+    pub too_deep: Vec<TooDeep>,
     /// The host's flags that the branch looks at aren't saved.
     unsaved: bool,
     /// How flags are found that aren't saved when it begins.
@@ -126,7 +128,7 @@ pub struct Translator<'a> {
     /// Branches that leave the trace, and where to.
     sides: SmallVec<[(Jump, u64); 1]>,
     /// Jumps to where an operation and all that follow are done by their functions.
-    by_function: SmallVec<[(usize, Jump); 2]>,
+    by_function: Vec<(usize, Jump)>,
 }
 
 /// A block to be translated.
@@ -315,9 +317,16 @@ fn emit(
     }
     for open in translators.iter_mut().flat_map(|translator| translator.exits.drain(..)) {
         let number = first_exit + code.exits.len();
-        code.exits.push(emit_exit(&mut e, open, number, settings.stubs));
+        let unlinked = emit_exit(&mut e, &open, number, settings.stubs);
+        code.exits.push(open.exit);
+        // Put in afterwards: the copy is of what was written long ago.
+        code.exits.last_mut().into_iter().for_each(|exit| exit.unlinked = unlinked);
     }
-    tools.rare.extend(translators.into_iter().map(|translator| Rare { slow: translator.slow, cold: translator.cold }));
+    let rare = |translator: &mut Translator<'_>| Rare {
+        slow: std::mem::take(&mut translator.slow),
+        cold: std::mem::take(&mut translator.cold),
+    };
+    tools.rare.extend(translators.iter_mut().map(rare));
     code.bytes = std::mem::take(&mut e.bytes);
     tools.emitter = e;
     Ok(code)
@@ -366,8 +375,8 @@ impl<'a> Translator<'a> {
             known: Known::default(),
             of_use: false,
             through_window: None,
-            faults: SmallVec::new(),
-            elsewhere_in_memory: SmallVec::new(),
+            faults: Vec::new(),
+            elsewhere_in_memory: Vec::new(),
             cold,
             missing,
             hot,
@@ -375,25 +384,26 @@ impl<'a> Translator<'a> {
             checked: [None; BASES],
             lookups: 0,
             closes_loop: closes_loop(block, part.steps),
-            searches: SmallVec::new(),
+            searches: Vec::new(),
             stubs,
             half,
             number,
             charge: part.charge,
             ahead: part.ahead,
             slow,
+            has_slow: false,
             slow_paths: SmallVec::new(),
             exits: SmallVec::new(),
             end: part.end,
             predicts_returns: !off.has(Mechanism::Returns),
-            elsewhere: SmallVec::new(),
-            too_deep: SmallVec::new(),
+            elsewhere: Vec::new(),
+            too_deep: Vec::new(),
             unsaved: part.steps.iter().any(|step| step.unsaved),
             recipe: part.recipe,
             head: 0,
             spent: None,
             sides: SmallVec::new(),
-            by_function: SmallVec::new(),
+            by_function: Vec::new(),
         }
     }
 
@@ -461,10 +471,13 @@ impl<'a> Translator<'a> {
             self.store_pointers();
         }
         self.lookups = 0;
-        let pointers = self.x87.pointers;
-        let (x87, recipe) = (step.kind == Kind::X87, step.recipe);
-        let forbids_x87 = step.kind == Kind::System(System::ControlRegister);
-        self.slow.push(Slow { op: at, x87, forbids_x87, pointers, recipe, ..Slow::default() });
+        self.has_slow = step.kind.may_give_up(i);
+        if self.has_slow {
+            let pointers = self.x87.pointers;
+            let (x87, recipe) = (step.kind == Kind::X87, step.recipe);
+            let forbids_x87 = step.kind == Kind::System(System::ControlRegister);
+            self.slow.push(Slow { op: at, x87, forbids_x87, pointers, recipe, ..Slow::default() });
+        }
         let op: &Op = &self.block.ops[at];
         let windows = self.windows.take_if(|_| !step.kind.may_fault());
         let done = self.kind(at, i, op, step);
@@ -486,7 +499,7 @@ impl<'a> Translator<'a> {
             Kind::X87 => self.x87(at, i, op, step.live)?,
             _ => self.data(i, op, step)?,
         }
-        if let Some(slow) = self.slow.last_mut() {
+        if let Some(slow) = self.slow.last_mut().filter(|_| self.has_slow) {
             (slow.back, slow.flags) = (Some(self.e.here()), self.host_flags);
             slow.vectors = self.vectors.live;
         }

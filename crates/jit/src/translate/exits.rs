@@ -59,7 +59,7 @@ pub fn jump(at: usize, to: usize) -> Vec<u8> {
 
 /// An exit whose rarely executed code isn't written yet.
 pub struct Open {
-    exit: Exit,
+    pub(super) exit: Exit,
     jump: Jump,
     /// Where its guard fails.
     others: Option<[Jump; 2]>,
@@ -172,9 +172,9 @@ impl Translator<'_> {
     }
 }
 
-/// The rarely executed code of an exit, which has this number.
-pub(super) fn emit_exit(e: &mut Emitter, open: Open, number: usize, stubs: &Stubs) -> Exit {
-    let Open { exit, jump, others, back } = open;
+/// The rarely executed code of an exit, which has this number; where that is.
+pub(super) fn emit_exit(e: &mut Emitter, open: &Open, number: usize, stubs: &Stubs) -> u32 {
+    let Open { jump, others, back, .. } = *open;
     let unlinked = e.here();
     e.bind(jump);
     if back.is_none() {
@@ -190,5 +190,5 @@ pub(super) fn emit_exit(e: &mut Emitter, open: Open, number: usize, stubs: &Stub
         e.call(unlinked);
         e.jmp_to(back);
     }
-    Exit { unlinked: unlinked as u32, ..exit }
+    unlinked as u32
 }

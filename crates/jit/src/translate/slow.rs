@@ -34,6 +34,7 @@ pub(super) struct Slow {
 impl Translator<'_> {
     /// `jump` is taken where the running operation must be done by its function, from its start.
     pub fn slow(&mut self, jump: Jump) {
+        debug_assert!(self.has_slow, "an operation that can't give up does");
         if let Some(slow) = self.slow.last_mut() {
             slow.jumps.push(jump);
         }
@@ -46,6 +47,7 @@ impl Translator<'_> {
 
     /// The running operation's slow path.
     pub fn slow_number(&self) -> usize {
+        debug_assert!(self.has_slow, "an operation that can't give up does");
         self.slow.len() - 1
     }
 
