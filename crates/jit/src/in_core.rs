@@ -11,39 +11,22 @@ use iced_x86::{Instruction, Mnemonic as M, OpKind};
 use umbra_cpu::decode::register_index;
 use umbra_cpu::op::Op;
 
-impl<'a> Translator<'a> {
+impl Translator<'_> {
     /// Emits `i` with the one register operand that lives in memory where that is, if there is such a form; else
     /// [`renamed`](Self::renamed).
     pub fn in_core_or_renamed(&mut self, i: &Instruction, op: &Op, needs_flags: bool) -> Result<Operands, Unencodable> {
         if self.move_in_core(i) {
             return Ok(Operands::new());
         }
-        let Some((form, operands)) = self.in_core(i, op) else { return self.renamed(i, op, needs_flags) };
+        let form = self.form(op);
+        let Some((form, operands)) = form.as_ref().and_then(|form| in_core(form, i)) else {
+            return self.renamed_as(form, i, op, needs_flags);
+        };
         if needs_flags {
             self.need_flags();
         }
         self.e.rewritten(&form, operands);
         Ok(Operands::new())
-    }
-
-    /// `op` with the others of its register operands on the host.
-    fn in_core(&self, i: &Instruction, op: &Op) -> Option<(Form<'a>, Rewritten)> {
-        if has_memory(i) || matches!(i.mnemonic(), M::Lea | M::Xchg | M::Xadd) {
-            return None;
-        }
-        let form = self.form(op)?;
-        let (form, reg, absent) = match (form.reg().map(home), form.rm().map(home)) {
-            (None, Some(None)) => (form.with_memory()?, 0, form.rm()?),
-            (Some(Some(reg)), Some(None)) => (form.with_memory()?, reg, form.rm()?),
-            (Some(None), Some(Some(reg))) => (form.other_direction()?, reg, form.reg()?),
-            _ => return None,
-        };
-        // What is narrower clears the upper half, or would be read whole before it is in the host's cache.
-        let is_first = i.op0_kind() == OpKind::Register && register_index(i.op0_register()) == absent;
-        if is_first && writes_first(i) && !i.op0_register().is_gpr64() {
-            return None;
-        }
-        Some((form, Rewritten { reg, rm: Rm::Memory(gpr(absent)), low_bytes: false }))
     }
 
     /// Whether it is a MOV to a register in memory from another one there, or of an immediate that a store has room for.
@@ -72,4 +55,23 @@ impl<'a> Translator<'a> {
         }
         true
     }
+}
+
+/// `form`, which is `i`, with the one register operand that lives in memory there and the others on the host.
+fn in_core<'a>(form: &Form<'a>, i: &Instruction) -> Option<(Form<'a>, Rewritten)> {
+    if has_memory(i) || matches!(i.mnemonic(), M::Lea | M::Xchg | M::Xadd) {
+        return None;
+    }
+    let (form, reg, absent) = match (form.reg().map(home), form.rm().map(home)) {
+        (None, Some(None)) => (form.with_memory()?, 0, form.rm()?),
+        (Some(Some(reg)), Some(None)) => (form.with_memory()?, reg, form.rm()?),
+        (Some(None), Some(Some(reg))) => (form.other_direction()?, reg, form.reg()?),
+        _ => return None,
+    };
+    // What is narrower clears the upper half, or would be read whole before it is in the host's cache.
+    let is_first = i.op0_kind() == OpKind::Register && register_index(i.op0_register()) == absent;
+    if is_first && writes_first(i) && !i.op0_register().is_gpr64() {
+        return None;
+    }
+    Some((form, Rewritten { reg, rm: Rm::Memory(gpr(absent)), low_bytes: false }))
 }

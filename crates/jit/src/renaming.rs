@@ -39,6 +39,17 @@ impl<'a> Translator<'a> {
 
     /// Emits `i` on host registers, its memory operand looked up; where its register operands were.
     pub fn renamed(&mut self, i: &Instruction, op: &Op, needs_flags: bool) -> Result<Operands, Unencodable> {
+        self.renamed_as(self.form(op), i, op, needs_flags)
+    }
+
+    /// Likewise by its bytes, if they are of use.
+    pub fn renamed_as(
+        &mut self,
+        form: Option<Form<'_>>,
+        i: &Instruction,
+        op: &Op,
+        needs_flags: bool,
+    ) -> Result<Operands, Unencodable> {
         // LEA's address is used up when the first scratch register is written.
         let mut free = A;
         let memory = if i.mnemonic() == M::Lea {
@@ -56,7 +67,10 @@ impl<'a> Translator<'a> {
         if needs_flags {
             self.need_flags();
         }
-        self.on_these(i, op, &renamed, memory)?;
+        match form {
+            Some(form) => self.on_these(&form, i, &renamed, memory)?,
+            None => self.e.instruction(&by_encoder(i, &renamed, memory))?,
+        }
         for r in renamed.iter().filter(|r| r.guest & HIGH_BYTE == 0) {
             let written = r.operand == 0 && writes_first(i) || matches!(i.mnemonic(), M::Xchg | M::Xadd);
             if written && home(r.guest).is_none() {
@@ -66,15 +80,14 @@ impl<'a> Translator<'a> {
         Ok(renamed)
     }
 
-    /// Emits `i` with these operands.
+    /// Emits `i`, the bytes of which are `form`, with these operands.
     fn on_these(
         &mut self,
+        form: &Form<'_>,
         i: &Instruction,
-        op: &Op,
         renamed: &Operands,
         memory: Option<Mem>,
     ) -> Result<(), Unencodable> {
-        let Some(form) = self.form(op) else { return self.e.instruction(&by_encoder(i, renamed, memory)) };
         let host = |guest: u8| renamed.iter().find(|r| r.guest == guest).map(|r| r.host);
         let reg = form.reg().map_or(Some(0), host).ok_or(Unencodable)?;
         let rm = match (memory, form.rm()) {
@@ -83,7 +96,7 @@ impl<'a> Translator<'a> {
             (None, None) => return Err(Unencodable),
         };
         let is_low_byte = |r: &Renamed| (4..8).contains(&r.host) && i.op_register(r.operand).is_gpr8();
-        self.e.rewritten(&form, Rewritten { reg, rm, low_bytes: renamed.iter().any(is_low_byte) });
+        self.e.rewritten(form, Rewritten { reg, rm, low_bytes: renamed.iter().any(is_low_byte) });
         Ok(())
     }
 
